@@ -1,0 +1,1 @@
+"""The device side: numpy, ONNX Runtime, and nothing of torch."""
