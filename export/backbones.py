@@ -1,0 +1,99 @@
+"""What the exporter knows of a backbone, and the table of backbones.
+
+A new backbone is one module with a `from_hf(config, processor) -> Backbone`, and one line in `BACKBONES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cembed.export.checkpoint import read_json
+from cembed.export.decoder import DecoderConfig
+from cembed.export.layers import Dialect
+from cembed.runtime.bundle import ImageProcessing, Positions, PromptAttention, SlotPositions, Tensor
+from cembed.runtime.errors import CembedError
+
+BACKBONES = {
+    "qwen2-vl": "cembed.export.qwen2_vl",
+    "qwen2.5-vl": "cembed.export.qwen2_5_vl",
+    "paligemma": "cembed.export.paligemma",
+}
+MODEL_TYPES = {"qwen2-vl": "qwen2_vl", "qwen2.5-vl": "qwen2_5_vl", "paligemma": "paligemma"}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One checkpoint's architecture and the conventions it was trained with.
+
+    `prompts` are (document, query), with `{image}` and `{text}`; `vision_prefix` is where the tower's weights are in the
+    checkpoint; `embedding_scale` is folded into the embedding table.
+    """
+
+    name: str
+    decoder: DecoderConfig
+    image: ImageProcessing
+    image_token_id: int
+    positions: Positions
+    prompts: tuple[str, str]
+    slot_positions: SlotPositions
+    prompt_attention: PromptAttention
+    vision_inputs: tuple[Tensor, ...]
+    vision_prefix: str
+    build_vision: Callable[[Dialect], nn.Module]
+    embedding_scale: float = 1.0
+
+
+def load_backbone(name: str, root: Path) -> Backbone:
+    """The backbone `name` as the configuration files in `root` describe it.
+
+    Raises CembedError: an unknown name, a checkpoint of another architecture, a configuration that is not supported.
+    """
+    if name not in BACKBONES:
+        raise CembedError(f"unknown backbone {name!r}: cembed has {', '.join(BACKBONES)}")
+    config = read_config(root)
+    if config.model_type != MODEL_TYPES[name]:
+        known = {model_type: backbone for backbone, model_type in MODEL_TYPES.items()}
+        hint = f"use --backbone {known[config.model_type]}" if config.model_type in known else f"cembed has {', '.join(BACKBONES)}"
+        raise CembedError(f"{root} is a {config.model_type} checkpoint, not {name}: {hint}")
+    processor = read_json(root / "preprocessor_config.json")
+    backbone: Backbone = importlib.import_module(BACKBONES[name]).from_hf(config, processor)
+    return backbone
+
+
+def read_config(root: Path) -> Any:
+    """The transformers configuration of the vision-language model, out of its retrieval wrapper if it has one."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    read_json(root / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CembedError(f"{root / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
+    return getattr(config, "vlm_config", config)
+
+
+def require_value(what: str, given: object, *supported: object) -> None:
+    """Raises CembedError for a setting of a checkpoint that would change its numbers and is not implemented."""
+    if given not in supported:
+        raise CembedError(f"the checkpoint has {what} {given!r}: supported is {' or '.join(map(repr, supported))}")
+
+
+def image_processing(processor: Mapping[str, Any], **geometry: Any) -> ImageProcessing:
+    """The part of a `preprocessor_config.json` that every backbone shares, checked, around a backbone's `geometry`."""
+    for switch in ("do_resize", "do_rescale", "do_normalize"):
+        require_value(switch, processor.get(switch, True), True)
+    require_value("resample", processor.get("resample", 3), 3)
+    return ImageProcessing(
+        rescale_factor=float(processor.get("rescale_factor", 1 / 255)),
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+        **geometry,
+    )

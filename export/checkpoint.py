@@ -1,0 +1,236 @@
+"""Checkpoints in Hugging Face layout: found, read strictly, one tensor at a time.
+
+Keys come with many prefixes (`model.`, `language_model.`, `base_model.model.`, …); `canonical_name` strips them to
+
+    layers.N.…  embed_tokens.weight  norm.weight      the text decoder
+    visual.…    vision_tower.…  multi_modal_projector.…   the image encoder
+    custom_text_proj.{weight,bias}                    the projection of a ColBERT-style head
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cembed.runtime.errors import CembedError
+
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.jinja")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_WRAPPERS = re.compile(r"^(?:(?:base_model|model|language_model|vlm|module)\.)+")
+_SPELLINGS = (("embedding_proj_layer.", "custom_text_proj."), ("vision_tower.vision_model.", "vision_tower."))
+_NOT_USED = re.compile(r"^lm_head\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
+_LORA = re.compile(r"^(.*)\.lora_(A|B)(?:\.default)?\.weight$")
+_SAVED_MODULE = re.compile(r"\.modules_to_save(?:\.default)?\.|\.original_module\.|\.base_layer\.")
+
+
+def canonical_name(key: str) -> str:
+    """The name of a checkpoint key without the prefixes of the classes that wrapped it.
+
+    >>> canonical_name("model.language_model.layers.0.self_attn.q_proj.weight")
+    'layers.0.self_attn.q_proj.weight'
+    >>> canonical_name("base_model.model.custom_text_proj.weight")
+    'custom_text_proj.weight'
+    """
+    name = _WRAPPERS.sub("", key)
+    for spelling, ours in _SPELLINGS:
+        if name.startswith(spelling):
+            name = ours + name.removeprefix(spelling)
+    return name
+
+
+def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
+    """The directory of a checkpoint and, for a hub id, the commit it was pinned to.
+
+    Only safetensors, JSON and tokenizer files are fetched. Raises CembedError where there is neither.
+    """
+    if Path(model).is_dir():
+        return Path(model), None
+    if Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise CembedError(f"no checkpoint at {model!r}: give a directory or a hub id such as Z1zs/CausalQwen2.5")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        root = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CembedError(f"{model!r} is no directory, and the hub did not give it: {reason}") from error
+    return root, root.name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CembedError(f"{path} is missing") from error
+    except ValueError as error:
+        raise CembedError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CembedError(f"{path} holds no JSON object")
+    return value
+
+
+class Weights:
+    """All tensors of the safetensors files of one directory, by key."""
+
+    def __init__(self, root: Path, pattern: str = "*.safetensors") -> None:
+        index = root / "model.safetensors.index.json"
+        files = sorted({root / name for name in read_json(index)["weight_map"].values()} if index.exists() else root.glob(pattern))
+        if not files:
+            pickles = sorted(path.name for suffix in _PICKLES for path in root.glob(suffix))
+            found = f"found {pickles[0]}, a pickle, which can run code: convert it to safetensors" if pickles else "found none"
+            raise CembedError(f"{root} has no {pattern} file: {found}")
+        self._files: dict[str, Any] = {}
+        for path in files:
+            try:
+                opened = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CembedError(f"{path} cannot be read as safetensors: {error}") from error
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def load(self, key: str) -> Tensor:
+        tensor: Tensor = self._files[key].get_tensor(key)
+        return tensor
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    a: str
+    b: str
+    scale: float
+
+
+class Adapter:
+    """A LoRA directory as PEFT writes it (arXiv 2106.09685); its modules saved whole replace those of the base."""
+
+    def __init__(self, root: Path) -> None:
+        config = read_json(root / "adapter_config.json")
+        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+            kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+            raise CembedError(f"{root}: an adapter of type {kind} cannot be merged here: merge it with PEFT first")
+        self._config = config
+        self._weights = Weights(root, "adapter_model.safetensors")
+        self.pairs: dict[str, LoraPair] = {}
+        self.whole: dict[str, str] = {}
+        halves: dict[str, dict[str, str]] = {}
+        for key in self._weights:
+            if match := _LORA.match(key):
+                halves.setdefault(match[1], {})[match[2]] = key
+            elif "lora_" in key:
+                raise CembedError(f"{root}: {key} is a kind of LoRA weight that cannot be merged here: merge it with PEFT")
+            else:
+                self.whole[canonical_name(_SAVED_MODULE.sub(".", key))] = key
+        for module, pair in halves.items():
+            if len(pair) != 2:
+                raise CembedError(f"{root}: {module} has only one half of a LoRA pair")
+            self.pairs[canonical_name(module) + ".weight"] = LoraPair(pair["A"], pair["B"], self._scale(module, pair["A"]))
+
+    def _scale(self, module: str, a: str) -> float:
+        alpha = _pattern(self._config.get("alpha_pattern"), module, self._config["lora_alpha"])
+        rank = self._weights.load(a).shape[0]
+        return float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def apply(self, name: str, base: Tensor | None) -> Tensor | None:
+        """The tensor `name` after the adapter; None where neither has it."""
+        if name in self.whole:
+            return self._weights.load(self.whole[name])
+        pair = self.pairs.get(name)
+        if pair is None or base is None:
+            return base
+        a, b = self._weights.load(pair.a).float(), self._weights.load(pair.b).float()
+        if b.shape[0] != base.shape[0] or a.shape[1] != base.shape[1]:
+            raise CembedError(f"the adapter's {pair.a} and {pair.b} do not fit {name} {tuple(base.shape)}")
+        return torch.addmm(base.float(), b, a, alpha=pair.scale)
+
+
+def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that is the module's name or a suffix of it."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+@dataclass
+class Checkpoint:
+    """Tensors by canonical name; `unused` shrinks as they are loaded, so that left-over weights can be named."""
+
+    root: Path
+    weights: Weights
+    adapter: Adapter | None
+    keys: dict[str, str] = field(default_factory=dict)
+    unused: set[str] = field(default_factory=set)
+
+    @classmethod
+    def open(cls, root: Path, adapter: Path | None) -> Checkpoint:
+        if adapter is None and (root / "adapter_config.json").exists() and not (root / "config.json").exists():
+            raise CembedError(f"{root} is a LoRA adapter: give its base with --model and it with --adapter")
+        checkpoint = cls(root, Weights(root), Adapter(adapter) if adapter else None)
+        for key in checkpoint.weights:
+            name = canonical_name(key)
+            if name in checkpoint.keys:
+                raise CembedError(f"{root}: {key} and {checkpoint.keys[name]} are the same weight")
+            checkpoint.keys[name] = key
+        names = checkpoint.keys.keys() | (checkpoint.adapter.whole.keys() | checkpoint.adapter.pairs.keys() if checkpoint.adapter else set())
+        checkpoint.unused = {name for name in names if not _NOT_USED.search(name)}
+        return checkpoint
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.keys or (self.adapter is not None and name in self.adapter.whole)
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, the adapter merged in. Raises CembedError if the checkpoint has none of that name."""
+        tensor = self.weights.load(self.keys[name]) if name in self.keys else None
+        if self.adapter:
+            tensor = self.adapter.apply(name, tensor)
+        if tensor is None:
+            raise CembedError(f"{self.root} has no weight {name}")
+        self.unused.discard(name)
+        return tensor
+
+    def embeddings(self) -> Tensor:
+        """The input embedding table [vocabulary, hidden]; where only a tied output table is stored, that one."""
+        if "embed_tokens.weight" not in self and "lm_head.weight" in self:
+            return self.load("lm_head.weight")
+        return self.load("embed_tokens.weight")
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raises CembedError that names what is missing and what is left over, all at once."""
+        wanted = set(names)
+        missing = sorted(name for name in wanted if name not in self)
+        extra = sorted(self.unused - wanted)
+        if missing or extra:
+            parts = [f"{what} {_few(found)}" for what, found in (("missing", missing), ("unexpected", extra)) if found]
+            raise CembedError(f"{self.root} does not fit the backbone: {'; '.join(parts)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def parameter(module: nn.Module, checkpoint: Checkpoint, prefix: str, name: str) -> Tensor:
+    """The parameter `name` of `module` as the module wants it: converted, checked for shape, contiguous, its dtype."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner, target = module.get_submodule(owner_name), module.get_parameter(name)
+    tensor = checkpoint.load(prefix + name)
+    convert = getattr(owner, "convert", None)
+    converted = convert(leaf, tensor) if convert else tensor
+    if converted.shape != target.shape:
+        raise CembedError(
+            f"{checkpoint.root}: {prefix}{name} has shape {tuple(tensor.shape)}, which gives {tuple(converted.shape)}, "
+            f"but its config asks for {tuple(target.shape)}"
+        )
+    result: Tensor = converted.to(target.dtype).contiguous()
+    return result

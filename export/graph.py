@@ -1,0 +1,165 @@
+"""Tracing a module to ONNX without its weights, and writing the weights beside it one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import nn
+
+from cembed.export.layers import Arithmetic, Decomposed, Dialect, Linear, OnnxRuntime, Standard
+from cembed.runtime.bundle import Graph, Tensor
+from cembed.runtime.errors import CembedError
+
+OPSETS = range(18, 26)  # torch 2.13 writes broken graphs above
+TARGETS = ("onnxruntime", "onnx")
+_PAGE = 4096  # tensors start at pages, so that they can be mapped
+EXAMPLE_SIZES = {
+    "batch_size": 2,
+    "sequence_length": 24,
+    "num_vectors": 5,
+    "num_patches": 96,
+    "num_windows": 3,
+}
+
+
+def choose_dialect(target: str, opset: int) -> Dialect:
+    """The operators to write for `--target` and `--opset`.
+
+    Raises CembedError: an unknown target, an opset that cannot be written, the ONNX Runtime dialect below opset 23.
+    """
+    if target not in TARGETS:
+        raise CembedError(f"unknown target {target!r}: cembed has {', '.join(TARGETS)}")
+    if opset not in OPSETS:
+        raise CembedError(f"opset {opset} is not supported: {OPSETS.start} to {OPSETS.stop - 1} are")
+    if opset < 23:
+        return Decomposed()
+    return OnnxRuntime() if target == "onnxruntime" else Standard()
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A module to trace: how it is built for a dialect, its inputs by name, and its one output."""
+
+    name: str
+    build: Callable[[Dialect], nn.Module]
+    prefix: str
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
+def empty_module(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic) -> nn.Module:
+    """The module with parameters of the right types and no values (call it under a device or fake tensors)."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(arithmetic.compute)
+    try:
+        module = spec.build(dialect).eval()
+    finally:
+        torch.set_default_dtype(default)
+    for owner in module.modules():
+        if isinstance(owner, Linear):
+            empty = torch.empty(owner.weight.shape, dtype=arithmetic.storage)
+            owner.weight = nn.Parameter(empty, requires_grad=False)
+    return module
+
+
+def example_inputs(inputs: Sequence[Tensor]) -> list[torch.Tensor]:
+    def sizes(tensor: Tensor) -> list[int]:
+        return [EXAMPLE_SIZES[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+
+    return [torch.zeros(sizes(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in inputs]
+
+
+def trace(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic, opset: int) -> ir.Model:
+    """The graph of `spec`, its parameters as initializers without data, named as in the module."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    axes = [{i: torch.export.Dim.DYNAMIC for i, a in enumerate(t.shape) if isinstance(a, str)} for t in spec.inputs]
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        program = torch.onnx.export(
+            empty_module(spec, dialect, arithmetic),
+            tuple(example_inputs(spec.inputs)),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[spec.output.name],
+            dynamic_shapes=tuple(axes),
+            verbose=False,
+            optimize=False,
+        )
+    if program is None:
+        raise CembedError(f"torch gave no graph for {spec.name}")
+    return program.model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the exporter's notes on packages that cembed does not need."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+class WeightFile:
+    """Appends tensors to a data file and says where they are."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self.path = path.open("wb"), path
+
+    def append(self, name: str, tensor: torch.Tensor) -> ir.ExternalTensor:
+        start = -(-self._file.tell() // _PAGE) * _PAGE if tensor.nbytes >= _PAGE else -(-self._file.tell() // 64) * 64
+        self._file.write(b"\0" * (start - self._file.tell()))
+        self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+        dtype = ir.DataType[ONNX_TYPES[tensor.dtype]]
+        shape = ir.Shape(tensor.shape)
+        return ir.ExternalTensor(
+            self.path.name, start, tensor.nbytes, dtype, shape=shape, name=name, base_dir=self.path.parent
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+ONNX_TYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+
+
+def write_graph(model: ir.Model, spec: GraphSpec, root: Path, load: Callable[[str], torch.Tensor]) -> Graph:
+    """Writes the weights to NAME.data, loading one at a time, then the optimised graph NAME.onnx that refers to it."""
+    data = WeightFile(root / f"{spec.name}.data")
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None or isinstance(getattr(value.const_value, "raw", None), torch.nn.Parameter):
+            value.const_value = data.append(name, load(name))
+    data.close()
+    with quiet():
+        onnxscript.optimizer.optimize_ir(model)
+    _drop_provenance(model)
+    for value, tensor in zip([*model.graph.inputs, *model.graph.outputs], [*spec.inputs, spec.output], strict=True):
+        value.shape = ir.Shape(tensor.shape)
+    ir.save(model, root / f"{spec.name}.onnx")
+    return Graph(f"{spec.name}.onnx", (data.path.name,), spec.inputs, (spec.output,))
+
+
+def _drop_provenance(model: ir.Model) -> None:
+    """Stack traces and module names of the exporting machine do not belong into a bundle, and were half of a graph."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    values: list[Any] = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()

@@ -1,0 +1,180 @@
+"""PaliGemma (arXiv 2407.07726): a SigLIP tower (arXiv 2303.15343) before Gemma, the decoder of `decoder.py`.
+
+Graph contract of `vision.onnx` (B images, P patches = visual tokens):
+
+    pixel_values      float32 [B, P, 3 * patch**2]
+    image_features    float32 [B, P, hidden]    scaled as Gemma's input embeddings are
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cembed.export.backbones import Backbone, image_processing, require_value
+from cembed.export.decoder import DecoderConfig
+from cembed.export.layers import MLP, Dialect, LayerNorm, Linear, PatchEmbedding
+from cembed.runtime.bundle import ImageProcessing, Positions
+from cembed.runtime.bundle import Tensor as TensorSpec
+
+# The processor of transformers 4.57, which the checkpoints were trained with, put one <bos> before the prompt's own.
+DOCUMENT_PROMPT = "{image}<bos><bos>Describe the image.\n"
+QUERY_PROMPT = "<bos>{text}" + 10 * "<pad>"
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    hidden_size: int
+    out_hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    activation: str
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class PositionEmbedding(nn.Module):
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size), requires_grad=False)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(3 * config.patch_size**2, config.hidden_size, bias=True)
+        self.position_embedding = PositionEmbedding(config.num_patches, config.hidden_size)
+
+
+class SiglipAttention(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, Linear(config.hidden_size, config.hidden_size, bias=True))
+        self.heads = (config.num_heads, config.num_heads)
+
+    def forward(self, x: Tensor, dialect: Dialect) -> Tensor:
+        return self.out_proj(dialect.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation)
+
+    def forward(self, x: Tensor, dialect: Dialect) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), dialect)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+
+
+class SiglipModel(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+
+class Projector(nn.Module):
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.hidden_size, config.out_hidden_size, bias=True)
+
+
+class SiglipTower(nn.Module):
+    def __init__(self, config: SiglipConfig, dialect: Dialect) -> None:
+        super().__init__()
+        self.dialect = dialect
+        self.vision_tower = SiglipModel(config)
+        self.multi_modal_projector = Projector(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        tower = self.vision_tower
+        positions = tower.embeddings.position_embedding.weight
+        x = tower.embeddings.patch_embedding(pixel_values.to(positions.dtype)) + positions
+        for layer in tower.encoder.layers:
+            x = layer(x, self.dialect)
+        return self.multi_modal_projector.linear(tower.post_layernorm(x)).float()
+
+
+def decoder_config(text: Any) -> DecoderConfig:
+    require_value("attention_bias", text.attention_bias, False)
+    require_value("rope_type", text.rope_parameters.get("rope_type", "default"), "default")
+    require_value("hidden_activation", text.hidden_activation, None, "gelu_pytorch_tanh")
+    return DecoderConfig(
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        intermediate_size=text.intermediate_size,
+        activation="gelu_pytorch_tanh",
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=float(text.rope_parameters["rope_theta"]),
+        mrope_section=(),
+        attention_bias=False,
+        gemma=True,
+        vocab_size=text.vocab_size,
+        max_positions=text.max_position_embeddings,
+    )
+
+
+def fixed_image(processor: Mapping[str, Any], vision: SiglipConfig) -> ImageProcessing:
+    size = processor["size"]
+    require_value("size", (size["height"], size["width"]), (vision.image_size, vision.image_size))
+    pixels = vision.image_size**2
+    return image_processing(
+        processor, resize="fixed", patch_size=vision.patch_size, merge_size=1, min_pixels=pixels, max_pixels=pixels
+    )
+
+
+def from_hf(config: Any, processor: Mapping[str, Any]) -> Backbone:
+    v, text = config.vision_config, config.text_config
+    require_value("text model", text.model_type, "gemma")
+    vision = SiglipConfig(
+        hidden_size=v.hidden_size,
+        out_hidden_size=text.hidden_size,
+        num_layers=v.num_hidden_layers,
+        num_heads=v.num_attention_heads,
+        intermediate_size=v.intermediate_size,
+        activation=v.hidden_act,
+        image_size=v.image_size,
+        patch_size=v.patch_size,
+        layer_norm_eps=v.layer_norm_eps,
+    )
+    return Backbone(
+        name="paligemma",
+        decoder=decoder_config(text),
+        image=fixed_image(processor, vision),
+        image_token_id=config.image_token_index if hasattr(config, "image_token_index") else config.image_token_id,
+        positions=Positions(axes=1, first=1),
+        prompts=(DOCUMENT_PROMPT, QUERY_PROMPT),
+        slot_positions="continue",
+        prompt_attention="bidirectional",
+        vision_inputs=(TensorSpec("pixel_values", "float32", ("batch_size", vision.num_patches, 3 * vision.patch_size**2)),),
+        vision_prefix="",
+        build_vision=partial(SiglipTower, vision),
+        # Gemma multiplies its input embeddings by sqrt(hidden); PaliGemma divides image features by it first.
+        embedding_scale=math.sqrt(text.hidden_size),
+    )

@@ -1,0 +1,58 @@
+"""From a prompt and an input to `input_ids`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from cembed.runtime.errors import CembedError
+
+
+class Prompter:
+    """Fills prompts. The text of a user never turns into control tokens: it is refused if it contains one.
+
+    A prompt is tokenised as one string, prefix, text and suffix together, as the processors of the checkpoints do.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, image_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        self._image_token_id = image_token_id
+        self._image_token = str(tokenizer.id_to_token(image_token_id))
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+    def _encode(self, text: str) -> NDArray[np.int64]:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def document(self, prompt: str, num_visual_tokens: int) -> NDArray[np.int64]:
+        """`input_ids` [S]: the prompt with its one `{image}` become `num_visual_tokens` image tokens."""
+        ids = self._encode(prompt.replace("{image}", self._image_token))
+        return np.repeat(ids, np.where(ids == self._image_token_id, num_visual_tokens, 1))
+
+    def query(self, prompt: str, text: str) -> NDArray[np.int64]:
+        """`input_ids` [S] of a prompt with `{text}` filled in.
+
+        Raises CembedError: not a string, nothing but white space, or a control token of the model in it.
+        """
+        if not isinstance(text, str):
+            raise CembedError(f"a query is a string, not {type(text).__name__}")
+        if not text.strip():
+            raise CembedError("the query is empty")
+        if found := self._special.search(text):
+            raise CembedError(f"the query contains {found.group()!r}, a control token of the model: remove it")
+        return self._encode(prompt.replace("{text}", text))
+
+
+def check_prompt(prompt: str, placeholder: str) -> str:
+    """`prompt`, if it holds `placeholder` exactly once; else CembedError."""
+    if prompt.count(placeholder) != 1:
+        raise CembedError(f"the prompt {prompt!r} must contain {placeholder} exactly once")
+    return prompt
+
+
+def is_image_token(ids: Iterable[int], image_token_id: int) -> NDArray[np.bool_]:
+    return np.asarray(ids) == image_token_id

@@ -1,0 +1,72 @@
+"""Engines: an ONNX Runtime session behind the interface every engine has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from cembed.runtime.errors import CembedError
+
+Array = NDArray[Any]
+
+
+class Session(Protocol):
+    """One loaded graph. `run` is safe to call from several threads."""
+
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        """The graph's first output for the inputs named in `feeds`."""
+
+
+def check_providers(providers: Sequence[str]) -> None:
+    """Raises CembedError for an execution provider this build of ONNX Runtime does not have."""
+    available = ort.get_available_providers()
+    if unknown := [name for name in providers if name not in available]:
+        raise CembedError(
+            f"execution provider {', '.join(unknown)} is not in this build of ONNX Runtime, which has "
+            f"{', '.join(available)}: install the package that has it, such as onnxruntime-gpu"
+        )
+
+
+class OrtSession:
+    """Runs one graph with ONNX Runtime.
+
+    The first provider must be obtained: if it is not, and a later one was named, that is a RuntimeWarning; if none was,
+    a CembedError.
+    """
+
+    def __init__(self, path: Path, providers: Sequence[str], threads: int | None) -> None:
+        check_providers(providers)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # its exceptions share no other base class
+            reason = str(error).strip().splitlines()[0]
+            raise CembedError(f"ONNX Runtime cannot load {path}: {reason}") from error
+        obtained = self._session.get_providers()
+        if providers[0] not in obtained:
+            message = f"{path.name} does not run on {providers[0]}, which could not be started, but on {obtained[0]}"
+            if len(providers) == 1:
+                raise CembedError(f"{message}: name a second provider to allow that, or repair the first")
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        self._output = self._session.get_outputs()[0].name
+        self.providers = tuple(obtained)
+
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        try:
+            (output,) = self._session.run([self._output], dict(feeds))
+        except Exception as error:  # its exceptions share no other base class
+            raise CembedError(f"ONNX Runtime failed: {str(error).strip().splitlines()[0]}") from error
+        return np.asarray(output)
+
+    def signature(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Type and shape of every input and output, as the graph itself states them."""
+        nodes = [*self._session.get_inputs(), *self._session.get_outputs()]
+        return {node.name: (node.type, tuple(node.shape)) for node in nodes}
