@@ -1,6 +1,6 @@
-"""What the exporter knows of a backbone, and the table of backbones.
+"""What the exporter knows of a backbone, and how the configuration files of a checkpoint become it.
 
-A new backbone is one module with a `from_hf(config, processor) -> Backbone`, and one line in `BACKBONES`.
+A new backbone is one module with a `from_hf(config, processor) -> Backbone`, and one line in `choices.BACKBONES`.
 """
 
 from __future__ import annotations
@@ -14,25 +14,19 @@ from typing import Any
 from torch import nn
 
 from cembed.export.checkpoint import read_json
+from cembed.export.choices import BACKBONES, require_choice
 from cembed.export.decoder import DecoderConfig
 from cembed.export.layers import Dialect
-from cembed.runtime.bundle import ImageProcessing, Positions, PromptAttention, SlotPositions, Tensor
 from cembed.runtime.errors import CembedError
-
-BACKBONES = {
-    "qwen2-vl": "cembed.export.qwen2_vl",
-    "qwen2.5-vl": "cembed.export.qwen2_5_vl",
-    "paligemma": "cembed.export.paligemma",
-}
-MODEL_TYPES = {"qwen2-vl": "qwen2_vl", "qwen2.5-vl": "qwen2_5_vl", "paligemma": "paligemma"}
+from cembed.runtime.manifest import ImageProcessing, Positions, PromptAttention, SlotPositions, Tensor
 
 
 @dataclass(frozen=True)
 class Backbone:
     """One checkpoint's architecture and the conventions it was trained with.
 
-    `prompts` are (document, query), with `{image}` and `{text}`; `vision_prefix` is where the tower's weights are in the
-    checkpoint; `embedding_scale` is folded into the embedding table.
+    `prompts` are (document, query), with `{image}` and `{text}`; `vision_prefix` is where the checkpoint has the tower;
+    `embedding_scale` is folded into the embedding table.
     """
 
     name: str
@@ -54,15 +48,17 @@ def load_backbone(name: str, root: Path) -> Backbone:
 
     Raises CembedError: an unknown name, a checkpoint of another architecture, a configuration that is not supported.
     """
-    if name not in BACKBONES:
-        raise CembedError(f"unknown backbone {name!r}: cembed has {', '.join(BACKBONES)}")
+    require_choice("backbone", name, BACKBONES)
     config = read_config(root)
-    if config.model_type != MODEL_TYPES[name]:
-        known = {model_type: backbone for backbone, model_type in MODEL_TYPES.items()}
-        hint = f"use --backbone {known[config.model_type]}" if config.model_type in known else f"cembed has {', '.join(BACKBONES)}"
+    module = name.replace("-", "_").replace(".", "_")
+    if config.model_type != module:
+        known = [
+            backbone for backbone in BACKBONES if backbone.replace("-", "_").replace(".", "_") == config.model_type
+        ]
+        hint = f"use --backbone {known[0]}" if known else f"cembed has {', '.join(BACKBONES)}"
         raise CembedError(f"{root} is a {config.model_type} checkpoint, not {name}: {hint}")
     processor = read_json(root / "preprocessor_config.json")
-    backbone: Backbone = importlib.import_module(BACKBONES[name]).from_hf(config, processor)
+    backbone: Backbone = importlib.import_module(f"cembed.export.{module}").from_hf(config, processor)
     return backbone
 
 

@@ -57,7 +57,7 @@ def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
     if Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise CembedError(f"no checkpoint at {model!r}: give a directory or a hub id such as Z1zs/CausalQwen2.5")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         root = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
@@ -84,10 +84,16 @@ class Weights:
 
     def __init__(self, root: Path, pattern: str = "*.safetensors") -> None:
         index = root / "model.safetensors.index.json"
-        files = sorted({root / name for name in read_json(index)["weight_map"].values()} if index.exists() else root.glob(pattern))
+        files = sorted(
+            {root / name for name in read_json(index)["weight_map"].values()} if index.exists() else root.glob(pattern)
+        )
         if not files:
             pickles = sorted(path.name for suffix in _PICKLES for path in root.glob(suffix))
-            found = f"found {pickles[0]}, a pickle, which can run code: convert it to safetensors" if pickles else "found none"
+            found = (
+                f"found {pickles[0]}, a pickle, which can run code: convert it to safetensors"
+                if pickles
+                else "found none"
+            )
             raise CembedError(f"{root} has no {pattern} file: {found}")
         self._files: dict[str, Any] = {}
         for path in files:
@@ -129,13 +135,17 @@ class Adapter:
             if match := _LORA.match(key):
                 halves.setdefault(match[1], {})[match[2]] = key
             elif "lora_" in key:
-                raise CembedError(f"{root}: {key} is a kind of LoRA weight that cannot be merged here: merge it with PEFT")
+                raise CembedError(
+                    f"{root}: {key} is a kind of LoRA weight that cannot be merged here: merge it with PEFT"
+                )
             else:
                 self.whole[canonical_name(_SAVED_MODULE.sub(".", key))] = key
         for module, pair in halves.items():
             if len(pair) != 2:
                 raise CembedError(f"{root}: {module} has only one half of a LoRA pair")
-            self.pairs[canonical_name(module) + ".weight"] = LoraPair(pair["A"], pair["B"], self._scale(module, pair["A"]))
+            self.pairs[canonical_name(module) + ".weight"] = LoraPair(
+                pair["A"], pair["B"], self._scale(module, pair["A"])
+            )
 
     def _scale(self, module: str, a: str) -> float:
         alpha = _pattern(self._config.get("alpha_pattern"), module, self._config["lora_alpha"])
@@ -183,7 +193,9 @@ class Checkpoint:
             if name in checkpoint.keys:
                 raise CembedError(f"{root}: {key} and {checkpoint.keys[name]} are the same weight")
             checkpoint.keys[name] = key
-        names = checkpoint.keys.keys() | (checkpoint.adapter.whole.keys() | checkpoint.adapter.pairs.keys() if checkpoint.adapter else set())
+        names = checkpoint.keys.keys() | (
+            checkpoint.adapter.whole.keys() | checkpoint.adapter.pairs.keys() if checkpoint.adapter else set()
+        )
         checkpoint.unused = {name for name in names if not _NOT_USED.search(name)}
         return checkpoint
 

@@ -121,7 +121,9 @@ class Decoder(nn.Module):
         cos, sin = self.rotary_tables(position_ids, x.dtype)
         rows = slot_indices.unsqueeze(-1)
         for layer in self.layers:
-            attended = self.attend(*layer.self_attn.project(layer.input_layernorm(x), cos, sin, self.dialect), prompt_length)
+            assert isinstance(layer, DecoderLayer)
+            q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin, self.dialect)
+            attended = self.attend(q, k, v, prompt_length)
             if layer is self.layers[-1]:  # nothing but the slots is needed behind the last attention
                 attended = torch.gather(attended, 1, rows.expand(-1, -1, attended.shape[-1]))
                 x = torch.gather(x, 1, rows.expand(-1, -1, x.shape[-1]))

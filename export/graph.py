@@ -15,12 +15,12 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
+from cembed.export.choices import TARGETS, require_choice
 from cembed.export.layers import Arithmetic, Decomposed, Dialect, Linear, OnnxRuntime, Standard
-from cembed.runtime.bundle import Graph, Tensor
 from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import Graph, Tensor
 
 OPSETS = range(18, 26)  # torch 2.13 writes broken graphs above
-TARGETS = ("onnxruntime", "onnx")
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 EXAMPLE_SIZES = {
     "batch_size": 2,
@@ -36,8 +36,7 @@ def choose_dialect(target: str, opset: int) -> Dialect:
 
     Raises CembedError: an unknown target, an opset that cannot be written, the ONNX Runtime dialect below opset 23.
     """
-    if target not in TARGETS:
-        raise CembedError(f"unknown target {target!r}: cembed has {', '.join(TARGETS)}")
+    require_choice("target", target, TARGETS)
     if opset not in OPSETS:
         raise CembedError(f"opset {opset} is not supported: {OPSETS.start} to {OPSETS.stop - 1} are")
     if opset < 23:
@@ -122,7 +121,7 @@ class WeightFile:
     def append(self, name: str, tensor: torch.Tensor) -> ir.ExternalTensor:
         start = -(-self._file.tell() // _PAGE) * _PAGE if tensor.nbytes >= _PAGE else -(-self._file.tell() // 64) * 64
         self._file.write(b"\0" * (start - self._file.tell()))
-        self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().view(torch.uint8).numpy().data)
         dtype = ir.DataType[ONNX_TYPES[tensor.dtype]]
         shape = ir.Shape(tensor.shape)
         return ir.ExternalTensor(

@@ -1,6 +1,6 @@
 """Torch layers shared by the backbones, and the operator dialects they are traced in.
 
-Letters: B batch, S positions of the sequence, T positions attended to, K slots read, N heads, D head dimension, H hidden.
+Letters: B batch, S positions, T positions attended to, K slots read, N heads, D head dimension, H hidden size.
 A module that stores a weight otherwise than the checkpoint does says how in `convert`.
 """
 
@@ -22,7 +22,14 @@ class Dialect(Protocol):
         """Rotate x [B, S, N * D] by cos and sin [B, S, D / 2], halves of a head paired."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, int], *, causal: bool = False, mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: tuple[int, int],
+        *,
+        causal: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Scaled dot-product attention; heads is (query, key-value); mask is bool, [B or 1, 1, S, T], True attends."""
 
@@ -37,7 +44,14 @@ class Decomposed:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(2)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, int], *, causal: bool = False, mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: tuple[int, int],
+        *,
+        causal: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor:
         q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads[0]), (k, heads[1]), (v, heads[1])))
         grouped = heads[0] != heads[1]
@@ -52,7 +66,14 @@ class Standard:
         return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, int], *, causal: bool = False, mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: tuple[int, int],
+        *,
+        causal: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor:
         return torch.onnx.ops.attention(
             q, k, v, attn_mask=mask, is_causal=causal, q_num_heads=heads[0], kv_num_heads=heads[1]
@@ -62,12 +83,19 @@ class Standard:
 class OnnxRuntime(Standard):
     """Standard operators, but for attention without a mask: ONNX Runtime's own kernels never hold an S x S matrix.
 
-    Measured (2 threads): 31 ms instead of 51 for 1024 positions with 12/2 heads of 128, causal; 276 ms and 94 MB instead
-    of 414 ms and 654 MB for 3072 positions with 16 heads of 80. These nodes can be traced, not run by torch.
+    Measured (2 threads): 31 ms instead of 51 for 1024 positions with 12/2 heads of 128, causal; 276 ms and 94 MB
+    instead of 414 ms and 654 MB for 3072 positions with 16 heads of 80. These nodes can be traced, not run by torch.
     """
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, int], *, causal: bool = False, mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: tuple[int, int],
+        *,
+        causal: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor:
         if mask is not None:
             return super().attention(q, k, v, heads, causal=causal, mask=mask)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from cembed.export.backbones import Backbone, image_processing, require_value
 from cembed.export.decoder import DecoderConfig
 from cembed.export.layers import MLP, Dialect, LayerNorm, Linear, PatchEmbedding
-from cembed.runtime.bundle import ImageProcessing, Positions
-from cembed.runtime.bundle import Tensor as TensorSpec
+from cembed.runtime.manifest import ImageProcessing, Positions
+from cembed.runtime.manifest import Tensor as TensorSpec
 
 # The processor of transformers 4.57, which the checkpoints were trained with, put one <bos> before the prompt's own.
 DOCUMENT_PROMPT = "{image}<bos><bos>Describe the image.\n"
@@ -61,8 +61,9 @@ class Embeddings(nn.Module):
 class SiglipAttention(nn.Module):
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, bias=True))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            Linear(config.hidden_size, config.hidden_size, bias=True) for _ in range(4)
+        )
         self.heads = (config.num_heads, config.num_heads)
 
     def forward(self, x: Tensor, dialect: Dialect) -> Tensor:
@@ -172,7 +173,9 @@ def from_hf(config: Any, processor: Mapping[str, Any]) -> Backbone:
         prompts=(DOCUMENT_PROMPT, QUERY_PROMPT),
         slot_positions="continue",
         prompt_attention="bidirectional",
-        vision_inputs=(TensorSpec("pixel_values", "float32", ("batch_size", vision.num_patches, 3 * vision.patch_size**2)),),
+        vision_inputs=(
+            TensorSpec("pixel_values", "float32", ("batch_size", vision.num_patches, 3 * vision.patch_size**2)),
+        ),
         vision_prefix="",
         build_vision=partial(SiglipTower, vision),
         # Gemma multiplies its input embeddings by sqrt(hidden); PaliGemma divides image features by it first.

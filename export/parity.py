@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cembed.export.backbones import Backbone
 from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.layers import Arithmetic, Decomposed
-from cembed.runtime.bundle import Parity
 from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import ImageProcessing, Parity, Side
+from cembed.runtime.positions import patch_positions, prompt_positions, slot_positions, window_index, window_restore
+from cembed.runtime.preprocess import resized_size
 from cembed.runtime.session import OrtSession
 
 Array = NDArray[Any]
@@ -52,7 +56,9 @@ def compare(graph: str, expected: Array, actual: Array, tolerance: float) -> Par
     norms = np.linalg.norm(expected, axis=-1) * np.linalg.norm(actual, axis=-1)
     cosine = float(((expected * actual).sum(-1) / np.maximum(norms, 1e-30)).min())
     if error > tolerance:
-        raise CembedError(f"parity check of {graph}: off by {error:.1e}, allowed is {tolerance:.0e}: nothing was written")
+        raise CembedError(
+            f"parity check of {graph}: off by {error:.1e}, allowed is {tolerance:.0e}: nothing was written"
+        )
     return Parity(graph, error, min(cosine, 1.0), tolerance)
 
 
@@ -65,7 +71,8 @@ def check_parity(
     del module
     session = OrtSession(path, ["CPUExecutionProvider"], None)
     results = [
-        compare(spec.name, want, session.run(case), TOLERANCES[dtype]) for want, case in zip(expected, cases, strict=True)
+        compare(spec.name, want, session.run(case), TOLERANCES[dtype])
+        for want, case in zip(expected, cases, strict=True)
     ]
     return Parity(
         spec.name,
@@ -73,3 +80,46 @@ def check_parity(
         min(result.min_cosine for result in results),
         TOLERANCES[dtype],
     )
+
+
+def parity_inputs(backbone: Backbone, side: Side, spec: GraphSpec) -> list[dict[str, Array]]:
+    """Random inputs of a graph in several sizes: square, long, smallest; short and long prompts."""
+    rng = np.random.default_rng(0)
+    if spec.name == "vision":
+        return [vision_case(backbone.image, spec, size, rng) for size in ((112, 140), (60, 400), (28, 28))]
+    return [text_case(backbone, side, spec, length, rng) for length in (5, 40)]
+
+
+def vision_case(
+    image: ImageProcessing, spec: GraphSpec, size: tuple[int, int], rng: np.random.Generator
+) -> dict[str, Array]:
+    """Random inputs of the vision graph, for an image of about `size` (height, width) pixels."""
+    small = replace(image, min_pixels=1, max_pixels=min(image.max_pixels, 112 * 140))
+    height, width = resized_size(*size, image if image.resize == "fixed" else small)
+    grid = (height // image.patch_size, width // image.patch_size)
+    num_patches = grid[0] * grid[1]
+    windows = window_index(grid, image) if image.window_size else np.empty((0, 0), np.int64)
+    values: dict[str, Array] = {
+        "pixel_values": rng.standard_normal((1, num_patches, 3 * image.patch_size**2), np.float32),
+        "patch_positions": patch_positions(grid, image.merge_size),
+        "window_index": windows,
+        "window_restore": window_restore(windows, num_patches) if image.window_size else windows,
+    }
+    return {tensor.name: values[tensor.name] for tensor in spec.inputs}
+
+
+def text_case(
+    backbone: Backbone, side: Side, spec: GraphSpec, length: int, rng: np.random.Generator
+) -> dict[str, Array]:
+    """Random inputs of the text graph: a prompt of `length` positions and, for latent slots, four slots."""
+    num_slots = 0 if side.slots == "all_tokens" else 4
+    prompt = prompt_positions(np.zeros(length, bool), None, backbone.positions, 1)
+    positions = np.concatenate([prompt, slot_positions(prompt, num_slots, side.slot_positions)], axis=1)
+    first = length - 1 if num_slots else 0
+    values: dict[str, Array] = {
+        "inputs_embeds": rng.standard_normal((1, length + num_slots, backbone.decoder.hidden_size), np.float32),
+        "position_ids": positions[:, None],
+        "slot_indices": np.arange(first, length + num_slots)[None],
+        "prompt_length": np.array([length]),
+    }
+    return {tensor.name: values[tensor.name] for tensor in spec.inputs}

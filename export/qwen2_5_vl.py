@@ -8,7 +8,7 @@ from typing import Any
 from cembed.export.backbones import Backbone
 from cembed.export.qwen2_vl import qwen_backbone, smart_image
 from cembed.export.qwen_vision import QwenVisionConfig
-from cembed.runtime.bundle import Tensor
+from cembed.runtime.manifest import Tensor
 
 
 def from_hf(config: Any, processor: Mapping[str, Any]) -> Backbone:

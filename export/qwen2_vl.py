@@ -9,7 +9,7 @@ from typing import Any
 from cembed.export.backbones import Backbone, image_processing, require_value
 from cembed.export.decoder import DecoderConfig
 from cembed.export.qwen_vision import QwenVisionConfig, QwenVisionTower
-from cembed.runtime.bundle import ImageProcessing, Positions, Tensor
+from cembed.runtime.manifest import ImageProcessing, Positions, Tensor
 
 DOCUMENT_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QUERY_PROMPT = "{text}" + 10 * "<|endoftext|>"

@@ -121,7 +121,11 @@ class PatchMerger(nn.Module):
         self.width = config.hidden_size * config.merge_size**2
         self.ln_q = config.norm()
         self.mlp = nn.ModuleList(
-            [Linear(self.width, self.width, bias=True), nn.Identity(), Linear(self.width, config.out_hidden_size, bias=True)]
+            [
+                Linear(self.width, self.width, bias=True),
+                nn.Identity(),
+                Linear(self.width, config.out_hidden_size, bias=True),
+            ]
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ class QwenVisionTower(nn.Module):
         window_index: Tensor | None = None,
         window_restore: Tensor | None = None,
     ) -> Tensor:
-        x = self.patch_embed.proj(pixel_values.to(self.merger.mlp[2].bias.dtype))
+        x = self.patch_embed.proj(pixel_values.to(self.merger.mlp[0].get_parameter("bias").dtype))
         cos, sin = self.rotary_tables(patch_positions, x.shape[0], x.dtype)
         windows = None
         if window_index is not None and window_restore is not None:

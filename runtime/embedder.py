@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from cembed.runtime.bundle import Bundle, Side
+from cembed.runtime.bundle import Bundle
 from cembed.runtime.documents import to_rgb
 from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import Side
 from cembed.runtime.positions import (
     Grid,
     patch_positions,
@@ -33,15 +34,18 @@ from cembed.runtime.session import Array, OrtSession, Session, check_providers
 
 Vectors = NDArray[np.float32]
 ImageLike = Image.Image | NDArray[np.uint8]
+CPU = ("CPUExecutionProvider",)
 
 
 class Embedder:
     """Embeds with one bundle. Every page and query runs alone, so batch mates cannot change its vectors.
 
-    Methods may be called from several threads. Graphs are loaded when first needed: queries never load the vision graph.
+    Methods may be called from several threads. Graphs are loaded when first needed: queries never load the vision one.
     """
 
-    def __init__(self, bundle: Bundle, providers: Sequence[str], threads: int | None, max_visual_tokens: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, providers: Sequence[str], threads: int | None, max_visual_tokens: int | None
+    ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._providers, self._threads = tuple(providers), threads
@@ -70,7 +74,7 @@ class Embedder:
         cls,
         path: str | Path,
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] = CPU,
         threads: int | None = None,
         max_visual_tokens: int | None = None,
         verify: bool = True,
@@ -145,7 +149,12 @@ class Embedder:
         return features
 
     def _embed(
-        self, side: Side, ids: NDArray[np.int64], budget: int | None, grid: Grid | None = None, features: Array | None = None
+        self,
+        side: Side,
+        ids: NDArray[np.int64],
+        budget: int | None,
+        grid: Grid | None = None,
+        features: Array | None = None,
     ) -> Vectors:
         is_image = ids == self.manifest.image_token_id
         positions = prompt_positions(is_image, grid, self.manifest.positions, self.image.merge_size)
@@ -159,7 +168,9 @@ class Embedder:
             embeds[np.flatnonzero(is_image)] = features
         feeds = {
             "inputs_embeds": embeds[None],
-            "position_ids": np.concatenate([positions, slot_positions(positions, num_slots, side.slot_positions)], axis=1)[:, None],
+            "position_ids": np.concatenate(
+                [positions, slot_positions(positions, num_slots, side.slot_positions)], axis=1
+            )[:, None],
             "slot_indices": np.arange(len(ids) - 1 if budget else 0, length)[None],
         }
         if any(tensor.name == "prompt_length" for tensor in self.manifest.graphs["text"].inputs):

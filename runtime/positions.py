@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.bundle import ImageProcessing, Positions, SlotPositions
+from cembed.runtime.manifest import ImageProcessing, Positions, SlotPositions
 
 IntArray = NDArray[np.int64]
 Grid = tuple[int, int]

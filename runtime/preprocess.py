@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cembed.runtime.bundle import ImageProcessing
 from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import ImageProcessing
 from cembed.runtime.positions import Grid
 
 MAX_ASPECT_RATIO = 200
@@ -31,7 +31,9 @@ def smart_resize(height: int, width: int, spec: ImageProcessing) -> tuple[int, i
     (56, 56)
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise CembedError(f"an image of {width} x {height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most")
+        raise CembedError(
+            f"an image of {width} x {height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most"
+        )
     factor = spec.factor
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > spec.max_pixels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +51,3 @@ def check_prompt(prompt: str, placeholder: str) -> str:
     if prompt.count(placeholder) != 1:
         raise CembedError(f"the prompt {prompt!r} must contain {placeholder} exactly once")
     return prompt
-
-
-def is_image_token(ids: Iterable[int], image_token_id: int) -> NDArray[np.bool_]:
-    return np.asarray(ids) == image_token_id

@@ -1,0 +1,285 @@
+"""The command line. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cembed import __version__
+from cembed.display import progress_bar, show_manifest, show_table
+from cembed.export import choices
+from cembed.runtime.errors import CembedError
+
+if TYPE_CHECKING:
+    from cembed.runtime.documents import Page, PageError
+    from cembed.runtime.embedder import Embedder, Vectors
+
+EXIT_FAILED = 1
+EXIT_INCOMPLETE = 3
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="cembed",
+    help="Visual document embeddings without torch: export a checkpoint to a bundle, embed pages, search them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory made by `cembed export`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Providers = Annotated[
+    list[str] | None,
+    typer.Option("--provider", help="ONNX Runtime execution provider, in order of preference.", metavar="NAME"),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads per operator; by default all cores.")]
+
+
+def one_of(values: tuple[str, ...]) -> str:
+    return "{" + ",".join(values) + "}"
+
+
+def version(value: bool) -> None:
+    if value:
+        typer.echo(f"cembed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def export(
+    backbone: Annotated[str, typer.Option(metavar=one_of(choices.BACKBONES), help="Architecture of the checkpoint.")],
+    model: Annotated[
+        str, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint: safetensors, configuration, tokenizer.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory to write.")],
+    head: Annotated[
+        str | None,
+        typer.Option(metavar=one_of(choices.HEADS), help="Latent slots or one vector per token; found by default."),
+    ] = None,
+    num_vectors: Annotated[int, typer.Option(help="Vectors of a page (causal head).")] = 32,
+    query_vectors: Annotated[int, typer.Option(help="Vectors of a query (causal head).")] = 16,
+    slot_positions: Annotated[
+        str | None,
+        typer.Option(
+            metavar=one_of(choices.SLOT_POSITIONS), help="Rotary positions of latent slots; the backbone's by default."
+        ),
+    ] = None,
+    latent_token: Annotated[str, typer.Option(help="Token fed to latent slots.")] = "<|latent|>",
+    prompt_attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar=one_of(choices.PROMPT_ATTENTION), help="What a prompt attends to; the backbone's by default."
+        ),
+    ] = None,
+    query_prefix: Annotated[str, typer.Option(help="Text put before every query, such as 'Query: '.")] = "",
+    max_visual_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Visual tokens a page may take; the checkpoint's limit by default.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar=one_of(choices.DTYPES), help="fp16 computes in half; bf16 stores bfloat16, computes in float32."
+        ),
+    ] = "fp32",
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="LoRA adapter to merge into the checkpoint.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar=one_of(choices.TARGETS), help="onnxruntime uses its attention kernels; onnx is standard only."
+        ),
+    ] = "onnxruntime",
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 25; below 23 everything is decomposed.")] = 23,
+    force: Force = False,
+) -> None:
+    """Turn a checkpoint into a bundle."""
+    arguments = {name: value for name, value in locals().items() if name not in ("out", "force")}
+    require_export_packages()
+    from cembed.export.exporter import export as run
+    from cembed.export.plan import ExportOptions
+
+    with progress_bar("{task.description}") as progress:
+        task = progress.add_task("reading the checkpoint", total=None)
+        manifest = run(
+            ExportOptions(**arguments),
+            out,
+            force=force,
+            progress=lambda step: progress.update(task, description=step),
+        )
+    show_manifest(out, manifest)
+
+
+def require_export_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "transformers", "onnxscript", "huggingface_hub") if find_spec(name) is None]
+    if missing:
+        raise CembedError(f"export needs {', '.join(missing)}: install them with pip install 'cembed[export]'")
+
+
+@app.command()
+def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Show what a bundle holds and how it was made."""
+    from cembed.runtime.bundle import Bundle
+
+    opened = Bundle(bundle)
+    if as_json:
+        typer.echo(
+            json.dumps({"hash": opened.hash, **json.loads(opened.manifest.to_json())}, indent=1, ensure_ascii=False)
+        )
+    else:
+        show_manifest(bundle, opened.manifest)
+
+
+@app.command()
+def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Check every file's hash, the graphs, and that the stored page still gives the stored vectors."""
+    from cembed.runtime.bundle import Bundle
+    from cembed.runtime.verify import verify as run
+
+    checks = []
+    for check in run(Bundle(bundle)):
+        checks.append(check)
+        if not as_json:
+            typer.echo(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")
+    if as_json:
+        typer.echo(json.dumps([vars(check) for check in checks], indent=1))
+    if not all(check.passed for check in checks):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def embed(
+    bundle: BundlePath,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="PDF and image files, or folders of them.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Vector file to write: .npz or .safetensors.")],
+    num_vectors: Annotated[
+        int | None, typer.Option(min=1, help="Vectors of a page; the bundle's full budget by default.")
+    ] = None,
+    max_visual_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Visual tokens a page may take, at most the bundle's limit: fewer are faster."),
+    ] = None,
+    dpi: Annotated[float, typer.Option(min=1, max=2400, help="Resolution at which PDF pages are drawn.")] = 144,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that reading one page may take.")] = 60,
+    provider: Providers = None,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Embed the pages of documents into one vector file. Exits with 3 if some pages could not be read."""
+    from cembed.runtime.documents import PageReader, find_documents
+    from cembed.runtime.embedder import CPU, Embedder
+    from cembed.runtime.vectors import VectorFile, check_writable
+
+    check_writable(out, force)
+    files = find_documents(paths)
+    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, max_visual_tokens=max_visual_tokens)
+    embedder.budget(embedder.manifest.document, num_vectors)
+    with PageReader(dpi=dpi, timeout=timeout) as reader, progress_bar() as progress:
+        task = progress.add_task("embedding", total=reader.count_pages(files))
+        embedded, failures = embed_pages(embedder, reader.read(files), num_vectors, lambda: progress.advance(task))
+    for failure in failures:
+        page = "" if failure.number is None else f", page {failure.number}"
+        typer.echo(f"not embedded: {failure.path}{page}: {failure.reason}", err=True)
+    if not embedded:
+        raise CembedError(f"none of the {len(failures)} pages could be embedded: {out} was not written")
+    vectors, sources, numbers = zip(*embedded, strict=True)
+    content = VectorFile.of(vectors, sources, numbers, embedder.bundle.hash)
+    content.save(out)
+    typer.echo(
+        f"{out}: {len(content)} pages, {len(content.vectors)} vectors of {embedder.dim}, {out.stat().st_size:,} bytes"
+    )
+    if failures:
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def embed_pages(
+    embedder: Embedder, pages: Iterable[Page | PageError], num_vectors: int | None, done: Callable[[], None]
+) -> tuple[list[tuple[Vectors, str, int]], list[PageError]]:
+    """Vectors, path and number of each page that could be embedded, and what went wrong with the others."""
+    from cembed.runtime.documents import Page, PageError
+
+    embedded: list[tuple[Vectors, str, int]] = []
+    failures: list[PageError] = []
+    for page in pages:
+        if isinstance(page, Page):
+            try:
+                embedded.append((embedder.embed_image(page.image, num_vectors), page.path, page.number))
+            except CembedError as error:
+                failures.append(PageError(page.path, page.number, str(error)))
+        else:
+            failures.append(page)
+        done()
+    return embedded, failures
+
+
+@app.command()
+def search(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Vector file made by `cembed embed`.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for.")],
+    bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle that made FILE.")],
+    top: Annotated[int, typer.Option(min=1, help="Pages to show.")] = 5,
+    query_vectors: Annotated[int | None, typer.Option(min=1, help="Vectors of the query; all by default.")] = None,
+    as_json: AsJson = False,
+    provider: Providers = None,
+    threads: Threads = None,
+) -> None:
+    """Rank the pages of a vector file by MaxSim with a query."""
+    import numpy as np
+
+    from cembed.runtime.embedder import CPU, Embedder
+    from cembed.runtime.scoring import maxsim
+    from cembed.runtime.vectors import VectorFile
+
+    content = VectorFile.load(file)
+    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads)
+    if content.bundle != embedder.bundle.hash:
+        raise CembedError(f"{file} was made by another bundle than {bundle}: use that one, or embed the pages again")
+    scores = maxsim([embedder.embed_query(query, query_vectors)], content.documents())[0]
+    best = np.argsort(-scores, kind="stable")[:top]
+    ranked = [
+        {"rank": rank, "score": float(scores[i]), "path": content.paths[i], "page": int(content.pages[i])}
+        for rank, i in enumerate(best, 1)
+    ]
+    if as_json:
+        typer.echo(json.dumps(ranked, indent=1, ensure_ascii=False))
+    else:
+        show_table(f"{query!r} among {len(content)} pages", ["rank", "score", "path", "page"], ranked)
+
+
+def main() -> None:
+    """Runs the command; an error of the user's is one line and exit status 1, unless --debug asks for more."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except CembedError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"error: {type(error).__name__}: {error} (--debug shows where; please report it)", err=True)
+    raise SystemExit(EXIT_FAILED)

@@ -1,0 +1,216 @@
+"""What `manifest.json` says, as frozen dataclasses, and how it is parsed: strictly."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from cembed.runtime.errors import CembedError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+SlotKind = Literal["constant", "all_tokens"]
+SlotPositions = Literal["zero", "continue"]
+PromptAttention = Literal["causal", "bidirectional"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one side, document or query, becomes vectors.
+
+    `prompt` is the text around the input: `{image}` or `{text}` stands for the input itself. `num_vectors` is the full
+    budget K of a latent-slot head: the last prompt position and K - 1 slots; None for `all_tokens`.
+    """
+
+    prompt: str
+    slots: SlotKind
+    num_vectors: int | None
+    latent_token_id: int | None
+    slot_positions: SlotPositions
+
+    def __post_init__(self) -> None:
+        if (self.slots == "all_tokens") != (self.num_vectors is None):
+            raise CembedError(f"a side with slots '{self.slots}' cannot have num_vectors {self.num_vectors}")
+        if self.num_vectors is not None and (self.num_vectors < 1 or self.latent_token_id is None):
+            raise CembedError("a side with latent slots needs num_vectors >= 1 and a latent_token_id")
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """From an RGB image to `pixel_values`.
+
+    `smart` resizing keeps the aspect ratio within `min_pixels`..`max_pixels` in steps of `patch_size * merge_size`
+    (Qwen2-VL, arXiv 2409.12191); `fixed` always gives `max_pixels`, square (SigLIP). A window of the vision tower is
+    `window_size` pixels wide; 0 means that there are none.
+    """
+
+    resize: Literal["smart", "fixed"]
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    window_size: int = 0
+
+    @property
+    def factor(self) -> int:
+        """Side of the square of pixels that becomes one visual token."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def max_visual_tokens(self) -> int:
+        return self.max_pixels // self.factor**2
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Rotary positions: `axes` is 3 for M-RoPE (time, height, width) and 1 otherwise; prompts start at `first`."""
+
+    axes: Literal[1, 3]
+    first: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file, the data files it refers to, and its inputs and outputs."""
+
+    file: str
+    data: tuple[str, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TokenEmbeddings:
+    file: str
+    dtype: Literal["float32", "float16"]
+    rows: int
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What `cembed verify` embeds again: the files' vectors are float32 [num_vectors, dim]."""
+
+    image: str
+    text: str
+    vectors: str
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest absolute difference and lowest cosine between a graph and the torch modules it was traced from."""
+
+    graph: str
+    max_abs_error: float
+    min_cosine: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    backbone: str
+    head: str
+    target: str
+    opset: int
+    dtype: str
+    hidden_size: int
+    dim: int
+    max_sequence_length: int
+    image_token_id: int
+    prompt_attention: PromptAttention
+    document: Side
+    query: Side
+    image: ImageProcessing
+    positions: Positions
+    graphs: Mapping[str, Graph]
+    token_embeddings: TokenEmbeddings
+    tokenizer: str
+    self_test: SelfTest
+    parity: tuple[Parity, ...]
+    source: Mapping[str, str]
+    made_with: Mapping[str, str]
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse strictly: a field that is unknown, missing or of another type is a `CembedError` that names it."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise CembedError(f"{MANIFEST} is not JSON: {error}") from error
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if not isinstance(version, int):
+            raise CembedError(f"{MANIFEST} has no schema_version: this is not a cembed bundle")
+        if version != SCHEMA_VERSION:
+            raise CembedError(
+                f"the bundle has schema version {version}, this cembed reads {SCHEMA_VERSION}: "
+                + ("update cembed" if version > SCHEMA_VERSION else "export the bundle again")
+            )
+        manifest: Manifest = decode(cls, raw, MANIFEST)
+        return manifest
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as parsed from JSON, as an object of type `kind`: dataclasses, tuples, mappings, literals, scalars."""
+    if is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), value, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _decode_union(args, value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is not None and isinstance(value, dict) and issubclass(origin, Mapping):
+        return {key: decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise CembedError(f"{where} is {value!r:.80}, which is not of the kind the schema wants ({kind})")
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    for kind in kinds:
+        if (kind is types.NoneType and value is None) or type(value) is kind:
+            return value
+    raise CembedError(f"{where} is {value!r:.80}, which is none of {kinds}")
+
+
+def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise CembedError(f"{where} is {value!r:.80}, not an object")
+    known = {f.name: f for f in fields(kind)}
+    required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    for problem, names in (("unknown", value.keys() - known.keys()), ("missing", required - value.keys())):
+        if names:
+            raise CembedError(f"{where} has {problem} fields: {', '.join(sorted(names))}")
+    kinds = typing.get_type_hints(kind)
+    return kind(**{name: decode(kinds[name], item, f"{where}.{name}") for name, item in value.items()})

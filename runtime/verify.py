@@ -1,0 +1,85 @@
+"""Is this bundle what was exported, and does it compute here what it computed then?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from cembed.runtime.bundle import Bundle
+from cembed.runtime.embedder import Embedder
+from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import Graph
+from cembed.runtime.session import OrtSession
+
+_ONNX_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(bundle: Bundle) -> Iterator[Check]:
+    """Every check in turn: the hash of each file, the inputs and outputs of each graph, the self-test."""
+    for name in bundle.manifest.files:
+        yield _attempt(f"sha256 of {name}", lambda name=name: _hash(bundle, name))
+    embedder = Embedder(bundle, ["CPUExecutionProvider"], None, None)
+    for name, graph in bundle.manifest.graphs.items():
+        yield _attempt(
+            f"inputs and outputs of {name}", lambda name=name, graph=graph: _signature(embedder, name, graph)
+        )
+    yield _attempt("self-test", lambda: _self_test(embedder))
+
+
+def _attempt(name: str, check: object) -> Check:
+    assert callable(check)
+    try:
+        return Check(name, True, check())
+    except CembedError as error:
+        return Check(name, False, str(error))
+
+
+def _hash(bundle: Bundle, name: str) -> str:
+    bundle.path(name)
+    return f"{bundle.manifest.files[name].size:,} bytes"
+
+
+def _signature(embedder: Embedder, name: str, graph: Graph) -> str:
+    session = embedder.session(name)
+    assert isinstance(session, OrtSession)
+    stated = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
+    found = {n: (_ONNX_TYPES.get(kind, kind), shape) for n, (kind, shape) in session.signature().items()}
+    if stated != found:
+        different = sorted(n for n in stated.keys() | found.keys() if stated.get(n) != found.get(n))
+        raise CembedError(f"the graph and the manifest disagree on {', '.join(different)}")
+    return ", ".join(stated)
+
+
+def _self_test(embedder: Embedder) -> str:
+    test = embedder.manifest.self_test
+    try:
+        expected = load_file(embedder.bundle.path(test.vectors))
+        with Image.open(embedder.bundle.path(test.image)) as page:
+            actual = {"document": embedder.embed_image(page), "query": embedder.embed_query(test.text)}
+    except (SafetensorError, OSError) as error:
+        raise CembedError(f"the self-test files cannot be read: {error}") from error
+    worst = 0.0
+    for side, vectors in actual.items():
+        if side not in expected or expected[side].shape != vectors.shape:
+            raise CembedError(f"the stored {side} vectors have another shape than {vectors.shape}")
+        worst = max(worst, float(np.abs(expected[side] - vectors).max()))
+    if worst > test.tolerance:
+        raise CembedError(f"the vectors are off by {worst:.1e}, allowed is {test.tolerance:.0e}")
+    return f"largest difference {worst:.1e}"
