@@ -17,8 +17,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from cembed.runtime.bundle import Bundle
-from cembed.runtime.documents import to_rgb
 from cembed.runtime.errors import CembedError
+from cembed.runtime.images import to_rgb
 from cembed.runtime.manifest import Side
 from cembed.runtime.positions import (
     Grid,
@@ -53,7 +53,7 @@ class Embedder:
         self._lock = threading.Lock()
         self._table = bundle.token_embeddings()
         tokenizer = Tokenizer.from_file(str(bundle.path(self.manifest.tokenizer)))
-        self._prompter = Prompter(tokenizer, self.manifest.image_token_id)
+        self.prompter = Prompter(tokenizer, self.manifest.image_token_id)
         self.image = self.manifest.image
         if max_visual_tokens is not None:
             self.image = self._limit(max_visual_tokens)
@@ -110,13 +110,13 @@ class Embedder:
         """One page of `embed_images`."""
         budget = self.budget(self.manifest.document, num_vectors)
         pixel_values, grid = preprocess(to_rgb(image), self.image)
-        ids = self._prompter.document(self.manifest.document.prompt, len(pixel_values) // self.image.merge_size**2)
+        ids = self.prompter.document(self.manifest.document.prompt, len(pixel_values) // self.image.merge_size**2)
         return self._embed(self.manifest.document, ids, budget, grid, self._image_features(pixel_values, grid))
 
     def embed_query(self, text: str, num_vectors: int | None = None) -> Vectors:
         """One query of `embed_queries`."""
         budget = self.budget(self.manifest.query, num_vectors)
-        return self._embed(self.manifest.query, self._prompter.query(self.manifest.query.prompt, text), budget)
+        return self._embed(self.manifest.query, self.prompter.query(self.manifest.query.prompt, text), budget)
 
     def budget(self, side: Side, num_vectors: int | None) -> int | None:
         """The number of vectors to make; None means all positions."""

@@ -1,0 +1,292 @@
+"""Reads PDFs and pictures into RGB pages. One process does all decoding: it may be slow, exhaust memory or crash.
+
+A request is a line of JSON, `[path, number]`, with number 0 when only the page count is wanted. Replies are headers in
+JSON, each after its length: `{"pages": n}`, then `{"shape": [h, w, 3]}` and the bytes; `{"error": text}` for either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cembed.runtime.decoding import Settings
+from cembed.runtime.errors import CembedError
+from cembed.runtime.images import Pixels
+
+SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+
+_START_SECONDS = 120.0
+_STRIKES = 30  # in a row, and a file is given up: it may claim a million pages
+_LOSS_STRIKES = 10
+# Not `python -m`: that takes modules from the working directory and misses what a script has put on sys.path.
+_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.decoding import serve; serve(sys.argv[1])"
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """A page of a file: `number` counts PDF pages or TIFF frames from 1, `image` is RGB uint8 [height, width, 3]."""
+
+    path: str
+    number: int
+    image: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class PageError:
+    """A page that could not be read, or a whole file if `number` is None; `reason` is one line for a person."""
+
+    path: str
+    number: int | None
+    reason: str
+
+
+def find_documents(paths: Iterable[str | Path]) -> list[Path]:
+    """The documents at `paths`, each once, in the order given; folders are searched to any depth, in order of name.
+
+    Within a folder, hidden files and folders, other types of file, and links to folders are passed over. Raises
+    CembedError for a path that does not exist, a file of unknown type, a folder that cannot be listed, or no result.
+    """
+    given = [Path(path) for path in paths]
+    found: dict[str, Path] = {}
+    for file in (file for path in given for file in (_walk(path) if path.is_dir() else [_checked(path)])):
+        found.setdefault(os.path.abspath(file), file)
+    if not found:
+        where = ", ".join(map(str, given)) or "no path"
+        raise CembedError(f"found no documents in {where}: give files or folders with {', '.join(SUFFIXES)}")
+    return list(found.values())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise CembedError(f"cannot list the folder {error.filename}: {error.strerror}")
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (Path(root, name) for name in sorted(files) if not name.startswith(".")):
+            if file.suffix.lower() in SUFFIXES and file.is_file():
+                yield file
+
+
+def _checked(path: Path) -> Path:
+    if not os.path.lexists(path):
+        raise CembedError(f"no such file or folder: {path}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise CembedError(f"{path} is not a document of a known type: give {', '.join(SUFFIXES)}")
+    return path
+
+
+class PageReader:
+    """Decodes documents in a process of its own, one page ahead of the caller; leaving the `with` block ends it.
+
+    `dpi` is the resolution of PDF pages; one that would have more than `max_pixels` is drawn smaller, a picture that
+    has more is refused. `timeout` is in seconds, for each page. `memory_limit` is in bytes on top of what the idle
+    process takes (None: no limit) and needs a system with RLIMIT_AS. Raises CembedError for a setting that is not
+    above 0, and when the process does not start.
+    """
+
+    def __init__(
+        self,
+        *,
+        dpi: float = 144.0,
+        timeout: float = 60.0,
+        max_pixels: int = 100_000_000,
+        memory_limit: int | None = 2 << 30,
+    ) -> None:
+        self._settings, self._timeout = Settings(dpi, max_pixels, memory_limit), min(timeout, threading.TIMEOUT_MAX)
+        for name, value in {**asdict(self._settings), "timeout": timeout}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise CembedError(f"{name} is {value}: give a number above 0")
+        self._worker: _Worker | None = None
+        self._entered = self._reading = False
+
+    def __enter__(self) -> PageReader:
+        self._entered, self._worker = True, _Worker(self._settings)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._entered = False
+        self._end_worker()
+
+    def count_pages(self, paths: Iterable[str | Path]) -> int:
+        """How many pages `paths` have together; a file that cannot be read counts as 1. Not during a `read`."""
+        assert not self._reading, "count before read()"
+        return sum(map(self._count, map(str, paths)))
+
+    def read(self, paths: Iterable[str | Path]) -> Iterator[Page | PageError]:
+        """Every page of every file in order, or the reason why it is missing; bad input never raises.
+
+        The page after the one handed out is already being decoded, so `paths` is consumed one ahead. After 30 pages in
+        a row that failed, or 3 that took too long or ended the process, one PageError stands for the rest of the file.
+        """
+        assert not self._reading, "finish or close() the running read() first: there is one process to answer"
+        self._reading = True
+        held: list[Page | PageError] = []
+        try:
+            for step in (step for path in paths for step in self._steps(str(path))):
+                if step is not None:
+                    held.append(step)
+                    continue
+                yield from held
+                held.clear()
+            yield from held
+        except BaseException:  # with a request under way, this process can serve no other read
+            self._end_worker()
+            raise
+        finally:
+            self._reading = False
+
+    def _steps(self, path: str) -> Iterator[Page | PageError | None]:
+        """Outcomes, and None when the next request is under way: the moment to hand out what came before it."""
+        number, pages, strikes = 1, 0, 0
+        while number <= max(pages, 1):
+            worker = self._live_worker()
+            try:
+                worker.send(path, number)
+                yield None
+                reply = worker.receive(self._timeout)
+                pages, strikes = worker.pages, strikes + 1 if isinstance(reply, str) else 0
+            except _LostError as lost:
+                reply = str(lost)
+                pages, strikes = worker.pages or pages, strikes + _LOSS_STRIKES
+            if isinstance(reply, str):
+                yield PageError(path, number if pages else None, reply)
+            else:
+                yield Page(path, number, reply)
+            del reply  # it may be the largest thing in memory, and the next one is about to come
+            number += 1
+            if strikes >= _STRIKES and number <= pages:
+                yield PageError(path, None, f"pages {number} to {pages} left out, as too many in a row failed")
+                return
+
+    def _count(self, path: str) -> int:
+        worker = self._live_worker()
+        with contextlib.suppress(_LostError):
+            worker.send(path, 0)
+            worker.receive(self._timeout)
+        return worker.pages or 1
+
+    def _live_worker(self) -> _Worker:
+        assert self._entered, "use PageReader in a with block"
+        if self._worker is None or not self._worker.alive:
+            self._end_worker()
+            self._worker = _Worker(self._settings)
+        self._worker.await_ready()
+        return self._worker
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+
+
+class _LostError(Exception):
+    """The decoding process is gone, or was ended, before it had answered."""
+
+
+class _Worker:
+    """The decoding process as the reading side sees it; `pages` is what it said of the file last asked for."""
+
+    def __init__(self, settings: Settings) -> None:
+        command = [sys.executable, "-c", _BOOT, json.dumps(asdict(settings)), *map(str, sys.path)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        self._requests: Any = self._process.stdin
+        self._replies: Any = self._process.stdout
+        self._ready, self.pages = False, 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def await_ready(self) -> None:
+        try:
+            self._ready = self._ready or self.receive(_START_SECONDS) is not None
+        except _LostError as lost:
+            hint = f"check that `{sys.executable} -c 'import PIL, pypdfium2'` works and memory_limit is not too small"
+            raise CembedError(f"the process that reads documents did not start: {lost}; {hint}") from None
+
+    def send(self, path: str, number: int) -> None:
+        self.pages = 0
+        try:
+            self._requests.write(json.dumps([os.path.abspath(path), number]).encode() + b"\n")
+            self._requests.flush()
+        except OSError:
+            raise _LostError(self._ending()) from None
+
+    def receive(self, seconds: float) -> Pixels | str:
+        """The image asked for (empty if none was) or why there is none; ends the process when `seconds` have passed."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._process.kill()
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            reply = self._reply()
+        except (EOFError, ValueError):
+            reply = None
+        except BaseException:  # half a reply would be taken for the start of the next
+            self.end()
+            raise
+        finally:
+            timer.cancel()
+            timer.join()
+        if expired.is_set():
+            self.end()
+            raise _LostError(f"took longer than {seconds:g} s")
+        if reply is None:
+            raise _LostError(self._ending())
+        return reply
+
+    def _reply(self) -> Pixels | str:
+        header = self._header()
+        if "pages" in header:
+            self.pages = header["pages"]
+            header = self._header()
+        if "error" in header:
+            return str(header["error"])
+        image = np.empty(header["shape"], np.uint8)
+        self._fill(image.data.cast("B") if image.size else bytearray())
+        return image
+
+    def _header(self) -> dict[str, Any]:
+        length = bytearray(4)
+        self._fill(length)
+        text = bytearray(int.from_bytes(length, "big"))
+        self._fill(text)
+        header: dict[str, Any] = json.loads(text)
+        return header
+
+    def _fill(self, buffer: bytearray | memoryview) -> None:
+        if self._replies.readinto(buffer) != len(buffer):
+            raise EOFError
+
+    def _ending(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        self.end()
+        code = self._process.returncode
+        what = signal.strsignal(-code) if code < 0 else f"exit status {code}"
+        return f"the decoding process died ({what})"
+
+    def end(self) -> None:
+        self._process.kill()
+        for pipe in (self._requests, self._replies):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._process.wait()

@@ -1,0 +1,41 @@
+"""Bundles are exported once a session, from the checkpoints in tests/golden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+BACKBONE_OF = {
+    "causalqwen2_5": "qwen2.5-vl",
+    "causalpali": "paligemma",
+    "colqwen2": "qwen2-vl",
+    "colqwen2_5": "qwen2.5-vl",
+    "colpali": "paligemma",
+}
+CAUSAL = ("causalqwen2_5", "causalpali")
+BundleMaker = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+    """The bundle of a golden checkpoint, by folder name: fp32, 8 document and 4 query vectors."""
+    root = tmp_path_factory.mktemp("bundles")
+
+    def make(name: str) -> Path:
+        if not (root / name).exists():
+            from cembed.export.exporter import export
+            from cembed.export.plan import ExportOptions
+
+            options = ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), num_vectors=8, query_vectors=4)
+            export(options, root / name)
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def causal_bundle(bundle_of: BundleMaker) -> Path:
+    return bundle_of("causalqwen2_5")

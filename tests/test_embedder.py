@@ -1,0 +1,196 @@
+"""What must hold for any page, query, budget and batch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from conftest import BACKBONE_OF, BundleMaker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cembed.runtime import CembedError, Embedder
+from cembed.runtime.embedder import normalise
+from cembed.runtime.manifest import ImageProcessing
+from cembed.runtime.positions import patch_positions, window_index, window_restore
+from cembed.runtime.preprocess import smart_resize
+
+SPEC = ImageProcessing("smart", 14, 2, 3136, 75264, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), window_size=112)
+
+
+def page(width: int, height: int, seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+MATES = [page(420, 560, 1), page(9, 7, 2), Image.new("RGB", (300, 300), "white"), page(900, 60, 3), page(640, 640, 4)]
+
+
+@pytest.mark.parametrize("name", BACKBONE_OF)
+def test_batch_mates_do_not_change_a_page(name: str, bundle_of: BundleMaker) -> None:
+    embedder = Embedder.load(bundle_of(name))
+    subject = page(333, 222, 0)
+    alone = embedder.embed_image(subject)
+    rng = np.random.default_rng(0)
+    for size in (2, 4, 8):
+        place = int(rng.integers(size))
+        batch = [MATES[int(i)] for i in rng.integers(len(MATES), size=size)]
+        batch[place] = subject
+        assert np.array_equal(embedder.embed_images(batch)[place], alone)
+
+
+def test_several_threads_share_an_embedder(causal_bundle: Path) -> None:
+    embedder = Embedder.load(causal_bundle)
+    texts = [f"query number {i}" for i in range(12)]
+    expected = [*embedder.embed_queries(texts), *embedder.embed_images(MATES)]
+    shared = Embedder.load(causal_bundle)
+    with ThreadPoolExecutor(4) as pool:
+        actual = [*pool.map(shared.embed_query, texts), *pool.map(shared.embed_image, MATES)]
+    for a, b in zip(expected, actual, strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["causalqwen2_5", "causalpali"])
+def test_a_budget_is_the_start_of_a_larger_one(name: str, bundle_of: BundleMaker) -> None:
+    embedder = Embedder.load(bundle_of(name))
+    full, query = embedder.embed_image(MATES[0]), embedder.embed_query("total of the invoice")
+    assert full.shape == (8, embedder.dim)
+    assert query.shape == (4, embedder.dim)
+    for n in (1, 2, 7, 8):
+        vectors = embedder.embed_image(MATES[0], num_vectors=n)
+        assert len(vectors) == n
+        np.testing.assert_allclose(vectors, full[:n], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(embedder.embed_query("total of the invoice", 2), query[:2], rtol=0, atol=1e-6)
+
+
+def test_a_smaller_budget_runs_fewer_positions(causal_bundle: Path) -> None:
+    embedder = Embedder.load(causal_bundle)
+    lengths = []
+    run = embedder.session("text").run
+    embedder.session("text").run = lambda feeds: lengths.append(feeds["inputs_embeds"].shape[1]) or run(feeds)  # type: ignore[method-assign]
+    embedder.embed_image(MATES[0], num_vectors=1)
+    embedder.embed_image(MATES[0], num_vectors=8)
+    assert lengths[1] - lengths[0] == 7
+
+
+def test_vectors_have_length_one(causal_bundle: Path) -> None:
+    vectors = Embedder.load(causal_bundle).embed_images(MATES)
+    assert all(v.dtype == np.float32 for v in vectors)
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate(vectors), axis=-1), 1, atol=1e-6)
+
+
+def test_lists_generators_and_arrays(causal_bundle: Path) -> None:
+    embedder = Embedder.load(causal_bundle)
+    expected = embedder.embed_images(MATES[:2])
+    for same in ((image for image in MATES[:2]), tuple(MATES[:2]), [np.asarray(image) for image in MATES[:2]]):
+        for a, b in zip(expected, embedder.embed_images(same), strict=True):
+            assert np.array_equal(a, b)
+    assert embedder.embed_images([]) == []
+
+
+def test_a_generator_is_consumed_one_page_at_a_time(causal_bundle: Path) -> None:
+    embedder, alive = Embedder.load(causal_bundle), []
+    embed_image = embedder.embed_image
+    embedder.embed_image = lambda *args: alive.append(len(handed)) or embed_image(*args)  # type: ignore[method-assign]
+    handed: list[int] = []
+    embedder.embed_images(handed.append(i) or MATES[i] for i in range(3))  # type: ignore[func-returns-value]
+    assert alive == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda e: e.embed_queries("one"), "brackets"),
+        (lambda e: e.embed_images(MATES[0]), "brackets"),
+        (lambda e: e.embed_queries([7]), "int"),
+        (lambda e: e.embed_query("  "), "empty"),
+        (lambda e: e.embed_query("look <|image_pad|> here"), "<|image_pad|>"),
+        (lambda e: e.embed_query("long " * 5000), "positions"),
+        (lambda e: e.embed_image(np.zeros((4, 4), np.uint8)), "[4, 4]"),
+        (lambda e: e.embed_image(Image.new("RGB", (3000, 10))), "3000 x 10"),
+        (lambda e: e.embed_image(MATES[0], num_vectors=0), "1 to 8"),
+        (lambda e: e.embed_image(MATES[0], num_vectors=9), "1 to 8"),
+        (lambda e: e.embed_query("x", num_vectors=5), "1 to 4"),
+    ],
+)
+def test_mistakes_are_named(causal_bundle: Path, call: object, words: str) -> None:
+    assert callable(call)
+    with pytest.raises(CembedError, match=words.replace("[", r"\[").replace("|", r"\|")) as raised:
+        call(Embedder.load(causal_bundle))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_head_of_all_tokens_has_no_budget(bundle_of: BundleMaker) -> None:
+    with pytest.raises(CembedError, match="every token"):
+        Embedder.load(bundle_of("colqwen2")).embed_query("x", num_vectors=2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_nan_infinity_and_zeros_never_become_vectors(bad: float) -> None:
+    states = np.ones((3, 4), np.float32)
+    states[1] = bad
+    with pytest.raises(CembedError, match="NaN"):
+        normalise(states)
+
+
+def test_fewer_visual_tokens_at_call_time(causal_bundle: Path) -> None:
+    embedder = Embedder.load(causal_bundle, max_visual_tokens=24)
+    lengths = []
+    run = embedder.session("vision").run
+    embedder.session("vision").run = lambda feeds: lengths.append(feeds["pixel_values"].shape[1]) or run(feeds)  # type: ignore[method-assign]
+    embedder.embed_image(MATES[0])
+    assert 12 <= lengths[0] // 4 <= 24
+    for wrong in (1, 97):
+        with pytest.raises(CembedError, match="4 to 96"):
+            Embedder.load(causal_bundle, max_visual_tokens=wrong)
+
+
+def test_fixed_images_have_fixed_visual_tokens(bundle_of: BundleMaker) -> None:
+    with pytest.raises(CembedError, match="always take 64"):
+        Embedder.load(bundle_of("colpali"), max_visual_tokens=10)
+
+
+def test_a_missing_provider_is_an_error(causal_bundle: Path) -> None:
+    with pytest.raises(CembedError, match="CUDAExecutionProvider.*CPUExecutionProvider"):
+        Embedder.load(causal_bundle, providers=["CUDAExecutionProvider"])
+
+
+def test_a_provider_that_does_not_start_is_said_loudly(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the GPU build finds no driver: the session comes back on another provider."""
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    make = ort.InferenceSession
+    monkeypatch.setattr(ort, "get_available_providers", lambda: names)
+    monkeypatch.setattr(ort, "InferenceSession", lambda path, options, providers: make(path, options, providers=names[1:]))
+    with pytest.warns(RuntimeWarning, match="CUDAExecutionProvider"):
+        Embedder.load(causal_bundle, providers=names).embed_query("x")
+    with pytest.raises(CembedError, match="CUDAExecutionProvider"):
+        Embedder.load(causal_bundle, providers=names[:1]).embed_query("x")
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_smart_resize_properties(height: int, width: int) -> None:
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(CembedError):
+            smart_resize(height, width, SPEC)
+        return
+    new_height, new_width = smart_resize(height, width, SPEC)
+    assert new_height % 28 == new_width % 28 == 0
+    assert new_height * new_width <= SPEC.max_pixels
+    assert min(new_height, new_width) >= 28
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_windows_partition_the_patches(rows: int, columns: int) -> None:
+    grid = (2 * rows, 2 * columns)
+    num_patches = grid[0] * grid[1]
+    windows = window_index(grid, SPEC)
+    assert sorted(windows[windows >= 0]) == list(range(num_patches))
+    assert np.array_equal(windows.reshape(-1)[window_restore(windows, num_patches)], np.arange(num_patches))
+    positions = patch_positions(grid, 2)
+    for window in windows:
+        assert len({tuple(positions[patch] // 8) for patch in window[window >= 0]}) == 1
