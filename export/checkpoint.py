@@ -212,11 +212,11 @@ class Checkpoint:
         self.unused.discard(name)
         return tensor
 
-    def embeddings(self) -> Tensor:
-        """The input embedding table [vocabulary, hidden]; where only a tied output table is stored, that one."""
-        if "embed_tokens.weight" not in self and "lm_head.weight" in self:
-            return self.load("lm_head.weight")
-        return self.load("embed_tokens.weight")
+    @property
+    def embeddings_name(self) -> str:
+        """The input embedding table [vocabulary, hidden]; where only the output table is stored, they are tied."""
+        tied = "embed_tokens.weight" not in self and "lm_head.weight" in self
+        return "lm_head.weight" if tied else "embed_tokens.weight"
 
     def require(self, names: Iterable[str]) -> None:
         """Raises CembedError that names what is missing and what is left over, all at once."""

@@ -73,7 +73,7 @@ def export(
 
 def write_embeddings(plan: Plan, root: Path) -> TokenEmbeddings:
     """The table in float32 (fp16 bundles: float16), scaled as the backbone scales it, a slice at a time."""
-    table = plan.checkpoint.embeddings()
+    table = plan.checkpoint.load(plan.checkpoint.embeddings_name)
     hidden = plan.backbone.decoder.hidden_size
     needed = max(plan.backbone.image_token_id, plan.document.latent_token_id or 0, plan.query.latent_token_id or 0)
     if table.dim() != 2 or table.shape[1] != hidden or table.shape[0] <= needed:

@@ -22,8 +22,8 @@ from cembed.runtime.preprocess import resized_size
 from cembed.runtime.session import OrtSession
 
 Array = NDArray[Any]
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-4, "fp16": 5e-2}
-"""Of outputs scaled to a largest value of 1. bf16 is only stored; fp16 is compared with torch in float32."""
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+"""Of outputs scaled to a largest value of 1. Torch computes with the checkpoint's own values in float32."""
 
 
 def reference_module(spec: GraphSpec, load: Callable[[str], torch.Tensor]) -> nn.Module:

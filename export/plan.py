@@ -29,7 +29,7 @@ from cembed.runtime.manifest import (
     Tensor,
     TokenEmbeddings,
 )
-from cembed.runtime.prompts import check_prompt
+from cembed.runtime.prompts import check_prompt, load_tokenizer
 
 SELF_TEST_TEXT = "What is the total of the invoice?"
 SELF_TEST_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "fp16": 2e-2}
@@ -57,6 +57,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         for what, given, known in (
+            ("backbone", self.backbone, choices.BACKBONES),
+            ("target", self.target, choices.TARGETS),
             ("head", self.head, choices.HEADS),
             ("dtype", self.dtype, choices.DTYPES),
             ("slot positions", self.slot_positions, choices.SLOT_POSITIONS),
@@ -83,23 +85,15 @@ class Plan:
 
     @classmethod
     def make(cls, options: ExportOptions, root: Path) -> Plan:
-        backbone = limit_visual_tokens(load_backbone(options.backbone, root), options.max_visual_tokens)
         checkpoint = Checkpoint.open(root, options.adapter)
+        backbone = limit_visual_tokens(load_backbone(options.backbone, root), options.max_visual_tokens)
         head = options.head or ("colbert" if "custom_text_proj.weight" in checkpoint else "causal")
         tokenizer_path = find_tokenizer(root, options.adapter)
-        document, query = sides(options, backbone, head, Tokenizer.from_file(str(tokenizer_path)))
+        document, query = sides(options, backbone, head, load_tokenizer(tokenizer_path))
         attention = options.prompt_attention or backbone.prompt_attention
-        width = (
-            checkpoint.load("custom_text_proj.bias").shape[0]
-            if head == "colbert" and "custom_text_proj.bias" in checkpoint
-            else None
-        )
-        if head == "colbert" and width is None:
-            raise CembedError(
-                f"{root} has no custom_text_proj: it is not a ColBERT-style checkpoint, use --head causal"
-            )
+        width = projection_width(checkpoint) if head == "colbert" else None
         specs = (vision_spec(backbone), text_spec(backbone, attending(attention, document), width))
-        checkpoint.require(["embed_tokens.weight", *(name for spec in specs for name in parameter_names(spec))])
+        checkpoint.require([checkpoint.embeddings_name, *(name for spec in specs for name in parameter_names(spec))])
         return cls(options, backbone, checkpoint, tokenizer_path, head, document, query, specs)
 
     def loader(self, spec: GraphSpec, *, stored: bool) -> Callable[[str], torch.Tensor]:
@@ -156,6 +150,12 @@ def limit_visual_tokens(backbone: Backbone, tokens: int | None) -> Backbone:
     if tokens < smallest:
         raise CembedError(f"--max-visual-tokens {tokens} is too small: the smallest image takes {smallest}")
     return replace(backbone, image=replace(image, max_pixels=tokens * image.factor**2))
+
+
+def projection_width(checkpoint: Checkpoint) -> int:
+    if "custom_text_proj.bias" not in checkpoint:
+        raise CembedError(f"{checkpoint.root} has no custom_text_proj: it is no ColBERT-style one, use --head causal")
+    return checkpoint.load("custom_text_proj.bias").shape[0]
 
 
 def find_tokenizer(root: Path, adapter: Path | None) -> Path:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tokenizers import Tokenizer
 
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
@@ -29,7 +28,7 @@ from cembed.runtime.positions import (
     window_restore,
 )
 from cembed.runtime.preprocess import preprocess
-from cembed.runtime.prompts import Prompter
+from cembed.runtime.prompts import Prompter, load_tokenizer
 from cembed.runtime.session import Array, OrtSession, Session, check_providers
 
 Vectors = NDArray[np.float32]
@@ -52,7 +51,7 @@ class Embedder:
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._table = bundle.token_embeddings()
-        tokenizer = Tokenizer.from_file(str(bundle.path(self.manifest.tokenizer)))
+        tokenizer = load_tokenizer(bundle.path(self.manifest.tokenizer))
         self.prompter = Prompter(tokenizer, self.manifest.image_token_id)
         self.image = self.manifest.image
         if max_visual_tokens is not None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cembed.runtime.errors import CembedError
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises CembedError if `path` is not a tokenizer as the `tokenizers` library writes it."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise CembedError(f"{path} is not a tokenizer: {error}") from error
 
 
 class Prompter:

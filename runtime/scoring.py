@@ -23,9 +23,9 @@ def maxsim(queries: Sequence[FloatArray], documents: Sequence[FloatArray]) -> ND
     Raises CembedError: an item that is not two-dimensional, has no rows, another dim, or NaN or infinity in it.
 
     >>> query = [np.array([[1.0, 0.0], [0.0, 1.0]])]
-    >>> pages = [np.array([[1.0, 0.0]]), np.array([[0.6, 0.8], [-1.0, 0.0]])]
+    >>> pages = [np.array([[1.0, 0.0]]), np.array([[0.5, 0.25], [-1.0, 0.0]])]
     >>> maxsim(query, pages)
-    array([[1. , 1.4]], dtype=float32)
+    array([[1.  , 0.75]], dtype=float32)
     """
     dim = _check("query", queries, None)
     _check("document", documents, dim)
