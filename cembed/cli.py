@@ -130,7 +130,11 @@ def export(
 def require_export_packages() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("torch", "transformers", "onnxscript", "huggingface_hub") if find_spec(name) is None]
+    missing = [
+        name
+        for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "huggingface_hub")
+        if find_spec(name) is None
+    ]
     if missing:
         raise CembedError(f"export needs {', '.join(missing)}: install them with pip install 'cembed[export]'")
 
@@ -169,7 +173,7 @@ def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
 @app.command()
 def embed(
     bundle: BundlePath,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="PDF and image files, or folders of them.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="PDF and image files, or folders of them.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Vector file to write: .npz or .safetensors.")],
     num_vectors: Annotated[
         int | None, typer.Option(min=1, help="Vectors of a page; the bundle's full budget by default.")
@@ -198,7 +202,7 @@ def embed(
         embedded, failures = embed_pages(embedder, reader.read(files), num_vectors, lambda: progress.advance(task))
     for failure in failures:
         page = "" if failure.number is None else f", page {failure.number}"
-        typer.echo(f"not embedded: {failure.path}{page}: {failure.reason}", err=True)
+        complain(f"not embedded: {failure.path}{page}: {failure.reason}")
     if not embedded:
         raise CembedError(f"none of the {len(failures)} pages could be embedded: {out} was not written")
     vectors, sources, numbers = zip(*embedded, strict=True)
@@ -265,21 +269,27 @@ def search(
         show_table(f"{query!r} among {len(content)} pages", ["rank", "score", "path", "page"], ranked)
 
 
+def complain(message: str) -> None:
+    """One line on standard error, whatever a file's name has in it."""
+    typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message), err=True)
+
+
 def main() -> None:
     """Runs the command; an error of the user's is one line and exit status 1, unless --debug asks for more."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments)
+        app(arguments, prog_name="cembed")
+    except SystemExit as exit_:
+        if exit_.code == EXIT_INTERRUPTED:
+            complain("interrupted")
+        raise
     except CembedError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        complain(f"error: {error}")
     except Exception as error:
         if debug:
             raise
-        typer.echo(f"error: {type(error).__name__}: {error} (--debug shows where; please report it)", err=True)
+        complain(f"error: {type(error).__name__}: {error} (--debug shows where; please report it)")
     raise SystemExit(EXIT_FAILED)

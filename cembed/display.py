@@ -84,4 +84,5 @@ def progress_bar(description: str = "") -> Progress:
 
     steps = [SpinnerColumn(), TextColumn(description), TimeElapsedColumn()]
     pages = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()]
-    return Progress(*(steps if description else pages), console=Console(stderr=True))
+    console = Console(stderr=True)
+    return Progress(*(steps if description else pages), console=console, disable=not console.is_terminal)

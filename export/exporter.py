@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from cembed.export.checkpoint import resolve
 from cembed.export.graph import choose_dialect, trace, write_graph
@@ -101,11 +101,12 @@ def self_test_page() -> Image.Image:
 def write_self_test(root: Path, manifest: Manifest) -> Manifest:
     """Embeds the self-test page and query with the bundle as it is, stores the vectors, and completes the manifest."""
     self_test_page().save(root / manifest.self_test.image)
+    (root / manifest.self_test.vectors).touch()
     (root / MANIFEST).write_text(replace(manifest, files=record_files(root)).to_json(), encoding="utf-8")
     embedder = Embedder(Bundle(root, verify=False), CPU, None, None)
     with Image.open(root / manifest.self_test.image) as page:
         vectors = {"document": embedder.embed_image(page), "query": embedder.embed_query(manifest.self_test.text)}
-    save_file(vectors, root / manifest.self_test.vectors)
+    (root / manifest.self_test.vectors).write_bytes(save(vectors))
     complete = replace(manifest, files=record_files(root))
     (root / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
     return complete

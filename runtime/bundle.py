@@ -58,7 +58,20 @@ class Bundle:
         self._lock = threading.Lock()
         self._verified: set[str] = set()
         self._verify = verify
+        self._check_references()
         self._check_listing()
+
+    def _check_references(self) -> None:
+        """The files that the manifest's fields name must be those it lists: one that is not named is never verified."""
+        m = self.manifest
+        if missing := {"vision", "text"} - m.graphs.keys():
+            raise CembedError(f"{self.root}: the manifest has no graph {', '.join(sorted(missing))}")
+        named = {m.token_embeddings.file, m.tokenizer, m.self_test.image, m.self_test.vectors}
+        named |= {name for graph in m.graphs.values() for name in (graph.file, *graph.data)}
+        if different := sorted(named ^ m.files.keys()):
+            raise CembedError(
+                f"{self.root}: the manifest lists {', '.join(different)} but does not use it, or the reverse"
+            )
 
     def _check_listing(self) -> None:
         listed, found = set(self.manifest.files), {entry.name for entry in os.scandir(self.root)} - {MANIFEST}

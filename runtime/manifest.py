@@ -161,7 +161,7 @@ class Manifest:
         """Parse strictly: a field that is unknown, missing or of another type is a `CembedError` that names it."""
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CembedError(f"{MANIFEST} is not JSON: {error}") from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if not isinstance(version, int):
@@ -182,17 +182,17 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return _decode_union(args, value, where)
-    if origin is Literal and value in args:
+    if origin is Literal and any(type(value) is type(choice) and value == choice for choice in args):
         return value
     if origin is tuple and isinstance(value, list):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) == len(value):
             return tuple(decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is not None and isinstance(value, dict) and issubclass(origin, Mapping):
+    if origin is Mapping and isinstance(value, dict):
         return {key: decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) in (int, float):
+    if kind is float and type(value) in (int, float) and abs(value) < 1e300:  # and so not NaN or infinity
         return float(value)
-    if isinstance(kind, type) and type(value) is kind:
+    if kind in (bool, int, str) and type(value) is kind:
         return value
     raise CembedError(f"{where} is {value!r:.80}, which is not of the kind the schema wants ({kind})")
 

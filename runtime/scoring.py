@@ -65,6 +65,8 @@ def _check(what: str, items: Sequence[FloatArray], dim: int | None) -> int | Non
         dim = item.shape[1] if dim is None else dim
         if item.shape[1] != dim:
             raise CembedError(f"{what} {index} has dim {item.shape[1]}, the others have {dim}")
-        if not np.isfinite(item).all():
-            raise CembedError(f"{what} {index} contains NaN or infinity")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.asarray(item, np.float32)).all()
+        if not finite:
+            raise CembedError(f"{what} {index} contains NaN, infinity, or values that float32 cannot hold")
     return dim

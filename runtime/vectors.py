@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,19 +59,17 @@ class VectorFile:
     def save(self, path: Path) -> None:
         """Write `path`, whole or not at all. Raises CembedError for another suffix or a full disk."""
         check_suffix(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                temporary = Path(file.name)
+            with temporary.open("xb") as file:
                 self._write(file, path.suffix)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
         except OSError as error:
             raise CembedError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
-            if "temporary" in locals():
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def _write(self, file: Any, suffix: str) -> None:
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
@@ -98,8 +95,8 @@ class VectorFile:
         """Raises CembedError if the arrays do not fit each other, or hold NaN or infinity."""
         n = len(self.paths)
         fits = (
-            self.vectors.ndim == 2
-            and self.vectors.dtype == np.float32
+            [array.dtype for array in (self.vectors, self.offsets, self.pages)] == [np.float32, np.int64, np.int32]
+            and self.vectors.ndim == 2
             and self.offsets.shape == (n + 1,)
             and self.pages.shape == (n,)
             and self.offsets[0] == 0
@@ -115,6 +112,8 @@ def check_writable(path: Path, force: bool) -> None:
     check_suffix(path)
     if not path.parent.is_dir():
         raise CembedError(f"{path.parent} is no folder: make it first")
+    if path.is_dir():
+        raise CembedError(f"{path} is a folder: name a file")
     if path.exists() and not force:
         raise CembedError(f"{path} exists: choose another --out, or replace it with --force")
 

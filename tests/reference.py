@@ -32,13 +32,16 @@ PREFIXES = (
 )
 
 
+def renamed(key: str) -> str:
+    return next(new + key.removeprefix(old) for old, new in PREFIXES if key.startswith(old))
+
+
 class Reference:
     def __init__(self, folder: Path) -> None:
         self.config = AutoConfig.from_pretrained(folder)
         self.model: Any = MODELS[self.config.model_type](self.config).eval()
         state = {k: v for k, v in load_file(folder / "model.safetensors").items() if "custom_text_proj" not in k}
-        names = {key: next(new + key.removeprefix(old) for old, new in PREFIXES if key.startswith(old)) for key in state}
-        self.model.load_state_dict({names[key]: value for key, value in state.items()}, strict=True)
+        self.model.load_state_dict({renamed(key): value for key, value in state.items()}, strict=True)
         self.gemma = isinstance(self.model.language_model, GemmaModel)
 
     def embeddings(self, ids: NDArray[np.int64]) -> torch.Tensor:
@@ -70,8 +73,8 @@ class Reference:
         slots = slot_positions(prompt, num_vectors - 1, policy)
         cache = DynamicCache(config=self.model.language_model.config)
         states = [self.step(embeds, prompt, cache)]
-        for k in range(num_vectors - 1):
-            states.append(self.step(self.embeddings(np.array([latent_token_id])), slots[:, k : k + 1], cache))
+        latent = self.embeddings(np.array([latent_token_id]))
+        states += [self.step(latent, slots[:, k : k + 1], cache) for k in range(num_vectors - 1)]
         return torch.nn.functional.normalize(torch.cat(states), dim=-1).numpy()
 
     def step(self, embeds: torch.Tensor, positions: NDArray[np.int64], cache: DynamicCache) -> torch.Tensor:

@@ -1,0 +1,40 @@
+"""What the documents say is what the program does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+PROJECT = Path(__file__).resolve().parents[1]
+README = PROJECT / "README.md"
+
+
+def test_help_texts_are_current() -> None:
+    subprocess.run([sys.executable, PROJECT / "docs" / "help.py", "--check"], check=True)
+
+
+def test_the_python_of_the_readme_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    shutil.copytree(causal_bundle, tmp_path / "bundle")
+    shutil.copy(GOLDEN / "colqwen2" / "page.png", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert getattr(names["scores"], "shape", None) == (1, 1)
+
+
+def test_the_documented_test_command_is_what_ci_runs() -> None:
+    assert "make test" in README.read_text()
+    assert "\nmake test\n" in (PROJECT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/decisions.md"])
+def test_links_within_the_project_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (PROJECT / document).read_text()):
+        assert (PROJECT / document).parent.joinpath(target).exists(), target

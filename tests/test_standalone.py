@@ -1,0 +1,245 @@
+"""The runtime stands alone: without torch and what belongs to it, as it is on a device and in a wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+from cembed import runtime
+from cembed.runtime import Embedder, VectorFile
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "peft", "huggingface_hub")
+SOURCES = {"cembed": "cembed", "cembed/export": "export", "cembed/runtime": "runtime"}
+"""Folders of the wheel, and where the tree has them."""
+MAIN = "from cembed.cli import main; main()"
+MAIN_THEN_MODULES = f"""
+import sys
+from cembed.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print()
+print(sorted(set(sys.modules) & set({HEAVY})))
+"""
+
+
+def python(
+    code: str, *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd, env=env)
+
+
+@pytest.fixture(scope="module")
+def blocked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH with which every Python process, the page reader's worker too, lacks the heavy packages."""
+    folder = tmp_path_factory.mktemp("blocked")
+    lines = ["import sys", f"for name in {HEAVY}:", "    sys.modules[name] = None"]
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    assert python("import torch", PYTHONPATH=str(folder)).returncode == 1
+    return str(folder)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    page = Image.new("RGB", (120, 160), "white")
+    page.save(folder / "two.pdf", save_all=True, append_images=[page])
+    shutil.copy(GOLDEN / "causalqwen2_5" / "small.png", folder)
+    return folder
+
+
+def test_every_name_of_the_runtime_is_there(blocked: str) -> None:
+    code = """
+import cembed.runtime
+for name in cembed.runtime.__all__:
+    assert getattr(cembed.runtime, name).__name__ == name
+import cembed.runtime.documents, cembed.runtime.verify, cembed.cli, cembed.display, cembed.export.choices
+"""
+    done = python(code, PYTHONPATH=blocked)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="nothing"):
+        runtime.nothing  # noqa: B018
+
+
+def test_embed_search_and_verify(blocked: str, causal_bundle: Path, documents: Path, tmp_path: Path) -> None:
+    vectors = tmp_path / "v.npz"
+    done = python(MAIN, "embed", causal_bundle, documents, "--out", vectors, PYTHONPATH=blocked)
+    assert done.returncode == 0, done.stderr
+    assert len(VectorFile.load(vectors)) == 3
+    done = python(MAIN, "search", vectors, "total", "--bundle", causal_bundle, "--json", PYTHONPATH=blocked)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 3
+    done = python(MAIN, "verify", causal_bundle, PYTHONPATH=blocked)
+    assert done.returncode == 0, done.stderr
+    assert "self-test" in done.stdout
+
+
+def test_export_says_what_to_install(blocked: str, tmp_path: Path) -> None:
+    options = ["--backbone", "qwen2.5-vl", "--model", GOLDEN / "causalqwen2_5", "--out", tmp_path / "bundle"]
+    done = python(MAIN, "export", *options, PYTHONPATH=blocked)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: export needs torch")
+    assert "pip install 'cembed[export]'" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_embed_and_search_load_nothing_heavy(causal_bundle: Path, documents: Path, tmp_path: Path) -> None:
+    """Here the packages are installed, and still not imported."""
+    vectors = tmp_path / "v.npz"
+    for command in (
+        ["embed", causal_bundle, documents, "--out", vectors],
+        ["search", vectors, "total", "--bundle", causal_bundle],
+    ):
+        done = python(MAIN_THEN_MODULES, *command)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import cembed", ("numpy", "typer", "onnxruntime", *HEAVY)),
+        ("import cembed.runtime", ("onnxruntime", "tokenizers", *HEAVY)),
+        ("import cembed.runtime.documents", ("onnxruntime", "tokenizers", "safetensors", "typer", "rich", *HEAVY)),
+        ("from cembed.runtime import maxsim", ("onnxruntime", "PIL", *HEAVY)),
+        ("import cembed.cli", ("onnxruntime", "tokenizers", "PIL", "numpy", "rich.table", *HEAVY)),
+        ("from cembed.runtime import Embedder", ("typer", "rich", *HEAVY)),
+    ],
+)
+def test_imports_bring_little(statement: str, absent: tuple[str, ...]) -> None:
+    done = python(f"{statement}\nimport sys\nprint(sorted(set(sys.modules) & set({absent})))")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_queries_never_load_the_vision_graph(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    session = onnxruntime.InferenceSession
+
+    def record(path: str, *arguments: Any, **options: Any) -> Any:
+        loaded.append(Path(path).name)
+        return session(path, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    embedder = Embedder.load(causal_bundle)
+    assert loaded == []
+    embedder.embed_queries(["one", "two"])
+    assert loaded == ["text.onnx"]
+    embedder.embed_image(Image.new("RGB", (64, 64)))
+    assert loaded == ["text.onnx", "vision.onnx"]
+
+
+# Packaging.
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that git has or would add."""
+    pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ":!tests"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    copy = tmp_path_factory.mktemp("build") / "tree"
+    for name in filter(None, names):
+        if os.path.lexists(ROOT / name):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    return copy
+
+
+def build(kind: str, tree: Path) -> Path:
+    out = tree.parent / kind
+    code = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"build_{kind}", str(out)],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (archive,) = out.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path) -> Path:
+    """The sdist, unpacked."""
+    archive = build("sdist", tree)
+    with tarfile.open(archive) as file:
+        file.extractall(tree.parent / "unpacked", filter="data")
+    (unpacked,) = (tree.parent / "unpacked").iterdir()
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """The wheel built from the sdist, as an installer would, unpacked."""
+    with zipfile.ZipFile(build("wheel", sdist)) as file:
+        file.extractall(sdist.parent / "installed")
+    return sdist.parent / "installed"
+
+
+def modules(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.py")}
+
+
+def test_the_listed_packages_are_the_folders_with_code(tree: Path) -> None:
+    tomllib = pytest.importorskip("tomllib")
+    listed = tomllib.loads((tree / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(tree).as_posix() for path in tree.rglob("*.py")}
+    packages = {folder for folder in folders if folder.split("/")[0] in SOURCES.values()}
+    assert {package.replace(".", "/"): listed["package-dir"][package] for package in listed["packages"]} == SOURCES
+    assert packages == set(SOURCES.values())
+
+
+@pytest.mark.parametrize(("package", "source"), SOURCES.items())
+def test_every_module_is_in_sdist_and_wheel(tree: Path, sdist: Path, wheel: Path, package: str, source: str) -> None:
+    expected = modules(tree / source)
+    assert "__init__.py" in expected
+    assert modules(sdist / source) == expected
+    assert modules(wheel / package) == expected
+
+
+def test_type_information_and_licence_are_in_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
+    for archive in (sdist, wheel):
+        assert (archive / "cembed" / "py.typed").exists()
+    assert (sdist / "LICENSE").exists()
+    assert list(wheel.glob("*.dist-info/licenses/LICENSE"))
+    assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"cembed"}
+
+
+def test_the_wheel_asks_for_no_torch(wheel: Path) -> None:
+    (metadata,) = wheel.glob("*.dist-info/METADATA")
+    needed = [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist: ")]
+    plain = [line for line in needed if "extra ==" not in line]
+    assert any("onnxruntime" in line for line in plain)
+    assert not [line for line in plain if any(name in line.split() for name in HEAVY)]
+    (scripts,) = wheel.glob("*.dist-info/entry_points.txt")
+    assert "cembed = cembed.cli:main" in scripts.read_text()
+
+
+def test_the_wheel_runs(wheel: Path, causal_bundle: Path) -> None:
+    code = f"import cembed, sys; assert cembed.__file__.startswith({str(wheel)!r}), cembed.__file__; {MAIN}"
+    done = python(code, "inspect", causal_bundle, "--json", cwd=wheel, PYTHONPATH=str(wheel))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["backbone"] == "qwen2.5-vl"
