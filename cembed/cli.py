@@ -254,7 +254,7 @@ def search(
     from cembed.runtime.vectors import VectorFile
 
     content = VectorFile.load(file)
-    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads)
+    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, prepack=False)  # for one query
     if content.bundle != embedder.bundle.hash:
         raise CembedError(f"{file} was made by another bundle than {bundle}: use that one, or embed the pages again")
     scores = maxsim([embedder.embed_query(query, query_vectors)], content.documents())[0]

@@ -24,9 +24,10 @@ from cembed.export.layers import DTYPES
 from cembed.export.parity import check_parity, parity_inputs
 from cembed.export.plan import ExportOptions, Plan
 from cembed.runtime.bundle import Bundle, record_files
-from cembed.runtime.embedder import CPU, Embedder
+from cembed.runtime.embedder import Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import MANIFEST, Manifest, TokenEmbeddings
+from cembed.runtime.session import EngineSettings
 
 Progress = Callable[[str], None]
 
@@ -103,7 +104,7 @@ def write_self_test(root: Path, manifest: Manifest) -> Manifest:
     self_test_page().save(root / manifest.self_test.image)
     (root / manifest.self_test.vectors).touch()
     (root / MANIFEST).write_text(replace(manifest, files=record_files(root)).to_json(), encoding="utf-8")
-    embedder = Embedder(Bundle(root, verify=False), CPU, None, None)
+    embedder = Embedder(Bundle(root, verify=False), EngineSettings(prepack=False))
     with Image.open(root / manifest.self_test.image) as page:
         vectors = {"document": embedder.embed_image(page), "query": embedder.embed_query(manifest.self_test.text)}
     (root / manifest.self_test.vectors).write_bytes(save(vectors))

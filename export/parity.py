@@ -19,7 +19,7 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import ImageProcessing, Parity, Side
 from cembed.runtime.positions import patch_positions, prompt_positions, slot_positions, window_index, window_restore
 from cembed.runtime.preprocess import resized_size
-from cembed.runtime.session import OrtSession
+from cembed.runtime.session import EngineSettings, OrtSession
 
 Array = NDArray[Any]
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
@@ -69,7 +69,7 @@ def check_parity(
     module = reference_module(spec, load)
     expected = [run_reference(module, case) for case in cases]
     del module
-    session = OrtSession(path, ["CPUExecutionProvider"], None)
+    session = OrtSession(path, EngineSettings(prepack=False))
     results = [
         compare(spec.name, want, session.run(case), TOLERANCES[dtype])
         for want, case in zip(expected, cases, strict=True)

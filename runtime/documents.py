@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cembed.runtime.decoding import Settings
+from cembed.runtime.page_worker import Settings
 from cembed.runtime.errors import CembedError
 from cembed.runtime.images import Pixels
 
@@ -32,7 +32,7 @@ _START_SECONDS = 120.0
 _STRIKES = 30  # in a row, and a file is given up: it may claim a million pages
 _LOSS_STRIKES = 10
 # Not `python -m`: that takes modules from the working directory and misses what a script has put on sys.path.
-_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.decoding import serve; serve(sys.argv[1])"
+_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.page_worker import serve; serve(sys.argv[1])"
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,11 +29,11 @@ from cembed.runtime.positions import (
 )
 from cembed.runtime.preprocess import preprocess
 from cembed.runtime.prompts import Prompter, load_tokenizer
-from cembed.runtime.session import Array, OrtSession, Session, check_providers
+from cembed.runtime.session import Array, EngineSettings, OrtSession, Session, check_providers
 
 Vectors = NDArray[np.float32]
 ImageLike = Image.Image | NDArray[np.uint8]
-CPU = ("CPUExecutionProvider",)
+CPU = EngineSettings().providers
 
 
 class Embedder:
@@ -42,12 +42,10 @@ class Embedder:
     Methods may be called from several threads. Graphs are loaded when first needed: queries never load the vision one.
     """
 
-    def __init__(
-        self, bundle: Bundle, providers: Sequence[str], threads: int | None, max_visual_tokens: int | None
-    ) -> None:
+    def __init__(self, bundle: Bundle, engine: EngineSettings, max_visual_tokens: int | None = None) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._providers, self._threads = tuple(providers), threads
+        self._engine = engine
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._table = bundle.token_embeddings()
@@ -75,17 +73,19 @@ class Embedder:
         *,
         providers: Sequence[str] = CPU,
         threads: int | None = None,
+        prepack: bool = True,
         max_visual_tokens: int | None = None,
         verify: bool = True,
     ) -> Embedder:
         """Open a bundle.
 
         `providers` are ONNX Runtime execution providers in order of preference; `threads` is per operator, None for all
-        cores; `max_visual_tokens` lowers the bundle's own limit, for speed; `verify=False` skips the sha256 of files.
+        cores; `prepack=False` leaves the weights memory-mapped, which opens at once and is a little slower per page;
+        `max_visual_tokens` lowers the bundle's own limit, for speed; `verify=False` skips the sha256 of files.
         Raises CembedError: no bundle, a damaged one, a provider that is not available.
         """
         check_providers(providers)
-        return cls(Bundle(path, verify=verify), providers, threads, max_visual_tokens)
+        return cls(Bundle(path, verify=verify), EngineSettings(tuple(providers), threads, prepack), max_visual_tokens)
 
     @property
     def dim(self) -> int:
@@ -132,7 +132,7 @@ class Embedder:
         """The session of a graph, loaded on first use."""
         with self._lock:
             if name not in self._sessions:
-                self._sessions[name] = OrtSession(self.bundle.graph_path(name), self._providers, self._threads)
+                self._sessions[name] = OrtSession(self.bundle.graph_path(name), self._engine)
             return self._sessions[name]
 
     def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:

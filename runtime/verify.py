@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cembed.runtime.bundle import Bundle
-from cembed.runtime.embedder import CPU, Embedder
+from cembed.runtime.embedder import Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import Graph
-from cembed.runtime.session import OrtSession
+from cembed.runtime.session import EngineSettings, OrtSession
 
 _ONNX_TYPES = {
     "tensor(float)": "float32",
@@ -54,7 +54,7 @@ def _hash(bundle: Bundle, name: str) -> str:
 
 
 def _signature(bundle: Bundle, name: str, graph: Graph) -> str:
-    session = OrtSession(bundle.graph_path(name), CPU, None)
+    session = OrtSession(bundle.graph_path(name), EngineSettings(prepack=False))
     stated = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
     found = {n: (_ONNX_TYPES.get(kind, kind), shape) for n, (kind, shape) in session.signature().items()}
     if stated != found:
@@ -65,7 +65,7 @@ def _signature(bundle: Bundle, name: str, graph: Graph) -> str:
 
 def _self_test(bundle: Bundle) -> str:
     test = bundle.manifest.self_test
-    embedder = Embedder(bundle, CPU, None, None)
+    embedder = Embedder(bundle, EngineSettings(prepack=False))
     try:
         expected = load_file(bundle.path(test.vectors))
         with Image.open(bundle.path(test.image)) as page:
