@@ -66,13 +66,13 @@ class RuntimeSide:
 
     def page(self, num_vectors: int = NUM_VECTORS) -> tuple[Numbers, NDArray[np.float32]]:
         start = time.perf_counter()
-        vectors = self.embedder.embed_image(self.image, num_vectors)
+        vectors = self.embedder.embed_images([self.image], num_vectors)[0]
         return {"page": time.perf_counter() - start} | self.seconds, vectors
 
     def lengths(self) -> Numbers:
         """What the graphs were last given: patches, patches of each window, positions of prompt and slots."""
         assert "torch" not in sys.modules
-        windows, image = self.feeds.get("window_index", np.empty((0, 0))), self.embedder.image
+        windows, image = self.feeds.get("window_index", np.empty((0, 0))), self.embedder.inputs.image
         patches, positions = self.feeds["pixel_values"].shape[1], self.feeds["inputs_embeds"].shape[1]
         taken = {"patches": patches, "tokens": patches // image.merge_size**2, "positions": positions}
         return {**taken, "limit": image.max_visual_tokens, "windows": (windows >= 0).sum(axis=1).tolist()}

@@ -17,7 +17,8 @@ from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
     from cembed.runtime.documents import Page, PageError
-    from cembed.runtime.embedder import Embedder, Vectors
+    from cembed.runtime.embedder import Budget, Decode, Embedder
+    from cembed.runtime.vectors import Vectors
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -39,6 +40,17 @@ Providers = Annotated[
     typer.Option("--provider", help="ONNX Runtime execution provider, in order of preference.", metavar="NAME"),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads per operator; by default all cores.")]
+
+
+DecodeOption = Annotated[
+    str | None,
+    typer.Option(metavar="{single-pass,loop}", help="Latent slots in one pass, or one by one; the former if possible."),
+]
+
+
+def as_decode(value: str | None) -> Decode | None:
+    choices.require_choice("decode", value or "loop", ("single-pass", "loop"))
+    return "single-pass" if value == "single-pass" else "loop" if value else None
 
 
 def one_of(values: tuple[str, ...]) -> str:
@@ -70,10 +82,25 @@ def export(
     out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory to write.")],
     head: Annotated[
         str | None,
-        typer.Option(metavar=one_of(choices.HEADS), help="Latent slots or one vector per token; found by default."),
+        typer.Option(metavar=one_of(choices.HEADS), help="How vectors are made; found from the checkpoint by default."),
     ] = None,
-    num_vectors: Annotated[int, typer.Option(help="Vectors of a page (causal head).")] = 32,
-    query_vectors: Annotated[int, typer.Option(help="Vectors of a query (causal head).")] = 16,
+    num_vectors: Annotated[
+        int | None, typer.Option(help="Vectors of a page; by default 32, or all learned slots.")
+    ] = None,
+    query_vectors: Annotated[
+        int | None, typer.Option(help="Vectors of a query; by default 16, or all learned slots.")
+    ] = None,
+    head_weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.safetensors", help="Learned slot rows and projection, see docs/design.md."),
+    ] = None,
+    head_spec: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="A head of your own, see docs/design.md.")
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(metavar=one_of(choices.POOLING), help="Pool the vectors into one; the head's by default."),
+    ] = None,
     slot_positions: Annotated[
         str | None,
         typer.Option(
@@ -91,6 +118,9 @@ def export(
     max_visual_tokens: Annotated[
         int | None, typer.Option(min=1, help="Visual tokens a page may take; the checkpoint's limit by default.")
     ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first layers of the decoder only (2D Matryoshka).")
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -107,7 +137,7 @@ def export(
             metavar=one_of(choices.TARGETS), help="onnxruntime uses its attention kernels; onnx is standard only."
         ),
     ] = "onnxruntime",
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 25; below 23 everything is decomposed.")] = 23,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 25; below 23 everything is decomposed.")] = 24,
     force: Force = False,
 ) -> None:
     """Turn a checkpoint into a bundle."""
@@ -184,22 +214,30 @@ def embed(
     ] = None,
     dpi: Annotated[float, typer.Option(min=1, max=2400, help="Resolution at which PDF pages are drawn.")] = 144,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that reading one page may take.")] = 60,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first components of vectors, normalised again.")
+    ] = None,
+    decode: DecodeOption = None,
+    pool_factor: Annotated[
+        int, typer.Option(min=1, help="Merge the vectors of a bundle with one for every token to a part of them.")
+    ] = 1,
     provider: Providers = None,
     threads: Threads = None,
     force: Force = False,
 ) -> None:
     """Embed the pages of documents into one vector file. Exits with 3 if some pages could not be read."""
     from cembed.runtime.documents import PageReader, find_documents
-    from cembed.runtime.embedder import CPU, Embedder
+    from cembed.runtime.embedder import CPU, Budget, Embedder
     from cembed.runtime.vectors import VectorFile, check_writable
 
     check_writable(out, force)
     files = find_documents(paths)
     embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, max_visual_tokens=max_visual_tokens)
-    embedder.budget(embedder.manifest.document, num_vectors)
+    budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
+    embedder.check(embedder.manifest.document, budget)
     with PageReader(dpi=dpi, timeout=timeout) as reader, progress_bar() as progress:
         task = progress.add_task("embedding", total=reader.count_pages(files))
-        embedded, failures = embed_pages(embedder, reader.read(files), num_vectors, lambda: progress.advance(task))
+        embedded, failures = embed_pages(embedder, reader.read(files), budget, lambda: progress.advance(task))
     for failure in failures:
         page = "" if failure.number is None else f", page {failure.number}"
         complain(f"not embedded: {failure.path}{page}: {failure.reason}")
@@ -209,14 +247,14 @@ def embed(
     content = VectorFile.of(vectors, sources, numbers, embedder.bundle.hash)
     content.save(out)
     typer.echo(
-        f"{out}: {len(content)} pages, {len(content.vectors)} vectors of {embedder.dim}, {out.stat().st_size:,} bytes"
+        f"{out}: {len(content)} pages, {len(content.vectors)} vectors of {content.vectors.shape[1]}, {out.stat().st_size:,} bytes"
     )
     if failures:
         raise typer.Exit(EXIT_INCOMPLETE)
 
 
 def embed_pages(
-    embedder: Embedder, pages: Iterable[Page | PageError], num_vectors: int | None, done: Callable[[], None]
+    embedder: Embedder, pages: Iterable[Page | PageError], budget: Budget, done: Callable[[], None]
 ) -> tuple[list[tuple[Vectors, str, int]], list[PageError]]:
     """Vectors, path and number of each page that could be embedded, and what went wrong with the others."""
     from cembed.runtime.documents import Page, PageError
@@ -226,7 +264,7 @@ def embed_pages(
     for page in pages:
         if isinstance(page, Page):
             try:
-                embedded.append((embedder.embed_image(page.image, num_vectors), page.path, page.number))
+                embedded.append((embedder.embed_image(page.image, budget), page.path, page.number))
             except CembedError as error:
                 failures.append(PageError(page.path, page.number, str(error)))
         else:
@@ -242,6 +280,7 @@ def search(
     bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle that made FILE.")],
     top: Annotated[int, typer.Option(min=1, help="Pages to show.")] = 5,
     query_vectors: Annotated[int | None, typer.Option(min=1, help="Vectors of the query; all by default.")] = None,
+    decode: DecodeOption = None,
     as_json: AsJson = False,
     provider: Providers = None,
     threads: Threads = None,
@@ -249,7 +288,7 @@ def search(
     """Rank the pages of a vector file by MaxSim with a query."""
     import numpy as np
 
-    from cembed.runtime.embedder import CPU, Embedder
+    from cembed.runtime.embedder import CPU, Budget, Embedder
     from cembed.runtime.scoring import maxsim
     from cembed.runtime.vectors import VectorFile
 
@@ -257,7 +296,8 @@ def search(
     embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, prepack=False)  # for one query
     if content.bundle != embedder.bundle.hash:
         raise CembedError(f"{file} was made by another bundle than {bundle}: use that one, or embed the pages again")
-    scores = maxsim([embedder.embed_query(query, query_vectors)], content.documents())[0]
+    budget = Budget(query_vectors, content.vectors.shape[1], as_decode(decode))
+    scores = maxsim([embedder.embed_query(query, budget)], content.documents())[0]
     best = np.argsort(-scores, kind="stable")[:top]
     ranked = [
         {"rank": rank, "score": float(scores[i]), "path": content.paths[i], "page": int(content.pages[i])}

@@ -52,11 +52,18 @@ def show_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def describe_side(side: Side, dim: int) -> str:
+    """What the side can do, and what a page or query of it takes."""
     if side.num_vectors is None:
-        return f"one vector of {dim} for every token; {4 * dim:,} bytes each in float32"
+        return f"one vector of {dim} for every token; {4 * dim:,} bytes each in float32; pool factor"
+    count = 1 if side.pooling != "none" else side.num_vectors
+    length = side.vector_dim(dim)
+    pooled = "" if side.pooling == "none" else f" ({side.pooling} of {side.num_vectors})"
+    most = f"up to {side.max_vectors}" if side.max_vectors else "any budget"
+    nested = f", trained at {', '.join(map(str, side.nested_budgets))}" if side.nested_budgets else ""
+    runs = "loop" if side.slots == "feedback" else "single pass or loop"
     return (
-        f"{side.num_vectors} vectors of {dim} ({4 * dim * side.num_vectors:,} bytes in float32), "
-        f"{side.slots} slots at positions '{side.slot_positions}'"
+        f"{count} vectors of {length}{pooled}, {4 * length * count:,} bytes in float32; {most}{nested}; "
+        f"{side.slots} slots at positions '{side.slot_positions}', {runs}"
     )
 
 

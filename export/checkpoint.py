@@ -4,7 +4,8 @@ Keys come with many prefixes (`model.`, `language_model.`, `base_model.model.`, 
 
     layers.N.…  embed_tokens.weight  norm.weight      the text decoder
     visual.…    vision_tower.…  multi_modal_projector.…   the image encoder
-    custom_text_proj.{weight,bias}                    the projection of a ColBERT-style head
+    custom_text_proj.{weight,bias}                    a projection of the last hidden states, [dim, hidden] and [dim]
+    slot_embeddings.{document,query}                  rows fed into latent slots, [slots, hidden]
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +80,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class Weights:
-    """All tensors of the safetensors files of one directory, by key."""
+def weight_files(root: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises CembedError if there are none; pickles are never opened."""
+    index = root / "model.safetensors.index.json"
+    if index.exists():
+        return sorted({root / name for name in read_json(index)["weight_map"].values()})
+    files = sorted(root.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for suffix in _PICKLES for path in root.glob(suffix))
+        refused = f"found {pickles[0]}, a pickle, which can run code: convert it to safetensors" if pickles else ""
+        raise CembedError(f"{root} has no *.safetensors file: {refused or 'found none'}")
+    return files
 
-    def __init__(self, root: Path, pattern: str = "*.safetensors") -> None:
-        index = root / "model.safetensors.index.json"
-        files = sorted(
-            {root / name for name in read_json(index)["weight_map"].values()} if index.exists() else root.glob(pattern)
-        )
-        if not files:
-            pickles = sorted(path.name for suffix in _PICKLES for path in root.glob(suffix))
-            found = (
-                f"found {pickles[0]}, a pickle, which can run code: convert it to safetensors"
-                if pickles
-                else "found none"
-            )
-            raise CembedError(f"{root} has no {pattern} file: {found}")
+
+class Weights:
+    """All tensors of some safetensors files, by key."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
         self._files: dict[str, Any] = {}
         for path in files:
             try:
@@ -127,7 +129,7 @@ class Adapter:
             kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
             raise CembedError(f"{root}: an adapter of type {kind} cannot be merged here: merge it with PEFT first")
         self._config = config
-        self._weights = Weights(root, "adapter_model.safetensors")
+        self._weights = Weights([root / "adapter_model.safetensors"])
         self.pairs: dict[str, LoraPair] = {}
         self.whole: dict[str, str] = {}
         halves: dict[str, dict[str, str]] = {}
@@ -178,33 +180,33 @@ class Checkpoint:
     """Tensors by canonical name; `unused` shrinks as they are loaded, so that left-over weights can be named."""
 
     root: Path
-    weights: Weights
     adapter: Adapter | None
-    keys: dict[str, str] = field(default_factory=dict)
-    unused: set[str] = field(default_factory=set)
+    keys: dict[str, tuple[Weights, str]]
+    unused: set[str]
 
     @classmethod
-    def open(cls, root: Path, adapter: Path | None) -> Checkpoint:
+    def open(cls, root: Path, adapter: Path | None, head_weights: Path | None = None) -> Checkpoint:
         if adapter is None and (root / "adapter_config.json").exists() and not (root / "config.json").exists():
             raise CembedError(f"{root} is a LoRA adapter: give its base with --model and it with --adapter")
-        checkpoint = cls(root, Weights(root), Adapter(adapter) if adapter else None)
-        for key in checkpoint.weights:
-            name = canonical_name(key)
-            if name in checkpoint.keys:
-                raise CembedError(f"{root}: {key} and {checkpoint.keys[name]} are the same weight")
-            checkpoint.keys[name] = key
-        names = checkpoint.keys.keys() | (
-            checkpoint.adapter.whole.keys() | checkpoint.adapter.pairs.keys() if checkpoint.adapter else set()
-        )
-        checkpoint.unused = {name for name in names if not _NOT_USED.search(name)}
-        return checkpoint
+        keys: dict[str, tuple[Weights, str]] = {}
+        sources = [weight_files(root), *([[head_weights]] if head_weights else [])]
+        for weights in map(Weights, sources):
+            for key in weights:
+                name = canonical_name(key)
+                if name in keys:
+                    raise CembedError(f"{root}: {key} and {keys[name][1]} are the same weight")
+                keys[name] = (weights, key)
+        merged = Adapter(adapter) if adapter else None
+        names = keys.keys() | (merged.whole.keys() | merged.pairs.keys() if merged else set())
+        return cls(root, merged, keys, {name for name in names if not _NOT_USED.search(name)})
 
     def __contains__(self, name: str) -> bool:
         return name in self.keys or (self.adapter is not None and name in self.adapter.whole)
 
     def load(self, name: str) -> Tensor:
         """One tensor, the adapter merged in. Raises CembedError if the checkpoint has none of that name."""
-        tensor = self.weights.load(self.keys[name]) if name in self.keys else None
+        weights, key = self.keys.get(name, (None, name))
+        tensor = weights.load(key) if weights else None
         if self.adapter:
             tensor = self.adapter.apply(name, tensor)
         if tensor is None:
@@ -217,6 +219,10 @@ class Checkpoint:
         """The input embedding table [vocabulary, hidden]; where only the output table is stored, they are tied."""
         tied = "embed_tokens.weight" not in self and "lm_head.weight" in self
         return "lm_head.weight" if tied else "embed_tokens.weight"
+
+    def drop(self, pattern: re.Pattern[str]) -> None:
+        """Do not miss the weights whose names match."""
+        self.unused = {name for name in self.unused if not pattern.search(name)}
 
     def require(self, names: Iterable[str]) -> None:
         """Raises CembedError that names what is missing and what is left over, all at once."""

@@ -8,7 +8,8 @@ from cembed.runtime.errors import CembedError
 
 BACKBONES = ("qwen2-vl", "qwen2.5-vl", "paligemma")
 """Module names are these with underscores, and are what checkpoints call their `model_type`."""
-HEADS = ("causal", "colbert")
+HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
+POOLING = ("none", "mean", "last", "concat")
 DTYPES = ("fp32", "fp16", "bf16")
 TARGETS = ("onnxruntime", "onnx")
 SLOT_POSITIONS = ("zero", "continue")

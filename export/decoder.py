@@ -7,10 +7,20 @@ Graph contract of `text.onnx` (B inputs, S positions, K positions read, H hidden
     slot_indices      int64   [B, K]      the positions whose state is returned
     prompt_length     int64   [1]         only where the prompt attends bidirectionally and slots follow it
     slot_states       float32 [B, K, dim] after the final norm and the projection, not yet L2-normalised
+
+and of `text_step.onnx`, the same weights over a static cache of C positions (S = n: prefill, S = 1: decode step):
+
+    inputs_embeds, position_ids, slot_indices as above
+    cache_position    int64   [B]         positions that the cache holds already
+    past_key_values.{i}.key, .value       [B, kv_heads, C, head_dim] in the type of the arithmetic
+    slot_states       as above
+    hidden_states     float32 [B, K, H]   before the projection; only where there is one
+    present.{i}.key, .value               bound to the buffers of past_key_values
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +31,10 @@ from cembed.export.layers import Dialect, GatedMLP, GemmaRMSNorm, Linear, RMSNor
 
 Attending = Literal["causal", "bidirectional", "bidirectional-prompt"]
 """`bidirectional-prompt`: the prompt attends to all of itself, each slot to the prompt and the slots up to itself."""
+
+
+QKV = tuple[Tensor, Tensor, Tensor]
+Attend = Callable[[int, QKV], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(query, config.hidden_size, bias=False)
         self.heads = config.heads
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor, dialect: Dialect) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, dialect: Dialect) -> QKV:
         q = dialect.rotary(self.q_proj(x), cos, sin, self.heads[0])
         k = dialect.rotary(self.k_proj(x), cos, sin, self.heads[1])
         return q, k, self.v_proj(x)
@@ -82,14 +96,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The single pass over prompt and slots; parameter names are those of the checkpoints, prefixes stripped."""
+    """Layers and norm without attention's wiring; parameter names are those of the checkpoints, prefixes stripped."""
 
-    def __init__(self, config: DecoderConfig, attending: Attending, dialect: Dialect, head_dim: int | None) -> None:
+    def __init__(self, config: DecoderConfig, attending: Attending, projection: int | None, dialect: Dialect) -> None:
         super().__init__()
         self.config, self.attending, self.dialect = config, attending, dialect
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = (GemmaRMSNorm if config.gemma else RMSNorm)(config.hidden_size, config.rms_norm_eps)
-        self.custom_text_proj = Linear(config.hidden_size, head_dim, bias=True) if head_dim else None
+        self.custom_text_proj = Linear(config.hidden_size, projection, bias=True) if projection else None
 
     def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, D / 2]. With M-RoPE each frequency belongs to one of the axes (arXiv 2409.12191, 2.1)."""
@@ -98,37 +112,72 @@ class Decoder(nn.Module):
         positions = position_ids.permute(1, 2, 0).index_select(-1, axis)  # B S D/2
         return rotary_tables(positions, inverse_frequencies(self.config.rope_theta, self.config.head_dim), dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompt_length: Tensor | None) -> Tensor:
-        heads = self.config.heads
-        if prompt_length is None:
-            return self.dialect.attention(q, k, v, heads, causal=self.attending == "causal")
-        # Slots follow the prompt's last position, which sees the prompt either way: cut before it, so that no part
-        # is ever empty, and the mask has K rows instead of S.
+    def run(self, inputs_embeds: Tensor, position_ids: Tensor, slot_indices: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [B, K, H] after the final norm; `attend` is told the layer's number and its q, k and v."""
+        x = inputs_embeds.to(self.norm.weight.dtype)
+        cos, sin = self.rotary_tables(position_ids, x.dtype)
+        rows = slot_indices.unsqueeze(-1)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            attended = attend(index, layer.self_attn.project(layer.input_layernorm(x), cos, sin, self.dialect))
+            if index == len(self.layers) - 1:  # nothing but the slots is needed behind the last attention
+                attended = torch.gather(attended, 1, rows.expand(-1, -1, attended.shape[-1]))
+                x = torch.gather(x, 1, rows.expand(-1, -1, x.shape[-1]))
+            x = layer.finish(x, attended)
+        return self.norm(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        return (x if self.custom_text_proj is None else self.custom_text_proj(x)).float()
+
+
+class SinglePass(Decoder):
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, slot_indices: Tensor, prompt_length: Tensor | None = None
+    ) -> Tensor:
+        def attend(_: int, qkv: QKV) -> Tensor:
+            if prompt_length is None:
+                return self.dialect.attention(*qkv, self.config.heads, causal=self.attending == "causal")
+            return self.attend_prompt_and_slots(*qkv, prompt_length)
+
+        return self.project(self.run(inputs_embeds, position_ids, slot_indices, attend))
+
+    def attend_prompt_and_slots(self, q: Tensor, k: Tensor, v: Tensor, prompt_length: Tensor) -> Tensor:
+        """In two parts, cut before the prompt's last position, which sees the prompt either way.
+
+        So no part is ever empty, and the mask has K rows instead of S.
+        """
         cut = prompt_length.item() - 1
         torch._check(cut >= 1)
         torch._check(cut < q.shape[1])
         prompt_end = cut + 1
+        heads = self.config.heads
         prompt = self.dialect.attention(q[:, :cut], k[:, :prompt_end], v[:, :prompt_end], heads)
         columns = torch.arange(q.shape[1])
         mask = columns[None, :] <= columns[cut:, None]
         slots = self.dialect.attention(q[:, cut:], k, v, heads, mask=mask[None, None])
         return torch.cat([prompt, slots], dim=1)
 
+
+class Step(Decoder):
+    """Prefill and decode step over a static cache; a bidirectional prompt comes in one call, slots one at a time."""
+
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, slot_indices: Tensor, prompt_length: Tensor | None = None
-    ) -> Tensor:
-        x = inputs_embeds.to(self.norm.weight.dtype)
-        cos, sin = self.rotary_tables(position_ids, x.dtype)
-        rows = slot_indices.unsqueeze(-1)
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin, self.dialect)
-            attended = self.attend(q, k, v, prompt_length)
-            if layer is self.layers[-1]:  # nothing but the slots is needed behind the last attention
-                attended = torch.gather(attended, 1, rows.expand(-1, -1, attended.shape[-1]))
-                x = torch.gather(x, 1, rows.expand(-1, -1, x.shape[-1]))
-            x = layer.finish(x, attended)
-        x = self.norm(x)
-        if self.custom_text_proj is not None:
-            x = self.custom_text_proj(x)
-        return x.float()
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        slot_indices: Tensor,
+        cache_position: Tensor,
+        past_key_values: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        present: list[Tensor] = []
+        causal = self.attending == "causal"
+
+        def attend(index: int, qkv: QKV) -> Tensor:
+            past = past_key_values[2 * index], past_key_values[2 * index + 1]
+            out, *cache = self.dialect.cached_attention(qkv, past, cache_position, self.config.heads, causal)
+            present.extend(cache)
+            return out
+
+        hidden = self.run(inputs_embeds, position_ids, slot_indices, attend)
+        fed_back = () if self.custom_text_proj is None else (hidden.float(),)
+        return (self.project(hidden), *fed_back, *present)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save
 
 from cembed.export.checkpoint import resolve
-from cembed.export.graph import choose_dialect, trace, write_graph
-from cembed.export.layers import DTYPES
+from cembed.export.graph import WeightFile, choose_dialect, trace, write_graph
+from cembed.export.layers import DTYPES, Dialect
 from cembed.export.parity import check_parity, parity_inputs
 from cembed.export.plan import ExportOptions, Plan
 from cembed.runtime.bundle import Bundle, record_files
 from cembed.runtime.embedder import Embedder
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import MANIFEST, Manifest, TokenEmbeddings
+from cembed.runtime.manifest import MANIFEST, EmbeddingTable, Graph, Manifest, Parity
 from cembed.runtime.session import EngineSettings
 
 Progress = Callable[[str], None]
@@ -46,47 +46,65 @@ def export(
     root, commit = resolve(options.model, options.revision)
     plan = Plan.make(options, root)
     with directory(out) as partial:
-        graphs, parity = {}, []
-        for spec in plan.graphs:
-            progress(f"tracing {spec.name}")
-            model = trace(spec, dialect, DTYPES[options.dtype], options.opset)
-            progress(f"writing the weights of {spec.name}")
-            graphs[spec.name] = write_graph(model, spec, partial, plan.loader(spec, stored=True))
-            progress(f"checking {spec.name} against torch")
-            path = partial / graphs[spec.name].file
-            parity.append(
-                check_parity(
-                    spec,
-                    path,
-                    plan.loader(spec, stored=False),
-                    parity_inputs(plan.backbone, plan.query, spec),
-                    options.dtype,
-                )
-            )
-        progress("writing the token embeddings")
-        embeddings = write_embeddings(plan, partial)
+        graphs, parity = write_graphs(plan, dialect, partial, progress)
+        progress("writing the embedding tables")
+        tables = write_embeddings(plan, partial), write_slot_rows(plan, partial)
         shutil.copyfile(plan.tokenizer_path, partial / "tokenizer.json")
         source = {"model": options.model if commit else root.name, **({"revision": commit} if commit else {})}
-        manifest = plan.manifest(graphs, tuple(parity), embeddings, source)
         progress("embedding the self-test page")
-        return write_self_test(partial, manifest)
+        return write_self_test(partial, plan.manifest(graphs, parity, tables, source))
 
 
-def write_embeddings(plan: Plan, root: Path) -> TokenEmbeddings:
-    """The table in float32 (fp16 bundles: float16), scaled as the backbone scales it, a slice at a time."""
-    table = plan.checkpoint.load(plan.checkpoint.embeddings_name)
+def write_graphs(
+    plan: Plan, dialect: Dialect, root: Path, progress: Progress
+) -> tuple[dict[str, Graph], tuple[Parity, ...]]:
+    """Traces, writes and checks each graph; graphs with the same data file share their weights."""
+    graphs, parity = {}, []
+    files = {name: WeightFile(root / name) for name in dict.fromkeys(spec.data for spec in plan.graphs)}
+    for spec in plan.graphs:
+        progress(f"tracing {spec.name}")
+        model = trace(spec, dialect, DTYPES[plan.options.dtype], plan.options.opset)
+        progress(f"writing {spec.name} and its weights")
+        graphs[spec.name] = write_graph(model, spec, files[spec.data], plan.loader(spec, stored=True))
+        progress(f"checking {spec.name} against torch")
+        inputs = parity_inputs(plan.backbone, plan.query, spec)
+        path = root / graphs[spec.name].file
+        parity.append(check_parity(spec, path, plan.loader(spec, stored=False), inputs, plan.options.dtype))
+    for file in files.values():
+        file.close()
+    return graphs, tuple(parity)
+
+
+def write_embeddings(plan: Plan, root: Path) -> EmbeddingTable:
+    """The token table in float32 (fp16 bundles: float16), scaled as the backbone scales it, a slice at a time."""
+    name = plan.checkpoint.embeddings_name
+    table = plan.checkpoint.load(name)
     hidden = plan.backbone.decoder.hidden_size
     needed = max(plan.backbone.image_token_id, plan.document.latent_token_id or 0, plan.query.latent_token_id or 0)
     if table.dim() != 2 or table.shape[1] != hidden or table.shape[0] <= needed:
-        raise CembedError(
-            f"embed_tokens.weight has shape {tuple(table.shape)}: [more than {needed}, {hidden}] is wanted"
-        )
-    dtype = torch.float16 if plan.options.dtype == "fp16" else torch.float32
-    with (root / "token_embeddings.bin").open("wb") as file:
-        for rows in table.split(8192):
+        raise CembedError(f"{name} has shape {tuple(table.shape)}: [more than {needed}, {hidden}] is wanted")
+    half = plan.options.dtype == "fp16"
+    return write_table(plan, root / "token_embeddings.bin", [table], torch.float16 if half else torch.float32)
+
+
+def write_slot_rows(plan: Plan, root: Path) -> EmbeddingTable | None:
+    """The learned rows of both sides in float32, the document's first; scaled like the embeddings they stand beside."""
+    tables = [plan.checkpoint.load(name) for name in plan.slot_tables]
+    for name, table in zip(plan.slot_tables, tables, strict=True):
+        if table.dim() != 2 or table.shape[1] != plan.backbone.decoder.hidden_size:
+            raise CembedError(
+                f"{name} has shape {tuple(table.shape)}: [slots, {plan.backbone.decoder.hidden_size}] is wanted"
+            )
+    return write_table(plan, root / "slot_embeddings.bin", tables, torch.float32) if tables else None
+
+
+def write_table(plan: Plan, path: Path, tables: Sequence[torch.Tensor], dtype: torch.dtype) -> EmbeddingTable:
+    with path.open("wb") as file:
+        for rows in (rows for table in tables for rows in table.split(8192)):
             scaled = (rows.float() * plan.backbone.embedding_scale).to(dtype)
             file.write(scaled.contiguous().numpy().data)
-    return TokenEmbeddings("token_embeddings.bin", "float16" if dtype == torch.float16 else "float32", table.shape[0])
+    rows = sum(len(table) for table in tables)
+    return EmbeddingTable(path.name, "float16" if dtype == torch.float16 else "float32", rows)
 
 
 def self_test_page() -> Image.Image:

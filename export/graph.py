@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cembed.export.choices import TARGETS, require_choice
-from cembed.export.layers import Arithmetic, Decomposed, Dialect, Linear, OnnxRuntime, Standard
+from cembed.export.layers import Arithmetic, Decomposed, Dialect, Linear, OnnxRuntime, Scattering, Standard
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import Graph, Tensor
 
@@ -28,31 +28,43 @@ EXAMPLE_SIZES = {
     "num_vectors": 5,
     "num_patches": 96,
     "num_windows": 3,
+    "capacity": 40,
 }
 
 
 def choose_dialect(target: str, opset: int) -> Dialect:
-    """The operators to write for `--target` and `--opset`.
+    """The operators to write for `--target` and `--opset`; those of ONNX Runtime come with opset 24 and later.
 
-    Raises CembedError: an unknown target, an opset that cannot be written, the ONNX Runtime dialect below opset 23.
+    Raises CembedError: an unknown target, an opset that cannot be written.
     """
     require_choice("target", target, TARGETS)
     if opset not in OPSETS:
         raise CembedError(f"opset {opset} is not supported: {OPSETS.start} to {OPSETS.stop - 1} are")
     if opset < 23:
         return Decomposed()
-    return OnnxRuntime() if target == "onnxruntime" else Standard()
+    if opset < 24:
+        return Standard()
+    return OnnxRuntime() if target == "onnxruntime" else Scattering()
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A module to trace: how it is built for a dialect, its inputs by name, and its one output."""
+    """A module to trace: how it is built for a dialect, its inputs and outputs by name.
+
+    The inputs from number `grouped` on are one list to the module. The weights go to the data file called `data`.
+    """
 
     name: str
     build: Callable[[Dialect], nn.Module]
     prefix: str
     inputs: tuple[Tensor, ...]
-    output: Tensor
+    outputs: tuple[Tensor, ...]
+    data: str
+    grouped: int | None = None
+
+    def arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """`values`, one for each input, as the module's forward takes them."""
+        return tuple(values) if self.grouped is None else (*values[: self.grouped], list(values[self.grouped :]))
 
 
 def empty_module(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic) -> nn.Module:
@@ -85,12 +97,12 @@ def trace(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic, opset: int)
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         program = torch.onnx.export(
             empty_module(spec, dialect, arithmetic),
-            tuple(example_inputs(spec.inputs)),
+            spec.arguments(example_inputs(spec.inputs)),
             dynamo=True,
             opset_version=opset,
             input_names=[tensor.name for tensor in spec.inputs],
-            output_names=[spec.output.name],
-            dynamic_shapes=tuple(axes),
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=spec.arguments(axes),
             verbose=False,
             optimize=False,
         )
@@ -113,10 +125,17 @@ def quiet() -> Iterator[None]:
 
 
 class WeightFile:
-    """Appends tensors to a data file and says where they are."""
+    """Appends tensors to a data file, each once, and says where they are."""
 
     def __init__(self, path: Path) -> None:
         self._file, self.path = path.open("wb"), path
+        self._written: dict[str, ir.ExternalTensor] = {}
+
+    def tensor(self, name: str, load: Callable[[str], torch.Tensor]) -> ir.ExternalTensor:
+        if name not in self._written:
+            self._written[name] = self.append(name, load(name))
+            self._file.flush()
+        return self._written[name]
 
     def append(self, name: str, tensor: torch.Tensor) -> ir.ExternalTensor:
         start = -(-self._file.tell() // _PAGE) * _PAGE if tensor.nbytes >= _PAGE else -(-self._file.tell() // 64) * 64
@@ -135,20 +154,18 @@ class WeightFile:
 ONNX_TYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
 
-def write_graph(model: ir.Model, spec: GraphSpec, root: Path, load: Callable[[str], torch.Tensor]) -> Graph:
-    """Writes the weights to NAME.data, loading one at a time, then the optimised graph NAME.onnx that refers to it."""
-    data = WeightFile(root / f"{spec.name}.data")
+def write_graph(model: ir.Model, spec: GraphSpec, data: WeightFile, load: Callable[[str], torch.Tensor]) -> Graph:
+    """Writes the weights, loading one at a time, then the optimised graph NAME.onnx that refers to them."""
     for name, value in model.graph.initializers.items():
         if value.const_value is None or isinstance(getattr(value.const_value, "raw", None), torch.nn.Parameter):
-            value.const_value = data.append(name, load(name))
-    data.close()
+            value.const_value = data.tensor(name, load)
     with quiet():
         onnxscript.optimizer.optimize_ir(model)
     _drop_provenance(model)
-    for value, tensor in zip([*model.graph.inputs, *model.graph.outputs], [*spec.inputs, spec.output], strict=True):
+    for value, tensor in zip([*model.graph.inputs, *model.graph.outputs], [*spec.inputs, *spec.outputs], strict=True):
         value.shape = ir.Shape(tensor.shape)
-    ir.save(model, root / f"{spec.name}.onnx")
-    return Graph(f"{spec.name}.onnx", (data.path.name,), spec.inputs, (spec.output,))
+    ir.save(model, data.path.parent / f"{spec.name}.onnx")
+    return Graph(f"{spec.name}.onnx", (data.path.name,), spec.inputs, spec.outputs)
 
 
 def _drop_provenance(model: ir.Model) -> None:

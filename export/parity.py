@@ -37,10 +37,13 @@ def reference_module(spec: GraphSpec, load: Callable[[str], torch.Tensor]) -> nn
     return module
 
 
-def run_reference(module: nn.Module, feeds: Mapping[str, Array]) -> Array:
+def run_reference(module: nn.Module, spec: GraphSpec, feeds: Mapping[str, Array]) -> Array:
+    """The first output, computed in float32."""
+    tensors = [torch.from_numpy(feeds[tensor.name]) for tensor in spec.inputs]
     with torch.inference_mode():
-        output: torch.Tensor = module(*(torch.from_numpy(feed) for feed in feeds.values()))
-    return output.numpy()
+        outputs = module(*spec.arguments([t.float() if t.is_floating_point() else t for t in tensors]))
+    first: torch.Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+    return first.numpy()
 
 
 def compare(graph: str, expected: Array, actual: Array, tolerance: float) -> Parity:
@@ -67,7 +70,7 @@ def check_parity(
 ) -> Parity:
     """The worst of the cases. Torch's weights are freed before the engine loads its own."""
     module = reference_module(spec, load)
-    expected = [run_reference(module, case) for case in cases]
+    expected = [run_reference(module, spec, case) for case in cases]
     del module
     session = OrtSession(path, EngineSettings(prepack=False))
     results = [
@@ -111,15 +114,27 @@ def vision_case(
 def text_case(
     backbone: Backbone, side: Side, spec: GraphSpec, length: int, rng: np.random.Generator
 ) -> dict[str, Array]:
-    """Random inputs of the text graph: a prompt of `length` positions and, for latent slots, four slots."""
-    num_slots = 0 if side.slots == "all_tokens" else 4
+    """Random inputs of a text graph: a prompt of `length` positions and four slots.
+
+    The step gets the prompt into an empty cache if it is short, and one slot behind a filled part of it if it is long.
+    """
     prompt = prompt_positions(np.zeros(length, bool), None, backbone.positions, 1)
-    positions = np.concatenate([prompt, slot_positions(prompt, num_slots, side.slot_positions)], axis=1)
-    first = length - 1 if num_slots else 0
+    positions = np.concatenate([prompt, slot_positions(prompt, 4, side.slot_positions)], axis=1)
     values: dict[str, Array] = {
-        "inputs_embeds": rng.standard_normal((1, length + num_slots, backbone.decoder.hidden_size), np.float32),
+        "inputs_embeds": rng.standard_normal((1, length + 4, backbone.decoder.hidden_size), np.float32),
         "position_ids": positions[:, None],
-        "slot_indices": np.arange(first, length + num_slots)[None],
+        "slot_indices": np.arange(length - 1, length + 4)[None],
         "prompt_length": np.array([length]),
     }
+    if spec.name == "text_step":
+        new = slice(0, length) if length < 10 else slice(length, length + 1)
+        count = new.stop - new.start
+        values["inputs_embeds"], values["position_ids"] = values["inputs_embeds"][:, new], positions[:, None, new]
+        values["slot_indices"] = np.array([[count - 1]])
+        values["cache_position"] = np.array([new.start])
+        for tensor in spec.inputs[4:]:
+            shape = [
+                length + 8 if axis == "capacity" else 1 if isinstance(axis, str) else axis for axis in tensor.shape
+            ]
+            values[tensor.name] = rng.standard_normal(shape, np.float32).astype(tensor.dtype)
     return {tensor.name: values[tensor.name] for tensor in spec.inputs}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,59 +16,71 @@ from cembed import __version__
 from cembed.export import choices
 from cembed.export.backbones import Backbone, load_backbone
 from cembed.export.checkpoint import Checkpoint, parameter
-from cembed.export.decoder import Attending, Decoder
+from cembed.export.decoder import Attending, SinglePass, Step
 from cembed.export.graph import GraphSpec, empty_module
+from cembed.export.heads import HEADS, Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import (
+    EmbeddingTable,
     Graph,
     Manifest,
     Parity,
+    Pooling,
     PromptAttention,
     SelfTest,
     Side,
+    SlotKind,
     SlotPositions,
     Tensor,
-    TokenEmbeddings,
 )
 from cembed.runtime.prompts import check_prompt, load_tokenizer
 
+SLOT_TABLES = ("slot_embeddings.document", "slot_embeddings.query")
+MADE_WITH = ("torch", "transformers", "onnxruntime")
 SELF_TEST_TEXT = "What is the total of the invoice?"
 SELF_TEST_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "fp16": 2e-2}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The flags of `cembed export`; None means the checkpoint's or the backbone's own."""
+    """The flags of `cembed export`; None means the checkpoint's, the head's or the backbone's own."""
 
     backbone: str
     model: str
     revision: str | None = None
     adapter: Path | None = None
     head: str | None = None
-    num_vectors: int = 32
-    query_vectors: int = 16
+    head_spec: Path | None = None
+    head_weights: Path | None = None
+    num_vectors: int | None = None
+    query_vectors: int | None = None
+    pooling: Pooling | None = None
     latent_token: str = "<|latent|>"
     slot_positions: SlotPositions | None = None
     prompt_attention: PromptAttention | None = None
     query_prefix: str = ""
     max_visual_tokens: int | None = None
+    num_layers: int | None = None
     dtype: str = "fp32"
     target: str = "onnxruntime"
-    opset: int = 23
+    opset: int = 24
 
     def __post_init__(self) -> None:
         for what, given, known in (
             ("backbone", self.backbone, choices.BACKBONES),
             ("target", self.target, choices.TARGETS),
             ("head", self.head, choices.HEADS),
+            ("pooling", self.pooling, choices.POOLING),
             ("dtype", self.dtype, choices.DTYPES),
             ("slot positions", self.slot_positions, choices.SLOT_POSITIONS),
             ("prompt attention", self.prompt_attention, choices.PROMPT_ATTENTION),
         ):
             if given is not None:
                 choices.require_choice(what, given, known)
-        if min(self.num_vectors, self.query_vectors) < 1:
+        if self.head and self.head_spec:
+            raise CembedError("--head and --head-spec both say what the head is: give one of them")
+        if any(budget is not None and budget < 1 for budget in (self.num_vectors, self.query_vectors)):
             raise CembedError("--num-vectors and --query-vectors must be at least 1")
 
 
@@ -81,20 +95,22 @@ class Plan:
     head: str
     document: Side
     query: Side
+    slot_tables: tuple[str, ...]
     graphs: tuple[GraphSpec, ...]
 
     @classmethod
     def make(cls, options: ExportOptions, root: Path) -> Plan:
-        checkpoint = Checkpoint.open(root, options.adapter)
+        checkpoint = Checkpoint.open(root, options.adapter, options.head_weights)
         backbone = limit_visual_tokens(load_backbone(options.backbone, root), options.max_visual_tokens)
-        head = options.head or ("colbert" if "custom_text_proj.weight" in checkpoint else "causal")
+        backbone = limit_layers(backbone, options.num_layers, checkpoint)
+        name, head = choose_head(options, checkpoint)
         tokenizer_path = find_tokenizer(root, options.adapter)
-        document, query = sides(options, backbone, head, load_tokenizer(tokenizer_path))
-        attention = options.prompt_attention or backbone.prompt_attention
-        width = projection_width(checkpoint) if head == "colbert" else None
-        specs = (vision_spec(backbone), text_spec(backbone, attending(attention, document), width))
-        checkpoint.require([checkpoint.embeddings_name, *(name for spec in specs for name in parameter_names(spec))])
-        return cls(options, backbone, checkpoint, tokenizer_path, head, document, query, specs)
+        tables = slot_tables(checkpoint, head)
+        document, query = sides(options, backbone, head, tables, load_tokenizer(tokenizer_path))
+        specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint))
+        names = {name for spec in specs for name in parameter_names(spec)}
+        checkpoint.require([checkpoint.embeddings_name, *names, *tables])
+        return cls(options, backbone, checkpoint, tokenizer_path, name, document, query, tuple(tables), specs)
 
     def loader(self, spec: GraphSpec, *, stored: bool) -> Callable[[str], torch.Tensor]:
         """Loads a parameter of `spec` by name, in the type the bundle stores or in float32."""
@@ -104,10 +120,15 @@ class Plan:
         return lambda name: parameter(module, self.checkpoint, spec.prefix, name)
 
     def manifest(
-        self, graphs: dict[str, Graph], parity: tuple[Parity, ...], embeddings: TokenEmbeddings, source: dict[str, str]
+        self,
+        graphs: dict[str, Graph],
+        parity: tuple[Parity, ...],
+        tables: tuple[EmbeddingTable, EmbeddingTable | None],
+        source: dict[str, str],
     ) -> Manifest:
         options, backbone = self.options, self.backbone
-        text = graphs["text"].outputs[0]
+        states = next(graph for name, graph in graphs.items() if name != "vision").outputs[0]
+        tolerance = SELF_TEST_TOLERANCE[options.dtype]
         return Manifest(
             backbone=backbone.name,
             head=self.head,
@@ -115,7 +136,7 @@ class Plan:
             opset=options.opset,
             dtype=options.dtype,
             hidden_size=backbone.decoder.hidden_size,
-            dim=int(text.shape[-1]),
+            dim=int(states.shape[-1]),
             max_sequence_length=backbone.decoder.max_positions,
             image_token_id=backbone.image_token_id,
             prompt_attention=options.prompt_attention or backbone.prompt_attention,
@@ -124,18 +145,51 @@ class Plan:
             image=backbone.image,
             positions=backbone.positions,
             graphs=graphs,
-            token_embeddings=embeddings,
+            token_embeddings=tables[0],
+            slot_embeddings=tables[1],
             tokenizer="tokenizer.json",
-            self_test=SelfTest(
-                "self_test.png", SELF_TEST_TEXT, "self_test.safetensors", SELF_TEST_TOLERANCE[options.dtype]
-            ),
+            self_test=SelfTest("self_test.png", SELF_TEST_TEXT, "self_test.safetensors", tolerance),
             parity=parity,
             source=source,
-            made_with={
-                "cembed": __version__,
-                **{name: version(name) for name in ("torch", "transformers", "onnxruntime")},
-            },
+            made_with={"cembed": __version__, **{name: version(name) for name in MADE_WITH}},
         )
+
+
+def choose_head(options: ExportOptions, checkpoint: Checkpoint) -> tuple[str, Head]:
+    """The head's name and what it is: the one asked for, or what the checkpoint's weights say."""
+    if options.head_spec:
+        name, head = options.head_spec.stem, read_head(options.head_spec)
+    else:
+        learned = any(table in checkpoint for table in SLOT_TABLES)
+        if learned and options.head is None:
+            raise CembedError("the checkpoint has learned slot rows: say --head metaembed (no pooling) or --head btoks")
+        name = options.head or ("colbert" if "custom_text_proj.weight" in checkpoint else "causal")
+        head = HEADS[name]
+    if name == "colbert" and "custom_text_proj.weight" not in checkpoint:
+        raise CembedError(f"{checkpoint.root} has no custom_text_proj: it is no ColBERT-style one, use --head causal")
+    return name, with_pooling(with_budgets(head, options.num_vectors, options.query_vectors), options.pooling)
+
+
+def slot_tables(checkpoint: Checkpoint, head: Head) -> dict[str, int]:
+    """The tables of learned rows that the head's sides need, and how many rows each has."""
+    wanted = [
+        name for name, side in zip(SLOT_TABLES, (head.document, head.query), strict=True) if side.slots == "learned"
+    ]
+    for name in wanted:
+        if name not in checkpoint:
+            raise CembedError(f"this head needs {name} [slots, hidden]: give it with --head-weights FILE.safetensors")
+    return {name: checkpoint.load(name).shape[0] for name in wanted}
+
+
+def limit_layers(backbone: Backbone, num_layers: int | None, checkpoint: Checkpoint) -> Backbone:
+    """The backbone with its first layers only (2D Matryoshka, arXiv 2402.14776); the others' weights are not missed."""
+    if num_layers is None:
+        return backbone
+    most = backbone.decoder.num_layers
+    if not 1 <= num_layers <= most:
+        raise CembedError(f"--num-layers {num_layers}: the decoder has 1 to {most}")
+    checkpoint.drop(re.compile(rf"^layers\.({'|'.join(map(str, range(num_layers, most))) or 'none'})\."))
+    return replace(backbone, decoder=replace(backbone.decoder, num_layers=num_layers))
 
 
 def limit_visual_tokens(backbone: Backbone, tokens: int | None) -> Backbone:
@@ -152,10 +206,9 @@ def limit_visual_tokens(backbone: Backbone, tokens: int | None) -> Backbone:
     return replace(backbone, image=replace(image, max_pixels=tokens * image.factor**2))
 
 
-def projection_width(checkpoint: Checkpoint) -> int:
-    if "custom_text_proj.bias" not in checkpoint:
-        raise CembedError(f"{checkpoint.root} has no custom_text_proj: it is no ColBERT-style one, use --head causal")
-    return checkpoint.load("custom_text_proj.bias").shape[0]
+def projection_width(checkpoint: Checkpoint) -> int | None:
+    """The length of projected vectors; None if the checkpoint has no projection."""
+    return checkpoint.load("custom_text_proj.bias").shape[0] if "custom_text_proj.bias" in checkpoint else None
 
 
 def find_tokenizer(root: Path, adapter: Path | None) -> Path:
@@ -167,38 +220,77 @@ def find_tokenizer(root: Path, adapter: Path | None) -> Path:
     raise CembedError(f"{places[-1]} is missing: save the checkpoint with a fast tokenizer")
 
 
-def sides(options: ExportOptions, backbone: Backbone, head: str, tokenizer: Tokenizer) -> tuple[Side, Side]:
+def sides(
+    options: ExportOptions, backbone: Backbone, head: Head, tables: Mapping[str, int], tokenizer: Tokenizer
+) -> tuple[Side, Side]:
     """The document's and the query's side of the manifest."""
-    prompts = (
-        check_prompt(backbone.prompts[0], "{image}"),
-        check_prompt(backbone.prompts[1].replace("{text}", options.query_prefix + "{text}"), "{text}"),
-    )
-    policy = options.slot_positions or backbone.slot_positions
-    if head == "colbert":
-        document, query = (Side(prompt, "all_tokens", None, None, policy) for prompt in prompts)
-        return document, query
     latent = tokenizer.token_to_id(options.latent_token)
-    if latent is None:
+    if latent is None and "constant" in (head.document.slots, head.query.slots):
         raise CembedError(
             f"the tokenizer has no token {options.latent_token!r}: name the one fed to latent slots with --latent-token"
         )
-    budgets = (options.num_vectors, options.query_vectors)
-    document, query = (Side(p, "constant", k, latent, policy) for p, k in zip(prompts, budgets, strict=True))
-    return document, query
+    prefixed = backbone.prompts[1].replace("{text}", options.query_prefix + "{text}")
+    prompts = (
+        check_prompt(head.document.prompt or backbone.prompts[0], "{image}"),
+        check_prompt(head.query.prompt or prefixed, "{text}"),
+    )
+    first_row = 0
+    made: list[Side] = []
+    for side, prompt, table in zip((head.document, head.query), prompts, SLOT_TABLES, strict=True):
+        rows = (first_row, tables[table]) if table in tables else None
+        first_row += tables.get(table, 0)
+        made.append(make_side(side, prompt, options.slot_positions or backbone.slot_positions, latent, rows))
+    return made[0], made[1]
 
 
-def attending(prompt_attention: PromptAttention, document: Side) -> Attending:
+def make_side(
+    side: HeadSide, prompt: str, policy: SlotPositions, latent: int | None, rows: tuple[int, int] | None
+) -> Side:
+    num_vectors = side.num_vectors
+    if rows is not None and num_vectors is None:
+        num_vectors = rows[1] + (side.first_vector == "prompt_end")
+    return Side(
+        prompt=prompt,
+        slots=side.slots,
+        num_vectors=num_vectors,
+        slot_positions=side.slot_positions or policy,
+        first_vector=side.first_vector,
+        latent_token_id=latent if side.slots == "constant" else None,
+        slot_rows=rows,
+        nested_budgets=tuple(n for n in side.nested_budgets if num_vectors is None or n <= num_vectors),
+        pooling=side.pooling,
+    )
+
+
+def attending(prompt_attention: PromptAttention, kinds: set[SlotKind]) -> Attending:
     if prompt_attention == "causal":
         return "causal"
-    return "bidirectional" if document.slots == "all_tokens" else "bidirectional-prompt"
+    return "bidirectional" if kinds == {"all_tokens"} else "bidirectional-prompt"
+
+
+def graph_specs(
+    backbone: Backbone, options: ExportOptions, both: tuple[Side, Side], projection: int | None
+) -> tuple[GraphSpec, ...]:
+    """The image encoder; the single pass, unless every slot is fed back; the step, if there are any slots."""
+    kinds: set[SlotKind] = {side.slots for side in both}
+    attends = attending(options.prompt_attention or backbone.prompt_attention, kinds)
+    text = text_spec(backbone, attends, projection)
+    specs = [vision_spec(backbone)]
+    if kinds != {"feedback"}:
+        specs.append(text)
+    if kinds != {"all_tokens"}:
+        specs.append(step_spec(backbone, attends, projection, options.dtype))
+    return tuple(specs)
 
 
 def vision_spec(backbone: Backbone) -> GraphSpec:
     output = Tensor("image_features", "float32", ("batch_size", "num_visual_tokens", backbone.decoder.hidden_size))
-    return GraphSpec("vision", backbone.build_vision, backbone.vision_prefix, backbone.vision_inputs, output)
+    return GraphSpec(
+        "vision", backbone.build_vision, backbone.vision_prefix, backbone.vision_inputs, (output,), "vision.data"
+    )
 
 
-def text_spec(backbone: Backbone, attends: Attending, head_dim: int | None) -> GraphSpec:
+def text_spec(backbone: Backbone, attends: Attending, projection: int | None) -> GraphSpec:
     config = backbone.decoder
     axes = ("batch_size", "sequence_length")
     inputs = [
@@ -208,8 +300,26 @@ def text_spec(backbone: Backbone, attends: Attending, head_dim: int | None) -> G
     ]
     if attends == "bidirectional-prompt":
         inputs.append(Tensor("prompt_length", "int64", (1,)))
-    output = Tensor("slot_states", "float32", ("batch_size", "num_vectors", head_dim or config.hidden_size))
-    return GraphSpec("text", lambda dialect: Decoder(config, attends, dialect, head_dim), "", tuple(inputs), output)
+    output = Tensor("slot_states", "float32", ("batch_size", "num_vectors", projection or config.hidden_size))
+    build = partial(SinglePass, config, attends, projection)
+    return GraphSpec("text", build, "", tuple(inputs), (output,), "text.data")
+
+
+def step_spec(backbone: Backbone, attends: Attending, projection: int | None, dtype: str) -> GraphSpec:
+    config, text = backbone.decoder, text_spec(backbone, attends, projection)
+    cache_type = str(DTYPES[dtype].compute).removeprefix("torch.")
+    shape = ("batch_size", config.num_kv_heads, "capacity", config.head_dim)
+
+    def cache(what: str) -> list[Tensor]:
+        names = [f"{what}.{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
+        return [Tensor(name, cache_type, shape) for name in names]
+
+    outputs = list(text.outputs)
+    if projection:
+        outputs.append(Tensor("hidden_states", "float32", ("batch_size", "num_vectors", config.hidden_size)))
+    inputs = (*text.inputs[:3], Tensor("cache_position", "int64", ("batch_size",)), *cache("past_key_values"))
+    build = partial(Step, config, attends, projection)
+    return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data", grouped=4)
 
 
 def parameter_names(spec: GraphSpec) -> list[str]:

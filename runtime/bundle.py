@@ -3,7 +3,9 @@
     manifest.json            `manifest.Manifest`, and every other file's size and sha256
     vision.onnx, vision.data the image encoder and its weights
     text.onnx, text.data     the single pass and its weights
+    text_step.onnx           the same over a static cache, for latent slots; it shares text.data
     token_embeddings.bin     the embedding table, row-major, memory-mapped
+    slot_embeddings.bin      learned slot rows, if there are any
     tokenizer.json           the tokenizer, as the `tokenizers` library writes it
     self_test.*              a page, a query, and the vectors they gave when the bundle was made
 
@@ -23,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import MANIFEST, FileRecord, Manifest
+from cembed.runtime.manifest import MANIFEST, EmbeddingTable, FileRecord, Manifest
 
 _CHUNK = 1 << 22
 
@@ -64,9 +66,14 @@ class Bundle:
     def _check_references(self) -> None:
         """The files that the manifest's fields name must be those it lists: one that is not named is never verified."""
         m = self.manifest
-        if missing := {"vision", "text"} - m.graphs.keys():
+        needed = {"vision"} | {"text_step" if side.slots == "feedback" else "text" for side in (m.document, m.query)}
+        if missing := needed - m.graphs.keys():
             raise CembedError(f"{self.root}: the manifest has no graph {', '.join(sorted(missing))}")
-        named = {m.token_embeddings.file, m.tokenizer, m.self_test.image, m.self_test.vectors}
+        tables = [table for table in (m.token_embeddings, m.slot_embeddings) if table is not None]
+        rows = m.slot_embeddings.rows if m.slot_embeddings else 0
+        if any(side.slot_rows and sum(side.slot_rows) > rows for side in (m.document, m.query)):
+            raise CembedError(f"{self.root}: the manifest names slot rows behind the {rows} there are")
+        named = {m.tokenizer, m.self_test.image, m.self_test.vectors, *(table.file for table in tables)}
         named |= {name for graph in m.graphs.values() for name in (graph.file, *graph.data)}
         if different := sorted(named ^ m.files.keys()):
             raise CembedError(
@@ -112,9 +119,8 @@ class Bundle:
             self.path(data)
         return self.path(graph.file)
 
-    def token_embeddings(self) -> NDArray[np.floating[Any]]:
-        """The table [rows, hidden_size], memory-mapped and read-only."""
-        spec = self.manifest.token_embeddings
+    def table(self, spec: EmbeddingTable) -> NDArray[np.floating[Any]]:
+        """A table [rows, hidden_size], memory-mapped and read-only."""
         shape = (spec.rows, self.manifest.hidden_size)
         expected = np.dtype(spec.dtype).itemsize * shape[0] * shape[1]
         if self.manifest.files[spec.file].size != expected:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cembed.runtime.page_worker import Settings
 from cembed.runtime.errors import CembedError
 from cembed.runtime.images import Pixels
+from cembed.runtime.page_worker import Settings
 
 SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 

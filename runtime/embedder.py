@@ -1,39 +1,46 @@
 """From pages and queries to vectors.
 
-Letters: S prompt and slots, K vectors, H hidden, P patches, A position axes.
+Letters: K vectors, D length of a state, H hidden.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
-from cembed.runtime.images import to_rgb
+from cembed.runtime.inputs import ImageLike, InputBuilder, Prompt, check_length
+from cembed.runtime.kv_cache import StaticKVCache
+from cembed.runtime.latent import LatentState, SideName, StateMemory, read_state
 from cembed.runtime.manifest import Side
-from cembed.runtime.positions import (
-    Grid,
-    patch_positions,
-    prompt_positions,
-    slot_positions,
-    window_index,
-    window_restore,
-)
-from cembed.runtime.preprocess import preprocess
-from cembed.runtime.prompts import Prompter, load_tokenizer
-from cembed.runtime.session import Array, EngineSettings, OrtSession, Session, check_providers
+from cembed.runtime.pooling import normalise, pool_states, pool_tokens
+from cembed.runtime.positions import slot_positions
+from cembed.runtime.session import Array, EngineSettings, OrtSession, check_providers
+from cembed.runtime.vectors import Vectors
 
-Vectors = NDArray[np.float32]
-ImageLike = Image.Image | NDArray[np.uint8]
+Decode = Literal["single-pass", "loop"]
 CPU = EngineSettings().providers
+DEFAULT_STATE_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a caller may choose for each call; see `Embedder.embed_images`."""
+
+    num_vectors: int | None = None
+    dim: int | None = None
+    decode: Decode | None = None
+    pool_factor: int = 1
+
+
+FULL = Budget()
 
 
 class Embedder:
@@ -42,29 +49,21 @@ class Embedder:
     Methods may be called from several threads. Graphs are loaded when first needed: queries never load the vision one.
     """
 
-    def __init__(self, bundle: Bundle, engine: EngineSettings, max_visual_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: EngineSettings,
+        max_visual_tokens: int | None = None,
+        state_memory: int = DEFAULT_STATE_MEMORY,
+    ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._engine = engine
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, OrtSession] = {}
         self._lock = threading.Lock()
-        self._table = bundle.token_embeddings()
-        tokenizer = load_tokenizer(bundle.path(self.manifest.tokenizer))
-        self.prompter = Prompter(tokenizer, self.manifest.image_token_id)
-        self.image = self.manifest.image
-        if max_visual_tokens is not None:
-            self.image = self._limit(max_visual_tokens)
-
-    def _limit(self, tokens: int) -> Any:
-        image = self.manifest.image
-        if image.resize == "fixed":
-            raise CembedError(f"{self.manifest.backbone} pages always take {image.max_visual_tokens} visual tokens")
-        smallest = -(-image.min_pixels // image.factor**2)
-        if not smallest <= tokens <= image.max_visual_tokens:
-            raise CembedError(
-                f"max_visual_tokens is {tokens}: this bundle takes {smallest} to {image.max_visual_tokens}"
-            )
-        return replace(image, max_pixels=tokens * image.factor**2)
+        self.inputs = InputBuilder(bundle, max_visual_tokens, self.session)
+        self._slots = bundle.table(self.manifest.slot_embeddings) if self.manifest.slot_embeddings else None
+        self._states = StateMemory(state_memory)
 
     @classmethod
     def load(
@@ -75,115 +74,182 @@ class Embedder:
         threads: int | None = None,
         prepack: bool = True,
         max_visual_tokens: int | None = None,
+        state_memory: int = DEFAULT_STATE_MEMORY,
         verify: bool = True,
     ) -> Embedder:
         """Open a bundle.
 
         `providers` are ONNX Runtime execution providers in order of preference; `threads` is per operator, None for all
         cores; `prepack=False` leaves the weights memory-mapped, which opens at once and is a little slower per page;
-        `max_visual_tokens` lowers the bundle's own limit, for speed; `verify=False` skips the sha256 of files.
+        `max_visual_tokens` lowers the bundle's own limit, for speed; `state_memory` bounds, in bytes, what the states
+        of `start` hold together; `verify=False` skips the sha256 of files.
         Raises CembedError: no bundle, a damaged one, a provider that is not available.
         """
         check_providers(providers)
-        return cls(Bundle(path, verify=verify), EngineSettings(tuple(providers), threads, prepack), max_visual_tokens)
+        engine = EngineSettings(tuple(providers), threads, prepack)
+        return cls(Bundle(path, verify=verify), engine, max_visual_tokens, state_memory)
 
     @property
     def dim(self) -> int:
-        """Length of a vector."""
-        return self.manifest.dim
+        """Length of a document's vector at the full budget."""
+        return self.manifest.document.vector_dim(self.manifest.dim)
 
-    def embed_images(self, images: Iterable[ImageLike], num_vectors: int | None = None) -> list[Vectors]:
-        """Vectors float32 [num_vectors, dim] of each page, L2-normalised.
+    def embed_images(
+        self,
+        images: Iterable[ImageLike],
+        num_vectors: int | None = None,
+        *,
+        dim: int | None = None,
+        decode: Decode | None = None,
+        pool_factor: int = 1,
+    ) -> list[Vectors]:
+        """Vectors float32 [num_vectors, dim] of each page, L2-normalised; one row where the bundle pools them.
 
-        `images` may be a generator: one page at a time is held. `num_vectors` is the budget, by default the bundle's
-        full one: n vectors are the first n of the full budget and cost no more than n.
+        `images` may be a generator: one page at a time is held. `num_vectors` is the budget, by default the bundle's: n
+        vectors are the first n of a larger budget and cost no more than n. `dim` keeps the first components and
+        normalises again (Matryoshka, arXiv 2205.13147). `decode` is `single-pass`, or `loop`, one slot at a time; by
+        default the single pass where slots are not fed back. `pool_factor` p merges the vectors of `all_tokens` heads
+        to a p-th of them by hierarchical clustering (arXiv 2409.14683).
         Raises CembedError: no image, a budget the bundle does not have, NaN from the model.
         """
-        return [self.embed_image(image, num_vectors) for image in items(images, "images")]
+        budget = Budget(num_vectors, dim, decode, pool_factor)
+        return [self.embed_image(image, budget) for image in items(images, "images")]
 
-    def embed_queries(self, texts: Iterable[str], num_vectors: int | None = None) -> list[Vectors]:
-        """Vectors float32 [num_vectors, dim] of each query, L2-normalised; errors as in `embed_images`."""
-        return [self.embed_query(text, num_vectors) for text in items(texts, "queries")]
+    def embed_queries(
+        self,
+        texts: Iterable[str],
+        num_vectors: int | None = None,
+        *,
+        dim: int | None = None,
+        decode: Decode | None = None,
+    ) -> list[Vectors]:
+        """Vectors float32 [num_vectors, dim] of each query; arguments and errors as in `embed_images`."""
+        budget = Budget(num_vectors, dim, decode)
+        return [self.embed_query(text, budget) for text in items(texts, "queries")]
 
-    def embed_image(self, image: ImageLike, num_vectors: int | None = None) -> Vectors:
+    def embed_image(self, image: ImageLike, budget: Budget = FULL) -> Vectors:
         """One page of `embed_images`."""
-        budget = self.budget(self.manifest.document, num_vectors)
-        pixel_values, grid = preprocess(to_rgb(image), self.image)
-        ids = self.prompter.document(self.manifest.document.prompt, len(pixel_values) // self.image.merge_size**2)
-        return self._embed(self.manifest.document, ids, budget, grid, self._image_features(pixel_values, grid))
+        num_vectors = self.check(self.manifest.document, budget)
+        return self._embed("document", lambda: self.inputs.document(image), num_vectors, budget)
 
-    def embed_query(self, text: str, num_vectors: int | None = None) -> Vectors:
+    def embed_query(self, text: str, budget: Budget = FULL) -> Vectors:
         """One query of `embed_queries`."""
-        budget = self.budget(self.manifest.query, num_vectors)
-        return self._embed(self.manifest.query, self.prompter.query(self.manifest.query.prompt, text), budget)
+        num_vectors = self.check(self.manifest.query, budget)
+        return self._embed("query", lambda: self.inputs.query(text), num_vectors, budget)
 
-    def budget(self, side: Side, num_vectors: int | None) -> int | None:
-        """The number of vectors to make; None means all positions."""
-        full = side.num_vectors
-        if num_vectors is None or num_vectors == full:
-            return full
-        if full is None:
-            raise CembedError("this bundle makes one vector for every token: num_vectors cannot be chosen")
-        if not 1 <= num_vectors <= full:
-            raise CembedError(f"num_vectors is {num_vectors}: this bundle makes 1 to {full}")
-        return num_vectors
+    def start(self, image: ImageLike, max_vectors: int | None = None) -> LatentState:
+        """Runs a page's prompt; the state's `extend(n)` gives n vectors, and later more without running it again.
 
-    def session(self, name: str) -> Session:
+        `max_vectors` sizes the cache: by default twice the bundle's budget, at least 64, or all learned slots.
+        Raises CembedError: a bundle without slots, too many states for `state_memory`.
+        """
+        return self._start("document", self.inputs.document(image), max_vectors)
+
+    def start_query(self, text: str, max_vectors: int | None = None) -> LatentState:
+        """`start` for a query."""
+        return self._start("query", self.inputs.query(text), max_vectors)
+
+    def resume(self, path: str | Path, max_vectors: int | None = None) -> LatentState:
+        """A state that `LatentState.save` wrote. Raises CembedError: damaged, or of another bundle."""
+        name, arrays = read_state(Path(path), self.bundle.hash)
+        made = len(arrays.get("states", ()))
+        length = next(array.shape[2] for key, array in arrays.items() if key.startswith("past_key_values."))
+        side: Side = getattr(self.manifest, name)
+        more = max(0, self._max_vectors(side, max_vectors) - made)
+        return self._states.add(LatentState(self, name, self._cache(length + more))).restore(arrays)
+
+    def check(self, side: Side, budget: Budget) -> int | None:
+        """The number of vectors to make, None for all positions. Raises CembedError for what the bundle cannot do."""
+        if budget.decode not in (None, "single-pass", "loop"):
+            raise CembedError(f"unknown decode {budget.decode!r}: cembed has single-pass, loop")
+        if budget.dim is not None and not 1 <= budget.dim <= side.vector_dim(self.manifest.dim):
+            raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {side.vector_dim(self.manifest.dim)}")
+        if side.num_vectors is None:
+            if budget.num_vectors is not None or budget.decode == "loop":
+                raise CembedError("this bundle makes one vector for every token: there is no budget and no loop")
+        elif budget.pool_factor != 1:
+            raise CembedError("pool_factor is for bundles that make one vector for every token")
+        if budget.pool_factor < 1:
+            raise CembedError(f"pool_factor is {budget.pool_factor}: give 1 or more")
+        if budget.decode == "single-pass" and side.slots == "feedback":
+            raise CembedError("slots that are fed back cannot run in a single pass: use decode='loop'")
+        if budget.num_vectors is not None:
+            side.check_budget(budget.num_vectors)
+        return budget.num_vectors or side.num_vectors
+
+    def session(self, name: str) -> OrtSession:
         """The session of a graph, loaded on first use."""
         with self._lock:
             if name not in self._sessions:
                 self._sessions[name] = OrtSession(self.bundle.graph_path(name), self._engine)
             return self._sessions[name]
 
-    def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:
-        """Features [V, H] of one image, from the inputs that the vision graph declares."""
-        wanted = {tensor.name for tensor in self.manifest.graphs["vision"].inputs}
-        feeds: dict[str, Array] = {"pixel_values": pixel_values[None]}
-        if "patch_positions" in wanted:
-            feeds["patch_positions"] = patch_positions(grid, self.image.merge_size)
-        if "window_index" in wanted:
-            feeds["window_index"] = window_index(grid, self.image)
-            feeds["window_restore"] = window_restore(feeds["window_index"], len(pixel_values))
-        features: Array = self.session("vision").run(feeds)[0]
-        return features
+    def step_session(self) -> OrtSession:
+        """The session of the loop; its weights stay memory-mapped, as one row at a time gains nothing from a copy."""
+        with self._lock:
+            if "text_step" not in self._sessions:
+                path = self.bundle.graph_path("text_step")
+                self._sessions["text_step"] = OrtSession(path, replace(self._engine, prepack=False))
+            return self._sessions["text_step"]
 
-    def _embed(
-        self,
-        side: Side,
-        ids: NDArray[np.int64],
-        budget: int | None,
-        grid: Grid | None = None,
-        features: Array | None = None,
-    ) -> Vectors:
-        is_image = ids == self.manifest.image_token_id
-        positions = prompt_positions(is_image, grid, self.manifest.positions, self.image.merge_size)
-        num_slots = budget - 1 if budget else 0
-        length = len(ids) + num_slots
-        if length > self.manifest.max_sequence_length:
-            raise CembedError(f"the input takes {length} positions, the model has {self.manifest.max_sequence_length}")
-        slots = np.full(num_slots, side.latent_token_id or 0, dtype=np.int64)
-        embeds = self._table[np.concatenate([ids, slots])].astype(np.float32)  # S H
-        if features is not None:
-            embeds[np.flatnonzero(is_image)] = features
+    def slot_rows(self, side: Side, first: int, count: int) -> Array:
+        """What is fed into slots first..first + count, float32 [count, H]; constant and learned slots only."""
+        if side.slots == "learned":
+            assert self._slots is not None
+            assert side.slot_rows is not None
+            return np.asarray(self._slots[side.slot_rows[0] + first :][:count], np.float32)
+        return np.repeat(np.asarray(self.inputs.tokens[side.latent_token_id], np.float32)[None], count, axis=0)
+
+    def finish(self, side: Side, states: Array, dim: int | None = None) -> Vectors:
+        """Vectors from states [n, D]: pooled, cut to `dim`, normalised."""
+        return normalise(pool_states(states, side.pooling)[:, :dim])
+
+    def _embed(self, name: SideName, prompt: Callable[[], Prompt], num_vectors: int | None, budget: Budget) -> Vectors:
+        side: Side = getattr(self.manifest, name)
+        if num_vectors is not None and (budget.decode == "loop" or side.slots == "feedback"):
+            state = self._start(name, prompt(), num_vectors)
+            vectors = state.extend(num_vectors)
+            state.close()
+            return vectors if budget.dim is None else normalise(vectors[:, : budget.dim])
+        vectors = self.finish(side, self._single_pass(side, prompt(), num_vectors), budget.dim)
+        return pool_tokens(vectors, budget.pool_factor)
+
+    def _single_pass(self, side: Side, prompt: Prompt, num_vectors: int | None) -> Array:
+        """States [K, D] of prompt and slots in one run of the text graph; all positions where K is None."""
+        num_slots = 0 if num_vectors is None else side.num_slots(num_vectors)
+        length = len(prompt.embeds)
+        check_length(self.manifest, length + num_slots)
+        slots = slot_positions(prompt.positions, num_slots, side.slot_positions)
+        embeds = np.concatenate([prompt.embeds, self.slot_rows(side, 0, num_slots)]) if num_slots else prompt.embeds
+        first = 0 if num_vectors is None else length + num_slots - num_vectors
         feeds = {
             "inputs_embeds": embeds[None],
-            "position_ids": np.concatenate(
-                [positions, slot_positions(positions, num_slots, side.slot_positions)], axis=1
-            )[:, None],
-            "slot_indices": np.arange(len(ids) - 1 if budget else 0, length)[None],
+            "position_ids": np.concatenate([prompt.positions, slots], axis=1)[:, None],
+            "slot_indices": np.arange(first, length + num_slots)[None],
         }
         if any(tensor.name == "prompt_length" for tensor in self.manifest.graphs["text"].inputs):
-            feeds["prompt_length"] = np.array([len(ids)])
-        return normalise(self.session("text").run(feeds)[0])
+            feeds["prompt_length"] = np.array([length])
+        states: Array = self.session("text").run(feeds)[0]
+        return states
 
+    def _start(self, name: SideName, prompt: Prompt, max_vectors: int | None) -> LatentState:
+        side: Side = getattr(self.manifest, name)
+        capacity = len(prompt.embeds) + side.num_slots(self._max_vectors(side, max_vectors))
+        check_length(self.manifest, capacity)
+        state = self._states.add(LatentState(self, name, self._cache(capacity)))
+        return state.start(prompt.embeds, prompt.positions)
 
-def normalise(states: Array) -> Vectors:
-    """Rows of length one. Raises CembedError for NaN, infinity or a row of zeros: none may be stored as a vector."""
-    norms = np.linalg.norm(states, axis=-1, keepdims=True)
-    if not np.isfinite(norms).all() or not norms.all():
-        raise CembedError("the model gave NaN, infinity or zeros: the checkpoint or its precision (fp16?) is at fault")
-    vectors: Vectors = (states / norms).astype(np.float32)
-    return vectors
+    def _max_vectors(self, side: Side, max_vectors: int | None) -> int:
+        if side.num_vectors is None:
+            raise CembedError("this bundle makes one vector for every token: there are no slots to add")
+        if max_vectors is not None:
+            side.check_budget(max_vectors)
+            return max_vectors
+        return side.max_vectors or max(64, 2 * side.num_vectors)
+
+    def _cache(self, capacity: int) -> StaticKVCache:
+        inputs = self.manifest.graphs["text_step"].inputs
+        return StaticKVCache([tensor for tensor in inputs if tensor.name.startswith("past_key_values.")], capacity)
 
 
 def items(values: Iterable[Any], what: str) -> Iterable[Any]:

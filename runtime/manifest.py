@@ -14,7 +14,9 @@ from cembed.runtime.errors import CembedError
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
-SlotKind = Literal["constant", "all_tokens"]
+SlotKind = Literal["constant", "learned", "feedback", "all_tokens"]
+FirstVector = Literal["prompt_end", "slot"]
+Pooling = Literal["none", "mean", "last", "concat"]
 SlotPositions = Literal["zero", "continue"]
 PromptAttention = Literal["causal", "bidirectional"]
 
@@ -23,21 +25,59 @@ PromptAttention = Literal["causal", "bidirectional"]
 class Side:
     """How one side, document or query, becomes vectors.
 
-    `prompt` is the text around the input: `{image}` or `{text}` stands for the input itself. `num_vectors` is the full
-    budget K of a latent-slot head: the last prompt position and K - 1 slots; None for `all_tokens`.
+    `prompt` is the text around the input: `{image}` or `{text}` stands for the input itself.
+
+    `slots` says what is fed into the latent slots behind it: `constant`, the embedding of `latent_token_id`; `learned`,
+    rows of the slot table, from `slot_rows[0]` on and `slot_rows[1]` of them; `feedback`, the hidden state of the
+    position before; `all_tokens`: there are none, and every position gives a vector.
+
+    `num_vectors` is the budget K unless a caller chooses another: the state of the prompt's last position and of K - 1
+    slots if `first_vector` is `prompt_end`, of K slots if it is `slot`. `nested_budgets` are those it was trained for.
+    `pooling` makes one vector of the K states: their mean, the last one, or all of them side by side.
     """
 
     prompt: str
     slots: SlotKind
     num_vectors: int | None
-    latent_token_id: int | None
     slot_positions: SlotPositions
+    first_vector: FirstVector = "prompt_end"
+    latent_token_id: int | None = None
+    slot_rows: tuple[int, int] | None = None
+    nested_budgets: tuple[int, ...] = ()
+    pooling: Pooling = "none"
 
     def __post_init__(self) -> None:
         if (self.slots == "all_tokens") != (self.num_vectors is None):
             raise CembedError(f"a side with slots '{self.slots}' cannot have num_vectors {self.num_vectors}")
-        if self.num_vectors is not None and (self.num_vectors < 1 or self.latent_token_id is None):
-            raise CembedError("a side with latent slots needs num_vectors >= 1 and a latent_token_id")
+        if self.slots == "constant" and self.latent_token_id is None:
+            raise CembedError("a side with constant slots needs a latent_token_id")
+        if (self.slots == "learned") != (self.slot_rows is not None):
+            raise CembedError(f"a side with slots '{self.slots}' cannot have slot_rows {self.slot_rows}")
+        if self.slots == "feedback" and self.first_vector == "slot":
+            raise CembedError(
+                "a side with feedback slots starts with the prompt's end, which is fed into the first slot"
+            )
+        if self.num_vectors is not None:
+            self.check_budget(self.num_vectors)
+
+    @property
+    def max_vectors(self) -> int | None:
+        """The largest budget; None where only the length of the model's context limits it."""
+        return None if self.slot_rows is None else self.slot_rows[1] + (self.first_vector == "prompt_end")
+
+    def num_slots(self, num_vectors: int) -> int:
+        return num_vectors - (self.first_vector == "prompt_end")
+
+    def check_budget(self, num_vectors: int) -> None:
+        """Raises CembedError if there can be no such number of vectors."""
+        if num_vectors < 1:
+            raise CembedError(f"num_vectors is {num_vectors}: it is at least 1")
+        if self.max_vectors is not None and num_vectors > self.max_vectors:
+            raise CembedError(f"num_vectors is {num_vectors}: this bundle makes 1 to {self.max_vectors}")
+
+    def vector_dim(self, dim: int) -> int:
+        """Length of a vector at the full budget, for states of length `dim`."""
+        return dim * self.num_vectors if self.pooling == "concat" and self.num_vectors else dim
 
 
 @dataclass(frozen=True)
@@ -95,7 +135,9 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class TokenEmbeddings:
+class EmbeddingTable:
+    """Rows of hidden_size values, row-major."""
+
     file: str
     dtype: Literal["float32", "float16"]
     rows: int
@@ -144,12 +186,13 @@ class Manifest:
     image: ImageProcessing
     positions: Positions
     graphs: Mapping[str, Graph]
-    token_embeddings: TokenEmbeddings
+    token_embeddings: EmbeddingTable
     tokenizer: str
     self_test: SelfTest
     parity: tuple[Parity, ...]
     source: Mapping[str, str]
     made_with: Mapping[str, str]
+    slot_embeddings: EmbeddingTable | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -198,10 +241,15 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
     for kind in kinds:
-        if (kind is types.NoneType and value is None) or type(value) is kind:
+        if type(value) is kind:
             return value
-    raise CembedError(f"{where} is {value!r:.80}, which is none of {kinds}")
+    others = [kind for kind in kinds if kind not in (types.NoneType, int, str)]
+    if not others:
+        raise CembedError(f"{where} is {value!r:.80}, which is none of {kinds}")
+    return decode(others[0], value, where)
 
 
 def _decode_dataclass(kind: type, value: Any, where: str) -> Any:

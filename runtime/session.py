@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,14 @@ class Session(Protocol):
 
     def run(self, feeds: Mapping[str, Array]) -> Array:
         """The graph's first output for the inputs named in `feeds`."""
+
+    def bind(self, cache: Mapping[str, Array]) -> StepSession:
+        """Runs over `cache`, arrays by the names of the past_key_values inputs, which are updated in place."""
+
+
+class StepSession(Protocol):
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs other than the cache, by name."""
 
 
 def check_providers(providers: Sequence[str]) -> None:
@@ -79,13 +88,47 @@ class OrtSession:
         self.providers = tuple(obtained)
 
     def run(self, feeds: Mapping[str, Array]) -> Array:
-        try:
+        with failures_named():
             (output,) = self._session.run([self._output], dict(feeds), self._options)
-        except Exception as error:  # its exceptions share no other base class
-            raise CembedError(f"ONNX Runtime failed: {str(error).strip().splitlines()[0]}") from error
         return np.asarray(output)
+
+    def bind(self, cache: Mapping[str, Array]) -> OrtStep:
+        return OrtStep(self._session, cache)
 
     def signature(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
         """Type and shape of every input and output, as the graph itself states them."""
         nodes = [*self._session.get_inputs(), *self._session.get_outputs()]
         return {node.name: (node.type, tuple(node.shape)) for node in nodes}
+
+
+class OrtStep:
+    """A session bound to one cache: past and present are the same buffers, so a step copies none of them."""
+
+    def __init__(self, session: ort.InferenceSession, cache: Mapping[str, Array]) -> None:
+        self._session, self._binding = session, session.io_binding()
+        outputs = [output.name for output in session.get_outputs()]
+        self._states = [name for name in outputs if not name.startswith("present.")]
+        for name in self._states:
+            self._binding.bind_output(name, "cpu")
+        for name, buffer in cache.items():
+            place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+            self._binding.bind_input(name, *place)
+            self._binding.bind_output(name.replace("past_key_values.", "present."), *place)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        for name, feed in feeds.items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(feed))
+        for name in self._states:
+            self._binding.bind_output(name, "cpu")
+        with failures_named():
+            self._session.run_with_iobinding(self._binding)
+        outputs = zip(self._binding.get_outputs(), self._states, strict=False)
+        return {name: output.numpy() for output, name in outputs}
+
+
+@contextlib.contextmanager
+def failures_named() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # its exceptions share no other base class
+        raise CembedError(f"ONNX Runtime failed: {str(error).strip().splitlines()[0]}") from error

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from safetensors.numpy import save
 
 from cembed.runtime.errors import CembedError
 
+Vectors = NDArray[np.float32]
 SUFFIXES = (".npz", ".safetensors")
 _ARRAYS = ("vectors", "offsets", "pages")
 
@@ -59,19 +60,9 @@ class VectorFile:
     def save(self, path: Path) -> None:
         """Write `path`, whole or not at all. Raises CembedError for another suffix or a full disk."""
         check_suffix(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("xb") as file:
-                self._write(file, path.suffix)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise CembedError(f"cannot write {path}: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, lambda file: self._write(file, path.suffix))
 
-    def _write(self, file: Any, suffix: str) -> None:
+    def _write(self, file: BinaryIO, suffix: str) -> None:
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         if suffix == ".npz":
             np.savez(file, allow_pickle=False, paths=np.array(self.paths), bundle=np.array(self.bundle), **arrays)
@@ -105,6 +96,21 @@ class VectorFile:
         )
         if not fits or not np.isfinite(self.vectors).all():
             raise CembedError(f"{path} is damaged: its arrays do not fit each other")
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Lets `write` fill a file that appears at `path` when it is complete and on disk, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CembedError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, force: bool) -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cembed.runtime import CembedError, Embedder
-from cembed.runtime.embedder import CPU, normalise
+from cembed.runtime.embedder import CPU, Budget
 from cembed.runtime.manifest import ImageProcessing
+from cembed.runtime.pooling import normalise
 from cembed.runtime.positions import patch_positions, window_index, window_restore
 from cembed.runtime.preprocess import smart_resize
 
@@ -61,10 +62,10 @@ def test_a_budget_is_the_start_of_a_larger_one(name: str, bundle_of: BundleMaker
     assert full.shape == (8, embedder.dim)
     assert query.shape == (4, embedder.dim)
     for n in (1, 2, 7, 8):
-        vectors = embedder.embed_image(MATES[0], num_vectors=n)
+        vectors = embedder.embed_image(MATES[0], Budget(n))
         assert len(vectors) == n
         np.testing.assert_allclose(vectors, full[:n], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(embedder.embed_query("total of the invoice", 2), query[:2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(embedder.embed_query("total of the invoice", Budget(2)), query[:2], rtol=0, atol=1e-6)
 
 
 def test_a_smaller_budget_runs_fewer_positions(causal_bundle: Path) -> None:
@@ -72,8 +73,8 @@ def test_a_smaller_budget_runs_fewer_positions(causal_bundle: Path) -> None:
     lengths = []
     run = embedder.session("text").run
     embedder.session("text").run = lambda feeds: lengths.append(feeds["inputs_embeds"].shape[1]) or run(feeds)  # type: ignore[method-assign]
-    embedder.embed_image(MATES[0], num_vectors=1)
-    embedder.embed_image(MATES[0], num_vectors=8)
+    embedder.embed_image(MATES[0], Budget(1))
+    embedder.embed_image(MATES[0], Budget(8))
     assert lengths[1] - lengths[0] == 7
 
 
@@ -112,9 +113,12 @@ def test_a_generator_is_consumed_one_page_at_a_time(causal_bundle: Path) -> None
         (lambda e: e.embed_query("long " * 5000), "positions"),
         (lambda e: e.embed_image(np.zeros((4, 4), np.uint8)), "[4, 4]"),
         (lambda e: e.embed_image(Image.new("RGB", (3000, 10))), "3000 x 10"),
-        (lambda e: e.embed_image(MATES[0], num_vectors=0), "1 to 8"),
-        (lambda e: e.embed_image(MATES[0], num_vectors=9), "1 to 8"),
-        (lambda e: e.embed_query("x", num_vectors=5), "1 to 4"),
+        (lambda e: e.embed_images(MATES[:1], 0), "at least 1"),
+        (lambda e: e.embed_queries(["x"], 9000), "positions"),
+        (lambda e: e.embed_queries(["x"], dim=97), "have 96"),
+        (lambda e: e.embed_queries(["x"], dim=0), "have 96"),
+        (lambda e: e.embed_queries(["x"], decode="twice"), "single-pass, loop"),
+        (lambda e: e.embed_images(MATES[:1], pool_factor=2), "pool_factor"),
     ],
 )
 def test_mistakes_are_named(causal_bundle: Path, call: object, words: str) -> None:
@@ -126,7 +130,7 @@ def test_mistakes_are_named(causal_bundle: Path, call: object, words: str) -> No
 
 def test_a_head_of_all_tokens_has_no_budget(bundle_of: BundleMaker) -> None:
     with pytest.raises(CembedError, match="every token"):
-        Embedder.load(bundle_of("colqwen2")).embed_query("x", num_vectors=2)
+        Embedder.load(bundle_of("colqwen2")).embed_query("x", Budget(2))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])

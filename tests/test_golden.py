@@ -57,7 +57,7 @@ def test_inputs_equal_the_reference(name: str, bundle_of: BundleMaker) -> None:
     for key in IMAGES:
         pixel_values, _ = preprocess(Image.open(GOLDEN / name / f"{key}.png"), manifest.image)
         tokens = len(pixel_values) // manifest.image.merge_size**2
-        ids = embedder.prompter.document(manifest.document.prompt, tokens)
+        ids = embedder.inputs.prompter.document(manifest.document.prompt, tokens)
         np.testing.assert_array_equal(ids, expected[f"{key}.input_ids"])
         if f"{key}.pixel_values" in expected:
             reference = still_frame(expected[f"{key}.pixel_values"], manifest.image)
@@ -65,7 +65,7 @@ def test_inputs_equal_the_reference(name: str, bundle_of: BundleMaker) -> None:
             compared += 1
     assert compared >= 1
     for i, text in enumerate(json.loads((GOLDEN / name / "queries.json").read_text())):
-        ids = embedder.prompter.query(manifest.query.prompt, text)
+        ids = embedder.inputs.prompter.query(manifest.query.prompt, text)
         np.testing.assert_array_equal(ids, expected[f"query{i}.input_ids"])
 
 
@@ -86,6 +86,6 @@ def test_single_pass_equals_the_loop_over_a_cache(name: str, bundle_of: BundleMa
         single = embedder.embed_image(Image.open(GOLDEN / name / f"{key}.png"))
         np.testing.assert_allclose(single, loop, rtol=0, atol=1e-5)
     text = "source code form"
-    ids = embedder.prompter.query(manifest.query.prompt, text)
+    ids = embedder.inputs.prompter.query(manifest.query.prompt, text)
     loop = reference.loop(ids, None, latent, 4, policy)
     np.testing.assert_allclose(embedder.embed_query(text), loop, rtol=0, atol=1e-5)

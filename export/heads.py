@@ -1,0 +1,85 @@
+"""Heads as data: what is fed into the latent slots of each side, how many there are, and what is made of their states.
+
+A new head is a row of `HEADS`. `--head-spec FILE.json` gives one without a row: {"document": {…}, "query": {…}} with
+the fields of `HeadSide`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cembed.export.choices import HEADS as NAMES
+from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import FirstVector, Pooling, SlotKind, SlotPositions, decode
+
+
+@dataclass(frozen=True)
+class HeadSide:
+    """One side of a head, as in `manifest.Side`; what is None is the backbone's, or for learned slots all rows."""
+
+    slots: SlotKind
+    num_vectors: int | None = None
+    first_vector: FirstVector = "prompt_end"
+    nested_budgets: tuple[int, ...] = ()
+    pooling: Pooling = "none"
+    prompt: str | None = None
+    slot_positions: SlotPositions | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    document: HeadSide
+    query: HeadSide
+
+
+def both(side: HeadSide) -> Head:
+    return Head(side, side)
+
+
+HEADS: Mapping[str, Head] = {
+    # CausalEmbed, arXiv 2601.21262, and its released code: one token in all slots.
+    "causal": Head(HeadSide("constant", 32), HeadSide("constant", 16)),
+    # Latent auto-regression: each slot is fed the last hidden state of the position before it.
+    "feedback": Head(HeadSide("feedback", 32), HeadSide("feedback", 16)),
+    # MetaEmbed, arXiv 2509.18095: learned tokens, trained in nested groups.
+    "metaembed": Head(
+        HeadSide("learned", None, "slot", (1, 4, 8, 16, 64)),
+        HeadSide("learned", None, "slot", (1, 2, 4, 8, 16)),
+    ),
+    # Bottleneck Tokens, arXiv 2604.11095: learned tokens, pooled into one vector.
+    "btoks": both(HeadSide("learned", None, "slot", pooling="mean")),
+    # ColPali, arXiv 2407.01449: a projection of every position.
+    "colbert": both(HeadSide("all_tokens")),
+}
+assert tuple(HEADS) == NAMES
+
+
+def read_head(path: Path) -> Head:
+    """The head of a `--head-spec` file. Raises CembedError that names what is wrong in it."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CembedError(f"{path} cannot be read as JSON: {error}") from error
+    head: Head = decode(Head, raw, str(path))
+    return head
+
+
+def with_budgets(head: Head, document: int | None, query: int | None) -> Head:
+    """The head with other numbers of vectors, where they are given."""
+    for flag, budget, side in (("--num-vectors", document, head.document), ("--query-vectors", query, head.query)):
+        if budget is not None and side.slots == "all_tokens":
+            raise CembedError(f"{flag}: this head makes one vector for every token")
+    return Head(
+        replace(head.document, num_vectors=document or head.document.num_vectors),
+        replace(head.query, num_vectors=query or head.query.num_vectors),
+    )
+
+
+def with_pooling(head: Head, pooling: Pooling | None) -> Head:
+    """The head with another pooling on both sides."""
+    if pooling is None:
+        return head
+    return Head(replace(head.document, pooling=pooling), replace(head.query, pooling=pooling))

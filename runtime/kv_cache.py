@@ -1,0 +1,43 @@
+"""Keys and values of a prompt and its slots, in buffers whose size never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import Tensor
+from cembed.runtime.session import Array
+
+
+class StaticKVCache:
+    """One buffer [1, kv_heads, capacity, head_dim] for the keys and one for the values of each layer.
+
+    An engine reads and writes them in place; `length` positions are filled.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], capacity: int) -> None:
+        """`inputs` are the graph's past_key_values tensors; their axis `capacity` gets `capacity` positions."""
+        sizes = {"batch_size": 1, "capacity": capacity}
+        self.capacity, self.length = capacity, 0
+        self.buffers: dict[str, Array] = {
+            tensor.name: np.zeros(
+                [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape], tensor.dtype
+            )
+            for tensor in inputs
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def reserve(self, positions: int) -> int:
+        """The first of the next `positions` positions, which count as filled from now on."""
+        start = self.length
+        if start + positions > self.capacity:
+            raise CembedError(
+                f"the cache has a capacity of {self.capacity} positions and holds {start}: {positions} more do not fit"
+            )
+        self.length += positions
+        return start

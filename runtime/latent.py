@@ -1,0 +1,173 @@
+"""Latent slots one after the other, over a static cache: `prefill`, `decode_step`, and the loop around them.
+
+Letters: A position axes, S positions of the prompt, H hidden, D length of a state.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cembed.runtime.errors import CembedError
+from cembed.runtime.kv_cache import StaticKVCache
+from cembed.runtime.manifest import Side
+from cembed.runtime.positions import IntArray, slot_positions
+from cembed.runtime.session import Array, StepSession
+from cembed.runtime.vectors import Vectors, write_whole
+
+if TYPE_CHECKING:
+    from cembed.runtime.embedder import Embedder
+
+SideName = Literal["document", "query"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one position gives: its state [1, D], and its last hidden state [1, H], which a feedback slot is fed."""
+
+    state: Array
+    hidden: Array
+
+
+def prefill(step: StepSession, cache: StaticKVCache, inputs_embeds: Array, positions: IntArray) -> Output:
+    """Runs a prompt [S, H] at positions [A, S]; the output is that of its last position."""
+    outputs = step.run(
+        {
+            "cache_position": np.array([cache.reserve(len(inputs_embeds))]),
+            "inputs_embeds": inputs_embeds[None],
+            "position_ids": positions[:, None],
+            "slot_indices": np.array([[len(inputs_embeds) - 1]]),
+        }
+    )
+    state = outputs["slot_states"][0]
+    return Output(state, outputs["hidden_states"][0] if "hidden_states" in outputs else state)
+
+
+def decode_step(step: StepSession, cache: StaticKVCache, row: Array, position: IntArray) -> Output:
+    """Runs one slot that is fed `row` [H] at `position` [A]."""
+    return prefill(step, cache, row[None], position[:, None])
+
+
+class LatentState:
+    """A prompt that has been run and the slots behind it so far: more vectors cost only their own steps.
+
+    Made by `Embedder.start`, `start_query` and `resume`; `close` gives the memory back before the state is dropped.
+    """
+
+    def __init__(self, embedder: Embedder, name: SideName, cache: StaticKVCache) -> None:
+        self.name, self.cache = name, cache
+        self.side: Side = getattr(embedder.manifest, name)
+        self.states: list[Array] = []  # each [1, D]
+        self.prompt_end: IntArray = np.zeros((embedder.manifest.positions.axes, 1), np.int64)
+        self.hidden: Array | None = None
+        self._embedder = embedder
+        self._step = embedder.step_session().bind(cache.buffers)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache, in bytes."""
+        return self.cache.nbytes
+
+    def start(self, inputs_embeds: Array, positions: IntArray) -> LatentState:
+        """Runs the prompt [S, H] at positions [A, S]."""
+        output = prefill(self._step, self.cache, inputs_embeds, positions)
+        self.prompt_end[:] = positions.max()
+        self.hidden = output.hidden
+        if self.side.first_vector == "prompt_end":
+            self.states.append(output.state)
+        return self
+
+    def extend(self, num_vectors: int) -> Vectors:
+        """The vectors at a budget of `num_vectors`, pooled and normalised; the prompt is not run again.
+
+        Raises CembedError: more than the bundle makes or the capacity holds, a closed state, NaN from the model.
+        """
+        if not self.cache.buffers:
+            raise CembedError("this state was closed: start a new one")
+        self.side.check_budget(num_vectors)
+        free = self.cache.capacity - self.cache.length
+        if num_vectors > len(self.states) + free:
+            raise CembedError(
+                f"num_vectors is {num_vectors}: the cache has a capacity of {self.cache.capacity} positions, "
+                f"enough for {len(self.states) + free} vectors"
+            )
+        while len(self.states) < num_vectors:
+            self._add_slot()
+        return self._embedder.finish(self.side, np.concatenate(self.states[:num_vectors]))
+
+    def _add_slot(self) -> None:
+        slot = len(self.states) - (self.side.first_vector == "prompt_end")
+        if self.side.slots == "feedback":
+            assert self.hidden is not None
+            row = self.hidden[0]
+        else:
+            row = self._embedder.slot_rows(self.side, slot, 1)[0]
+        position = slot_positions(self.prompt_end, slot + 1, self.side.slot_positions)[:, -1]
+        output = decode_step(self._step, self.cache, row, position)
+        self.hidden = output.hidden
+        self.states.append(output.state)
+
+    def close(self) -> None:
+        """Drops the cache; vectors that were handed out stay."""
+        del self._step
+        self.cache.buffers.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of the cache."""
+        if not self.cache.buffers:
+            raise CembedError("this state was closed: nothing is left to save")
+        arrays = {name: np.ascontiguousarray(b[:, :, : self.cache.length]) for name, b in self.cache.buffers.items()}
+        arrays |= {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
+        arrays |= {"states": np.concatenate(self.states)} if self.states else {}
+        metadata = {"bundle": self._embedder.bundle.hash, "side": self.name}
+        write_whole(Path(path), lambda file: file.write(save(arrays, metadata)))
+
+    def restore(self, arrays: Mapping[str, Array]) -> LatentState:
+        """Takes the content of a file over, into a cache that is at least as large."""
+        for name, buffer in self.cache.buffers.items():
+            buffer[:, :, : arrays[name].shape[2]] = arrays[name]
+            length = arrays[name].shape[2]
+        self.cache.reserve(length)
+        self.prompt_end[:], self.hidden = arrays["prompt_end"], arrays["hidden"]
+        self.states = list(arrays["states"][:, None]) if "states" in arrays else []
+        return self
+
+
+def read_state(path: Path, bundle: str) -> tuple[SideName, dict[str, Array]]:
+    """The side and arrays of a saved state. Raises CembedError: damaged, no state, of another bundle."""
+    try:
+        path.stat()
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CembedError(f"{path} cannot be read as a state: {error}") from error
+    if metadata.get("bundle") != bundle:
+        raise CembedError(f"{path} is not a state of this bundle: use the one that made it, or start again")
+    return ("document" if metadata["side"] == "document" else "query"), arrays
+
+
+class StateMemory:
+    """Bounds the memory of the states that are alive."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._states: weakref.WeakSet[LatentState] = weakref.WeakSet()
+
+    def add(self, state: LatentState) -> LatentState:
+        """Raises CembedError if `state` does not fit beside those alive."""
+        held = sum(other.nbytes for other in self._states)
+        if held + state.nbytes > self.limit:
+            raise CembedError(
+                f"a state of {state.nbytes / 2**20:.1f} MiB does not fit: {len(self._states)} others hold "
+                f"{held / 2**20:.1f} of {self.limit / 2**20:.1f} MiB; close some, or raise state_memory"
+            )
+        self._states.add(state)
+        return state

@@ -1,0 +1,56 @@
+"""What is made of the states of a page: one vector, fewer vectors, vectors of length one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest import Pooling
+from cembed.runtime.vectors import Vectors
+
+FloatArray = NDArray[np.floating[Any]]
+
+
+def normalise(states: FloatArray) -> Vectors:
+    """Rows of length one. Raises CembedError for NaN, infinity or a row of zeros: none may be stored as a vector."""
+    norms = np.linalg.norm(states, axis=-1, keepdims=True)
+    if not np.isfinite(norms).all() or not norms.all():
+        raise CembedError("the model gave NaN, infinity or zeros: the checkpoint or its precision (fp16?) is at fault")
+    vectors: Vectors = (states / norms).astype(np.float32)
+    return vectors
+
+
+def pool_states(states: FloatArray, pooling: Pooling) -> FloatArray:
+    """States [K, D] as one row, unless `pooling` is `none`.
+
+    >>> states = np.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> [pool_states(states, pooling).tolist() for pooling in ("mean", "last", "concat")]
+    [[[2.0, 3.0]], [[3.0, 4.0]], [[1.0, 2.0, 3.0, 4.0]]]
+    """
+    if pooling == "mean":
+        states = states.mean(axis=0, keepdims=True)
+    elif pooling == "last":
+        states = states[-1:]
+    elif pooling == "concat":
+        states = states.reshape(1, -1)
+    return states
+
+
+def pool_tokens(vectors: Vectors, factor: int) -> Vectors:
+    """The vectors [K, D] merged to at most K // factor, by hierarchical clustering of their similarities.
+
+    Ward linkage over the rows of 1 - similarity, means of clusters normalised: the pooling of colpali-engine
+    (arXiv 2409.14683). Raises CembedError without scipy, which the extra `pool` brings.
+    """
+    clusters = max(len(vectors) // factor, 1)
+    if factor == 1 or clusters == len(vectors):
+        return vectors
+    try:
+        from scipy.cluster.hierarchy import fcluster, linkage
+    except ImportError as error:
+        raise CembedError("pool_factor needs scipy: install it with pip install 'cembed[pool]'") from error
+    labels = fcluster(linkage(1 - vectors @ vectors.T, method="ward"), t=clusters, criterion="maxclust")
+    return normalise(np.stack([vectors[labels == label].mean(axis=0) for label in np.unique(labels)]))
