@@ -246,9 +246,8 @@ def embed(
     vectors, sources, numbers = zip(*embedded, strict=True)
     content = VectorFile.of(vectors, sources, numbers, embedder.bundle.hash)
     content.save(out)
-    typer.echo(
-        f"{out}: {len(content)} pages, {len(content.vectors)} vectors of {content.vectors.shape[1]}, {out.stat().st_size:,} bytes"
-    )
+    rows, dim = content.vectors.shape
+    typer.echo(f"{out}: {len(content)} pages, {rows} vectors of {dim}, {out.stat().st_size:,} bytes")
     if failures:
         raise typer.Exit(EXIT_INCOMPLETE)
 

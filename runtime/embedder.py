@@ -175,6 +175,7 @@ class Embedder:
             raise CembedError("slots that are fed back cannot run in a single pass: use decode='loop'")
         if budget.num_vectors is not None:
             side.check_budget(budget.num_vectors)
+            check_length(self.manifest, budget.num_vectors)
         return budget.num_vectors or side.num_vectors
 
     def session(self, name: str) -> OrtSession:

@@ -29,7 +29,10 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
             from cembed.export.exporter import export
             from cembed.export.plan import ExportOptions
 
-            options = ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), num_vectors=8, query_vectors=4)
+            budgets = (8, 4) if name in CAUSAL else (None, None)
+            options = ExportOptions(
+                BACKBONE_OF[name], str(GOLDEN / name), num_vectors=budgets[0], query_vectors=budgets[1]
+            )
             export(options, root / name)
         return root / name
 

@@ -26,6 +26,7 @@ FILES = (
     "self_test.safetensors",
     "text.data",
     "text.onnx",
+    "text_step.onnx",
     "token_embeddings.bin",
     "tokenizer.json",
     "vision.data",
@@ -193,12 +194,15 @@ def test_numbers_of_the_manifest_are_finite(manifest_text: str, number: str) -> 
         ("document", {"num_vectors": 0}),
         ("query", {"latent_token_id": None}),
         ("query", {"slots": "all_tokens"}),
+        ("query", {"slots": "learned"}),
+        ("query", {"slot_rows": [0, 4]}),
+        ("query", {"slots": "feedback", "first_vector": "slot"}),
     ],
 )
 def test_a_side_contradicts_itself(manifest_text: str, side: str, change: Json) -> None:
     raw = json.loads(manifest_text)
     raw[side] |= change
-    assert "num_vectors" in refusal(lambda: Manifest.from_json(json.dumps(raw)))
+    assert refusal(lambda: Manifest.from_json(json.dumps(raw)))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +422,7 @@ def test_the_hash_is_that_of_the_manifest(bundle: Path) -> None:
 def test_verify_reports_every_check(causal_bundle: Path) -> None:
     checks = list(verify(Bundle(causal_bundle)))
     assert all(check.passed for check in checks), checks
-    graphs = [f"inputs and outputs of {graph}" for graph in ("vision", "text")]
+    graphs = [f"inputs and outputs of {graph}" for graph in ("vision", "text", "text_step")]
     assert {check.name for check in checks} == {*(f"sha256 of {name}" for name in FILES), *graphs, "self-test"}
 
 
