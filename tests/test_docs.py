@@ -20,13 +20,15 @@ def test_help_texts_are_current() -> None:
 
 
 def test_the_python_of_the_readme_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    first, second = re.findall(r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
     shutil.copytree(causal_bundle, tmp_path / "bundle")
     shutil.copy(GOLDEN / "colqwen2" / "page.png", tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(first, names)
     assert getattr(names["scores"], "shape", None) == (1, 1)
+    exec(second, names)
+    assert getattr(names["fine"], "shape", (0, 0))[0] == 32
 
 
 def test_the_documented_test_command_is_what_ci_runs() -> None:

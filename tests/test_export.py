@@ -225,19 +225,17 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
     [
         (replace(QWEN, target="onnx", opset=24), "causalqwen2_5", 1e-4),
         (replace(QWEN, target="onnx", opset=20), "causalqwen2_5", 1e-4),
-        (replace(PALI, target="onnx", opset=23), "causalpali", 1e-4),
         (replace(PALI, opset=18), "causalpali", 1e-4),
         (replace(COLQWEN, opset=25), "colqwen2", 1e-4),
         (replace(COLQWEN, dtype="bf16"), "colqwen2", 2e-2),
         (replace(PALI, dtype="fp16"), "causalpali", 2e-2),
-        (replace(QWEN, dtype="fp16"), "causalqwen2_5", 2e-2),
     ],
 )
 def test_targets_opsets_and_types(tmp_path: Path, options: ExportOptions, golden: str, tolerance: float) -> None:
     manifest = export(options, tmp_path / "bundle")
     assert (manifest.opset, manifest.target, manifest.dtype) == (options.opset, options.target, options.dtype)
     graph = (tmp_path / "bundle" / "text.onnx").read_bytes()
-    assert (b"com.microsoft" in graph) == (options.target == "onnxruntime" and options.opset >= 23)
+    assert (b"com.microsoft" in graph) == (options.target == "onnxruntime" and options.opset >= 24)
     embedder, expected = Embedder.load(tmp_path / "bundle"), np.load(GOLDEN / golden / "expected.npz")
     page = embedder.embed_image(Image.open(GOLDEN / golden / "page.png"))
     np.testing.assert_allclose(page, expected["page.vectors"], rtol=0, atol=tolerance)
@@ -328,7 +326,7 @@ def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
     with pytest.raises(CembedError, match="DoRA"):
         Plan.make(options, GOLDEN / "colqwen2")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CembedError, match="unexpected"):  # this one has no custom_text_proj
+    with pytest.raises(CembedError, match="does not fit"):  # this one has no custom_text_proj
         Plan.make(replace(QWEN, adapter=tmp_path / "adapter"), GOLDEN / "causalqwen2_5")
     with pytest.raises(CembedError, match="LoRA adapter"):
         export(replace(COLQWEN, model=str(tmp_path / "adapter")), tmp_path / "bundle")
