@@ -61,7 +61,7 @@ def read_head(path: Path) -> Head:
     """The head of a `--head-spec` file. Raises CembedError that names what is wrong in it."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CembedError(f"{path} cannot be read as JSON: {error}") from error
     head: Head = decode(Head, raw, str(path))
     return head

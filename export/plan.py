@@ -105,7 +105,7 @@ class Plan:
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer_path = find_tokenizer(root, options.adapter)
-        tables = slot_tables(checkpoint, head)
+        tables = slot_tables(checkpoint, head, backbone.decoder.hidden_size)
         document, query = sides(options, backbone, head, tables, load_tokenizer(tokenizer_path))
         specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint))
         names = {name for spec in specs for name in parameter_names(spec)}
@@ -170,7 +170,7 @@ def choose_head(options: ExportOptions, checkpoint: Checkpoint) -> tuple[str, He
     return name, with_pooling(with_budgets(head, options.num_vectors, options.query_vectors), options.pooling)
 
 
-def slot_tables(checkpoint: Checkpoint, head: Head) -> dict[str, int]:
+def slot_tables(checkpoint: Checkpoint, head: Head, hidden_size: int) -> dict[str, int]:
     """The tables of learned rows that the head's sides need, and how many rows each has."""
     wanted = [
         name for name, side in zip(SLOT_TABLES, (head.document, head.query), strict=True) if side.slots == "learned"
@@ -178,7 +178,11 @@ def slot_tables(checkpoint: Checkpoint, head: Head) -> dict[str, int]:
     for name in wanted:
         if name not in checkpoint:
             raise CembedError(f"this head needs {name} [slots, hidden]: give it with --head-weights FILE.safetensors")
-    return {name: checkpoint.load(name).shape[0] for name in wanted}
+    shapes = {name: tuple(checkpoint.load(name).shape) for name in wanted}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
+            raise CembedError(f"{name} has shape {shape}: [slots, {hidden_size}] is wanted")
+    return {name: shape[0] for name, shape in shapes.items()}
 
 
 def limit_layers(backbone: Backbone, num_layers: int | None, checkpoint: Checkpoint) -> Backbone:
@@ -208,7 +212,12 @@ def limit_visual_tokens(backbone: Backbone, tokens: int | None) -> Backbone:
 
 def projection_width(checkpoint: Checkpoint) -> int | None:
     """The length of projected vectors; None if the checkpoint has no projection."""
-    return checkpoint.load("custom_text_proj.bias").shape[0] if "custom_text_proj.bias" in checkpoint else None
+    if "custom_text_proj.bias" not in checkpoint:
+        return None
+    shape = checkpoint.load("custom_text_proj.bias").shape
+    if len(shape) != 1 or not shape[0]:
+        raise CembedError(f"custom_text_proj.bias has shape {tuple(shape)}: [dim] is wanted")
+    return shape[0]
 
 
 def find_tokenizer(root: Path, adapter: Path | None) -> Path:
@@ -229,18 +238,23 @@ def sides(
         raise CembedError(
             f"the tokenizer has no token {options.latent_token!r}: name the one fed to latent slots with --latent-token"
         )
-    prefixed = backbone.prompts[1].replace("{text}", options.query_prefix + "{text}")
+    query_prompt = either(head.query.prompt, backbone.prompts[1])
     prompts = (
-        check_prompt(head.document.prompt or backbone.prompts[0], "{image}"),
-        check_prompt(head.query.prompt or prefixed, "{text}"),
+        check_prompt(either(head.document.prompt, backbone.prompts[0]), "{image}"),
+        check_prompt(query_prompt.replace("{text}", options.query_prefix + "{text}"), "{text}"),
     )
     first_row = 0
     made: list[Side] = []
     for side, prompt, table in zip((head.document, head.query), prompts, SLOT_TABLES, strict=True):
         rows = (first_row, tables[table]) if table in tables else None
         first_row += tables.get(table, 0)
-        made.append(make_side(side, prompt, options.slot_positions or backbone.slot_positions, latent, rows))
+        policy = options.slot_positions or side.slot_positions or backbone.slot_positions
+        made.append(make_side(side, prompt, policy, latent, rows))
     return made[0], made[1]
+
+
+def either(given: str | None, default: str) -> str:
+    return default if given is None else given
 
 
 def make_side(
@@ -253,7 +267,7 @@ def make_side(
         prompt=prompt,
         slots=side.slots,
         num_vectors=num_vectors,
-        slot_positions=side.slot_positions or policy,
+        slot_positions=policy,
         first_vector=side.first_vector,
         latent_token_id=latent if side.slots == "constant" else None,
         slot_rows=rows,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,14 +156,16 @@ class Embedder:
         length = next(array.shape[2] for key, array in arrays.items() if key.startswith("past_key_values."))
         side: Side = getattr(self.manifest, name)
         more = max(0, self._max_vectors(side, max_vectors) - made)
+        check_length(self.manifest, length + more)
         return self._states.add(LatentState(self, name, self._cache(length + more))).restore(arrays)
 
     def check(self, side: Side, budget: Budget) -> int | None:
         """The number of vectors to make, None for all positions. Raises CembedError for what the bundle cannot do."""
         if budget.decode not in (None, "single-pass", "loop"):
             raise CembedError(f"unknown decode {budget.decode!r}: cembed has single-pass, loop")
-        if budget.dim is not None and not 1 <= budget.dim <= side.vector_dim(self.manifest.dim):
-            raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {side.vector_dim(self.manifest.dim)}")
+        length = side.vector_dim(self.manifest.dim, budget.num_vectors)
+        if budget.dim is not None and not 1 <= budget.dim <= length:
+            raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {length}")
         if side.num_vectors is None:
             if budget.num_vectors is not None or budget.decode == "loop":
                 raise CembedError("this bundle makes one vector for every token: there is no budget and no loop")
@@ -185,14 +187,6 @@ class Embedder:
                 self._sessions[name] = OrtSession(self.bundle.graph_path(name), self._engine)
             return self._sessions[name]
 
-    def step_session(self) -> OrtSession:
-        """The session of the loop; its weights stay memory-mapped, as one row at a time gains nothing from a copy."""
-        with self._lock:
-            if "text_step" not in self._sessions:
-                path = self.bundle.graph_path("text_step")
-                self._sessions["text_step"] = OrtSession(path, replace(self._engine, prepack=False))
-            return self._sessions["text_step"]
-
     def slot_rows(self, side: Side, first: int, count: int) -> Array:
         """What is fed into slots first..first + count, float32 [count, H]; constant and learned slots only."""
         if side.slots == "learned":
@@ -208,7 +202,7 @@ class Embedder:
     def _embed(self, name: SideName, prompt: Callable[[], Prompt], num_vectors: int | None, budget: Budget) -> Vectors:
         side: Side = getattr(self.manifest, name)
         if num_vectors is not None and (budget.decode == "loop" or side.slots == "feedback"):
-            state = self._start(name, prompt(), num_vectors)
+            state = self._state(name, prompt(), num_vectors)
             vectors = state.extend(num_vectors)
             state.close()
             return vectors if budget.dim is None else normalise(vectors[:, : budget.dim])
@@ -234,10 +228,19 @@ class Embedder:
         return states
 
     def _start(self, name: SideName, prompt: Prompt, max_vectors: int | None) -> LatentState:
+        budget = self._max_vectors(getattr(self.manifest, name), max_vectors)
+        return self._state(name, prompt, budget, self._states)
+
+    def _state(
+        self, name: SideName, prompt: Prompt, num_vectors: int, memory: StateMemory | None = None
+    ) -> LatentState:
+        """A state with room for `num_vectors`, its prompt run; one that is kept counts in `memory`."""
         side: Side = getattr(self.manifest, name)
-        capacity = len(prompt.embeds) + side.num_slots(self._max_vectors(side, max_vectors))
+        capacity = len(prompt.embeds) + side.num_slots(num_vectors)
         check_length(self.manifest, capacity)
-        state = self._states.add(LatentState(self, name, self._cache(capacity)))
+        state = LatentState(self, name, self._cache(capacity))
+        if memory is not None:
+            memory.add(state)
         return state.start(prompt.embeds, prompt.positions)
 
     def _max_vectors(self, side: Side, max_vectors: int | None) -> int:

@@ -32,12 +32,11 @@ class StaticKVCache:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def reserve(self, positions: int) -> int:
-        """The first of the next `positions` positions, which count as filled from now on."""
-        start = self.length
-        if start + positions > self.capacity:
+    def require(self, positions: int) -> int:
+        """Where the next `positions` positions start. Raises CembedError if they do not fit."""
+        if self.length + positions > self.capacity:
             raise CembedError(
-                f"the cache has a capacity of {self.capacity} positions and holds {start}: {positions} more do not fit"
+                f"the cache has a capacity of {self.capacity} positions and holds {self.length}: "
+                f"{positions} more do not fit"
             )
-        self.length += positions
-        return start
+        return self.length

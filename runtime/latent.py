@@ -5,6 +5,8 @@ Letters: A position axes, S positions of the prompt, H hidden, D length of a sta
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,14 +40,16 @@ class Output:
 
 def prefill(step: StepSession, cache: StaticKVCache, inputs_embeds: Array, positions: IntArray) -> Output:
     """Runs a prompt [S, H] at positions [A, S]; the output is that of its last position."""
+    start = cache.require(len(inputs_embeds))
     outputs = step.run(
         {
-            "cache_position": np.array([cache.reserve(len(inputs_embeds))]),
+            "cache_position": np.array([start]),
             "inputs_embeds": inputs_embeds[None],
             "position_ids": positions[:, None],
             "slot_indices": np.array([[len(inputs_embeds) - 1]]),
         }
     )
+    cache.length = start + len(inputs_embeds)
     state = outputs["slot_states"][0]
     return Output(state, outputs["hidden_states"][0] if "hidden_states" in outputs else state)
 
@@ -68,7 +72,7 @@ class LatentState:
         self.prompt_end: IntArray = np.zeros((embedder.manifest.positions.axes, 1), np.int64)
         self.hidden: Array | None = None
         self._embedder = embedder
-        self._step = embedder.step_session().bind(cache.buffers)
+        self._step: StepSession | None = embedder.session("text_step").bind(cache.buffers)
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +81,7 @@ class LatentState:
 
     def start(self, inputs_embeds: Array, positions: IntArray) -> LatentState:
         """Runs the prompt [S, H] at positions [A, S]."""
-        output = prefill(self._step, self.cache, inputs_embeds, positions)
+        output = prefill(self._open(), self.cache, inputs_embeds, positions)
         self.prompt_end[:] = positions.max()
         self.hidden = output.hidden
         if self.side.first_vector == "prompt_end":
@@ -89,8 +93,7 @@ class LatentState:
 
         Raises CembedError: more than the bundle makes or the capacity holds, a closed state, NaN from the model.
         """
-        if not self.cache.buffers:
-            raise CembedError("this state was closed: start a new one")
+        self._open()
         self.side.check_budget(num_vectors)
         free = self.cache.capacity - self.cache.length
         if num_vectors > len(self.states) + free:
@@ -110,31 +113,34 @@ class LatentState:
         else:
             row = self._embedder.slot_rows(self.side, slot, 1)[0]
         position = slot_positions(self.prompt_end, slot + 1, self.side.slot_positions)[:, -1]
-        output = decode_step(self._step, self.cache, row, position)
+        output = decode_step(self._open(), self.cache, row, position)
         self.hidden = output.hidden
         self.states.append(output.state)
 
+    def _open(self) -> StepSession:
+        if self._step is None:
+            raise CembedError("this state was closed: start a new one")
+        return self._step
+
     def close(self) -> None:
         """Drops the cache; vectors that were handed out stay."""
-        del self._step
+        self._step = None
         self.cache.buffers.clear()
 
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of the cache."""
-        if not self.cache.buffers:
-            raise CembedError("this state was closed: nothing is left to save")
+        self._open()
         arrays = {name: np.ascontiguousarray(b[:, :, : self.cache.length]) for name, b in self.cache.buffers.items()}
         arrays |= {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
         arrays |= {"states": np.concatenate(self.states)} if self.states else {}
-        metadata = {"bundle": self._embedder.bundle.hash, "side": self.name}
+        metadata = {"bundle": self._embedder.bundle.hash, "side": self.name, "sha256": digest(arrays)}
         write_whole(Path(path), lambda file: file.write(save(arrays, metadata)))
 
     def restore(self, arrays: Mapping[str, Array]) -> LatentState:
         """Takes the content of a file over, into a cache that is at least as large."""
         for name, buffer in self.cache.buffers.items():
             buffer[:, :, : arrays[name].shape[2]] = arrays[name]
-            length = arrays[name].shape[2]
-        self.cache.reserve(length)
+            self.cache.length = arrays[name].shape[2]
         self.prompt_end[:], self.hidden = arrays["prompt_end"], arrays["hidden"]
         self.states = list(arrays["states"][:, None]) if "states" in arrays else []
         return self
@@ -151,7 +157,18 @@ def read_state(path: Path, bundle: str) -> tuple[SideName, dict[str, Array]]:
         raise CembedError(f"{path} cannot be read as a state: {error}") from error
     if metadata.get("bundle") != bundle:
         raise CembedError(f"{path} is not a state of this bundle: use the one that made it, or start again")
+    if metadata.get("side") not in ("document", "query") or metadata.get("sha256") != digest(arrays):
+        raise CembedError(f"{path} is a damaged state: start again")
     return ("document" if metadata["side"] == "document" else "query"), arrays
+
+
+def digest(arrays: Mapping[str, Array]) -> str:
+    """sha256 over names, shapes and values."""
+    result = hashlib.sha256()
+    for name in sorted(arrays):
+        result.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        result.update(np.ascontiguousarray(arrays[name]).data)
+    return result.hexdigest()
 
 
 class StateMemory:
@@ -160,14 +177,17 @@ class StateMemory:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._states: weakref.WeakSet[LatentState] = weakref.WeakSet()
+        self._lock = threading.Lock()
 
     def add(self, state: LatentState) -> LatentState:
         """Raises CembedError if `state` does not fit beside those alive."""
-        held = sum(other.nbytes for other in self._states)
-        if held + state.nbytes > self.limit:
-            raise CembedError(
-                f"a state of {state.nbytes / 2**20:.1f} MiB does not fit: {len(self._states)} others hold "
-                f"{held / 2**20:.1f} of {self.limit / 2**20:.1f} MiB; close some, or raise state_memory"
-            )
-        self._states.add(state)
+        with self._lock:
+            others = list(self._states)
+            held = sum(other.nbytes for other in others)
+            if held + state.nbytes > self.limit:
+                raise CembedError(
+                    f"a state of {state.nbytes / 2**20:.1f} MiB does not fit: {len(others)} others hold "
+                    f"{held / 2**20:.1f} of {self.limit / 2**20:.1f} MiB; close some, or raise state_memory"
+                )
+            self._states.add(state)
         return state

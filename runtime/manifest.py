@@ -49,6 +49,8 @@ class Side:
     def __post_init__(self) -> None:
         if (self.slots == "all_tokens") != (self.num_vectors is None):
             raise CembedError(f"a side with slots '{self.slots}' cannot have num_vectors {self.num_vectors}")
+        if self.slots == "all_tokens" and self.pooling == "concat":
+            raise CembedError("pooling concat needs latent slots: side by side, all tokens are as long as the page")
         if self.slots == "constant" and self.latent_token_id is None:
             raise CembedError("a side with constant slots needs a latent_token_id")
         if (self.slots == "learned") != (self.slot_rows is not None):
@@ -75,9 +77,9 @@ class Side:
         if self.max_vectors is not None and num_vectors > self.max_vectors:
             raise CembedError(f"num_vectors is {num_vectors}: this bundle makes 1 to {self.max_vectors}")
 
-    def vector_dim(self, dim: int) -> int:
-        """Length of a vector at the full budget, for states of length `dim`."""
-        return dim * self.num_vectors if self.pooling == "concat" and self.num_vectors else dim
+    def vector_dim(self, dim: int, num_vectors: int | None = None) -> int:
+        """Length of a vector at a budget, by default the full one, for states of length `dim`."""
+        return dim * (num_vectors or self.num_vectors or 1) if self.pooling == "concat" else dim
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def test_help_texts_are_current() -> None:
 
 
 def test_the_python_of_the_readme_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = re.findall(r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    block = r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```"
+    first, second = re.findall(block, README.read_text(), re.DOTALL)
     shutil.copytree(causal_bundle, tmp_path / "bundle")
     shutil.copy(GOLDEN / "colqwen2" / "page.png", tmp_path)
     monkeypatch.chdir(tmp_path)
