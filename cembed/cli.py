@@ -166,7 +166,7 @@ def require_export_packages() -> None:
         if find_spec(name) is None
     ]
     if missing:
-        raise CembedError(f"export needs {', '.join(missing)}: install them with pip install 'cembed[export]'")
+        raise CembedError(f"export needs {', '.join(missing)}: install cembed with its extra 'export'")
 
 
 @app.command()

@@ -31,7 +31,7 @@ def show_manifest(path: Path, manifest: Manifest) -> None:
 
     files = "\n".join(f"{name}  {record.size:,} bytes" for name, record in manifest.files.items())
     parity = "\n".join(
-        f"{p.graph}: off by {p.max_abs_error:.1e} (allowed {p.tolerance:.0e}), cosine {p.min_cosine:.6f}"
+        f"{p.graph}: off by {p.max_error:.1e} (allowed {p.tolerance:.0e}), cosine {p.min_cosine:.6f}"
         for p in manifest.parity
     )
     fields = {

@@ -57,13 +57,30 @@ def load_backbone(name: str, root: Path) -> Backbone:
         ]
         hint = f"use --backbone {known[0]}" if known else f"cembed has {', '.join(BACKBONES)}"
         raise CembedError(f"{root} is a {config.model_type} checkpoint, not {name}: {hint}")
-    processor = read_json(root / "preprocessor_config.json")
+    processor = read_processor(root)
     backbone: Backbone = importlib.import_module(f"cembed.export.{module}").from_hf(config, processor)
     return backbone
 
 
+def read_processor(root: Path) -> Mapping[str, Any]:
+    """The image processor's settings; transformers 5 writes them into `processor_config.json`."""
+    newer = root / "processor_config.json"
+    if not (root / "preprocessor_config.json").exists() and newer.exists():
+        settings: Mapping[str, Any] = required(read_json(newer), "image_processor")
+        return settings
+    return read_json(root / "preprocessor_config.json")
+
+
+def required(settings: Mapping[str, Any], *names: str) -> Any:
+    """The first of `names` that is there. Raises CembedError if none is."""
+    for name in names:
+        if settings.get(name) is not None:
+            return settings[name]
+    raise CembedError(f"the image processor's configuration has no {' or '.join(names)}")
+
+
 def read_config(root: Path) -> Any:
-    """The transformers configuration of the vision-language model, out of its retrieval wrapper if it has one."""
+    """The transformers configuration of the vision-language model."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -73,7 +90,12 @@ def read_config(root: Path) -> Any:
         config = AutoConfig.from_pretrained(root, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CembedError(f"{root / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
-    return getattr(config, "vlm_config", config)
+    if hasattr(config, "vlm_config"):
+        raise CembedError(
+            f"{root} is a transformers {config.model_type} wrapper, whose prompts differ from those of the original "
+            "checkpoints: export the original one (colpali-engine's layout)"
+        )
+    return config
 
 
 def require_value(what: str, given: object, *supported: object) -> None:
@@ -89,7 +111,7 @@ def image_processing(processor: Mapping[str, Any], **geometry: Any) -> ImageProc
     require_value("resample", processor.get("resample", 3), 3)
     return ImageProcessing(
         rescale_factor=float(processor.get("rescale_factor", 1 / 255)),
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
+        mean=tuple(required(processor, "image_mean")),
+        std=tuple(required(processor, "image_std")),
         **geometry,
     )

@@ -30,7 +30,17 @@ _WRAPPERS = re.compile(r"^(?:(?:base_model|model|language_model|vlm|module)\.)+"
 _SPELLINGS = (("embedding_proj_layer.", "custom_text_proj."), ("vision_tower.vision_model.", "vision_tower."))
 _NOT_USED = re.compile(r"^lm_head\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
 _LORA = re.compile(r"^(.*)\.lora_(A|B)(?:\.default)?\.weight$")
-_SAVED_MODULE = re.compile(r"\.modules_to_save(?:\.default)?\.|\.original_module\.|\.base_layer\.")
+_NOT_MERGED = (
+    "use_dora",
+    "fan_in_fan_out",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+_PLAIN_STARTS = (True, False, "gaussian", "eva")  # the others change the base weights
+_SAVED_MODULE = re.compile(r"\.modules_to_save(?:\.default)?\.|\.base_layer\.")
 
 
 def canonical_name(key: str) -> str:
@@ -125,9 +135,15 @@ class Adapter:
 
     def __init__(self, root: Path) -> None:
         config = read_json(root / "adapter_config.json")
-        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
-            kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-            raise CembedError(f"{root}: an adapter of type {kind} cannot be merged here: merge it with PEFT first")
+        if unsupported := [name for name in _NOT_MERGED if config.get(name)]:
+            raise CembedError(
+                f"{root}: an adapter with {', '.join(unsupported)} cannot be merged here: merge it with PEFT"
+            )
+        for name, known in (("peft_type", ("LORA",)), ("init_lora_weights", _PLAIN_STARTS)):
+            if config.get(name, known[0]) not in known:
+                raise CembedError(
+                    f"{root}: an adapter with {name} {config[name]!r} cannot be merged here: merge it with PEFT"
+                )
         self._config = config
         self._weights = Weights([root / "adapter_model.safetensors"])
         self.pairs: dict[str, LoraPair] = {}
@@ -140,7 +156,7 @@ class Adapter:
                 raise CembedError(
                     f"{root}: {key} is a kind of LoRA weight that cannot be merged here: merge it with PEFT"
                 )
-            else:
+            elif ".original_module." not in key:
                 self.whole[canonical_name(_SAVED_MODULE.sub(".", key))] = key
         for module, pair in halves.items():
             if len(pair) != 2:
@@ -150,7 +166,9 @@ class Adapter:
             )
 
     def _scale(self, module: str, a: str) -> float:
-        alpha = _pattern(self._config.get("alpha_pattern"), module, self._config["lora_alpha"])
+        alpha = _pattern(
+            self._config.get("alpha_pattern"), module.removeprefix("base_model.model."), self._config["lora_alpha"]
+        )
         rank = self._weights.load(a).shape[0]
         return float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
@@ -162,7 +180,7 @@ class Adapter:
         if pair is None or base is None:
             return base
         a, b = self._weights.load(pair.a).float(), self._weights.load(pair.b).float()
-        if b.shape[0] != base.shape[0] or a.shape[1] != base.shape[1]:
+        if base.dim() != 2 or b.shape[0] != base.shape[0] or a.shape[1] != base.shape[1]:
             raise CembedError(f"the adapter's {pair.a} and {pair.b} do not fit {name} {tuple(base.shape)}")
         return torch.addmm(base.float(), b, a, alpha=pair.scale)
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,16 +40,15 @@ def export(
     Raises CembedError: whatever is wrong with the options or the checkpoint, an `out` that exists without `force`, a
     graph that does not equal torch. Nothing is left behind then.
     """
-    if out.exists() and not force:
-        raise CembedError(f"{out} exists: choose another --out, or replace it with --force")
+    check_replaceable(out, force)
     dialect = choose_dialect(options.target, options.opset)
     root, commit = resolve(options.model, options.revision)
     plan = Plan.make(options, root)
-    with directory(out) as partial:
+    with directory(out.resolve()) as partial:
         graphs, parity = write_graphs(plan, dialect, partial, progress)
         progress("writing the embedding tables")
         tables = write_embeddings(plan, partial), write_slot_rows(plan, partial)
-        shutil.copyfile(plan.tokenizer_path, partial / "tokenizer.json")
+        plan.tokenizer.save(str(partial / "tokenizer.json"))
         source = {"model": options.model if commit else root.name, **({"revision": commit} if commit else {})}
         progress("embedding the self-test page")
         return write_self_test(partial, plan.manifest(graphs, parity, tables, source))
@@ -80,7 +79,7 @@ def write_embeddings(plan: Plan, root: Path) -> EmbeddingTable:
     name = plan.checkpoint.embeddings_name
     table = plan.checkpoint.load(name)
     hidden = plan.backbone.decoder.hidden_size
-    needed = max(plan.backbone.image_token_id, plan.document.latent_token_id or 0, plan.query.latent_token_id or 0)
+    needed = max(plan.backbone.image_token_id, plan.tokenizer.get_vocab_size() - 1)
     if table.dim() != 2 or table.shape[1] != hidden or table.shape[0] <= needed:
         raise CembedError(f"{name} has shape {tuple(table.shape)}: [more than {needed}, {hidden}] is wanted")
     half = plan.options.dtype == "fp16"
@@ -126,29 +125,43 @@ def write_self_test(root: Path, manifest: Manifest) -> Manifest:
     return complete
 
 
+def check_replaceable(out: Path, force: bool) -> None:
+    """Raises CembedError if something is at `out`, unless it is a bundle and may be replaced."""
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise CembedError(f"{out} exists: choose another --out, or replace it with --force")
+    if not (out / MANIFEST).is_file():
+        raise CembedError(f"{out} is not a bundle, so --force does not replace it: remove it yourself")
+
+
 @contextlib.contextmanager
 def directory(out: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `out` when the block ends well, replacing what is there, or else vanishes."""
+    """A temporary directory that becomes `out` when the block ends well, replacing a bundle there, or else vanishes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    retired = partial.with_name(partial.name + ".old")
     try:
         yield partial
         partial.chmod(0o755)
-        sync(partial)
+        sync([*partial.iterdir(), partial])
         if out.exists():
-            retired = partial.with_name(partial.name + ".old")
             out.rename(retired)
+        try:
             partial.rename(out)
-            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
-        else:
-            partial.rename(out)
+        except OSError:
+            retired.rename(out)
+            raise
+        sync([out.parent])
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(retired, ignore_errors=True)
 
 
-def sync(root: Path) -> None:
-    """Waits until the files of a directory, and the directory, are on disk."""
-    for path in [*root.iterdir(), root]:
+def sync(paths: Iterable[Path]) -> None:
+    """Waits until files and directories are on disk."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from cembed.export.choices import TARGETS, require_choice
-from cembed.export.layers import Arithmetic, Decomposed, Dialect, Linear, OnnxRuntime, Scattering, Standard
+from cembed.export.layers import (
+    Arithmetic,
+    Decomposed,
+    Dialect,
+    Linear,
+    OnnxRuntime,
+    PatchEmbedding,
+    Scattering,
+    Standard,
+)
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import Graph, Tensor
 
@@ -76,7 +85,7 @@ def empty_module(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic) -> n
     finally:
         torch.set_default_dtype(default)
     for owner in module.modules():
-        if isinstance(owner, Linear):
+        if isinstance(owner, Linear) and not isinstance(owner, PatchEmbedding):  # its weight is a sum, and small
             empty = torch.empty(owner.weight.shape, dtype=arithmetic.storage)
             owner.weight = nn.Parameter(empty, requires_grad=False)
     return module

@@ -44,13 +44,13 @@ HEADS: Mapping[str, Head] = {
     "causal": Head(HeadSide("constant", 32), HeadSide("constant", 16)),
     # Latent auto-regression: each slot is fed the last hidden state of the position before it.
     "feedback": Head(HeadSide("feedback", 32), HeadSide("feedback", 16)),
-    # MetaEmbed, arXiv 2509.18095: learned tokens, trained in nested groups.
+    # MetaEmbed, arXiv 2509.18095: learned tokens, trained in nested groups, in one pass, so positions continue.
     "metaembed": Head(
-        HeadSide("learned", None, "slot", (1, 4, 8, 16, 64)),
-        HeadSide("learned", None, "slot", (1, 2, 4, 8, 16)),
+        HeadSide("learned", None, "slot", (1, 4, 8, 16, 64), slot_positions="continue"),
+        HeadSide("learned", None, "slot", (1, 2, 4, 8, 16), slot_positions="continue"),
     ),
     # Bottleneck Tokens, arXiv 2604.11095: learned tokens, pooled into one vector.
-    "btoks": both(HeadSide("learned", None, "slot", pooling="mean")),
+    "btoks": both(HeadSide("learned", None, "slot", pooling="mean", slot_positions="continue")),
     # ColPali, arXiv 2407.01449: a projection of every position.
     "colbert": both(HeadSide("all_tokens")),
 }

@@ -122,7 +122,7 @@ class SiglipTower(nn.Module):
 def decoder_config(text: Any) -> DecoderConfig:
     require_value("attention_bias", text.attention_bias, False)
     require_value("rope_type", text.rope_parameters.get("rope_type", "default"), "default")
-    require_value("hidden_activation", text.hidden_activation, None, "gelu_pytorch_tanh")
+    require_value("hidden_act", text.hidden_act, "gelu_pytorch_tanh")
     return DecoderConfig(
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,

@@ -79,7 +79,7 @@ def check_parity(
     ]
     return Parity(
         spec.name,
-        max(result.max_abs_error for result in results),
+        max(result.max_error for result in results),
         min(result.min_cosine for result in results),
         TOLERANCES[dtype],
     )

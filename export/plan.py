@@ -91,7 +91,7 @@ class Plan:
     options: ExportOptions
     backbone: Backbone
     checkpoint: Checkpoint
-    tokenizer_path: Path
+    tokenizer: Tokenizer
     head: str
     document: Side
     query: Side
@@ -104,13 +104,13 @@ class Plan:
         backbone = limit_visual_tokens(load_backbone(options.backbone, root), options.max_visual_tokens)
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
-        tokenizer_path = find_tokenizer(root, options.adapter)
+        tokenizer = load_tokenizer(find_tokenizer(root, options.adapter))
         tables = slot_tables(checkpoint, head, backbone.decoder.hidden_size)
-        document, query = sides(options, backbone, head, tables, load_tokenizer(tokenizer_path))
+        document, query = sides(options, backbone, head, tables, tokenizer)
         specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint))
         names = {name for spec in specs for name in parameter_names(spec)}
         checkpoint.require([checkpoint.embeddings_name, *names, *tables])
-        return cls(options, backbone, checkpoint, tokenizer_path, name, document, query, tuple(tables), specs)
+        return cls(options, backbone, checkpoint, tokenizer, name, document, query, tuple(tables), specs)
 
     def loader(self, spec: GraphSpec, *, stored: bool) -> Callable[[str], torch.Tensor]:
         """Loads a parameter of `spec` by name, in the type the bundle stores or in float32."""
@@ -212,8 +212,11 @@ def limit_visual_tokens(backbone: Backbone, tokens: int | None) -> Backbone:
 
 def projection_width(checkpoint: Checkpoint) -> int | None:
     """The length of projected vectors; None if the checkpoint has no projection."""
-    if "custom_text_proj.bias" not in checkpoint:
+    parts = [name for name in ("custom_text_proj.weight", "custom_text_proj.bias") if name in checkpoint]
+    if not parts:
         return None
+    if len(parts) == 1:
+        raise CembedError(f"the checkpoint has {parts[0]} only: a projection is custom_text_proj.weight and .bias")
     shape = checkpoint.load("custom_text_proj.bias").shape
     if len(shape) != 1 or not shape[0]:
         raise CembedError(f"custom_text_proj.bias has shape {tuple(shape)}: [dim] is wanted")

@@ -26,8 +26,9 @@ def from_hf(config: Any, processor: Mapping[str, Any]) -> Backbone:
         window_size=v.window_size,
         full_attention_layers=tuple(v.fullatt_block_indexes),
     )
+    merged = v.patch_size * v.spatial_merge_size
     windows = (
-        Tensor("window_index", "int64", ("num_windows", (v.window_size // v.patch_size) ** 2)),
+        Tensor("window_index", "int64", ("num_windows", (v.window_size // merged * v.spatial_merge_size) ** 2)),
         Tensor("window_restore", "int64", ("num_patches",)),
     )
     return qwen_backbone("qwen2.5-vl", config, smart_image(processor, vision), vision, windows)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cembed.export.backbones import Backbone, image_processing, require_value
+from cembed.export.backbones import Backbone, image_processing, require_value, required
 from cembed.export.decoder import DecoderConfig
 from cembed.export.qwen_vision import QwenVisionConfig, QwenVisionTower
 from cembed.runtime.manifest import ImageProcessing, Positions, Tensor
@@ -40,14 +40,17 @@ def decoder_config(text: Any) -> DecoderConfig:
 
 def smart_image(processor: Mapping[str, Any], vision: QwenVisionConfig) -> ImageProcessing:
     """Pixel limits are called min_pixels and max_pixels, or shortest_edge and longest_edge, which are areas too."""
-    size = processor.get("size") or {}
+    limits = {**(processor.get("size") or {}), **{k: v for k, v in processor.items() if v is not None}}
+    smallest, largest = (
+        required(limits, *names) for names in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    )
     return image_processing(
         processor,
         resize="smart",
         patch_size=vision.patch_size,
         merge_size=vision.merge_size,
-        min_pixels=int(processor.get("min_pixels") or size["shortest_edge"]),
-        max_pixels=int(processor.get("max_pixels") or size["longest_edge"]),
+        min_pixels=int(smallest),
+        max_pixels=int(largest),
         window_size=vision.window_size,
     )
 

@@ -163,10 +163,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest absolute difference and lowest cosine between a graph and the torch modules it was traced from."""
+    """A graph against the torch modules it was traced from.
+
+    `max_error` is the largest difference as a share of the largest value, `min_cosine` the lowest cosine of a row.
+    """
 
     graph: str
-    max_abs_error: float
+    max_error: float
     min_cosine: float
     tolerance: float
 

@@ -51,6 +51,6 @@ def pool_tokens(vectors: Vectors, factor: int) -> Vectors:
     try:
         from scipy.cluster.hierarchy import fcluster, linkage
     except ImportError as error:
-        raise CembedError("pool_factor needs scipy: install it with pip install 'cembed[pool]'") from error
+        raise CembedError("pool_factor needs scipy: pip install scipy") from error
     labels = fcluster(linkage(1 - vectors @ vectors.T, method="ward"), t=clusters, criterion="maxclust")
     return normalise(np.stack([vectors[labels == label].mean(axis=0) for label in np.unique(labels)]))

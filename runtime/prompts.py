@@ -15,9 +15,12 @@ from cembed.runtime.errors import CembedError
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises CembedError if `path` is not a tokenizer as the `tokenizers` library writes it."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
         raise CembedError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()  # settings left over from training, which transformers resets as well
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Prompter:

@@ -39,7 +39,7 @@ def check_providers(providers: Sequence[str]) -> None:
     if unknown := [name for name in providers if name not in available]:
         raise CembedError(
             f"execution provider {', '.join(unknown)} is not in this build of ONNX Runtime, which has "
-            f"{', '.join(available)}: install the package that has it, such as onnxruntime-gpu"
+            f"{', '.join(available)}: to change it, pip uninstall onnxruntime, then install onnxruntime-gpu"
         )
 
 
