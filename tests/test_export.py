@@ -212,12 +212,69 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
     (out / "keep").write_text("mine")
     with pytest.raises(CembedError, match="--force"):
         export(COLQWEN, out)
+    with pytest.raises(CembedError, match="not a bundle"):
+        export(COLQWEN, out, force=True)
+    assert (out / "keep").read_text() == "mine"
+    (out / "manifest.json").touch()
     with pytest.raises(CembedError, match="no token"):
         export(replace(COLQWEN, head="causal"), out, force=True)
     assert (out / "keep").read_text() == "mine"
     export(COLQWEN, out, force=True)
     assert not (out / "keep").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_a_tokenizer_is_freed_from_what_training_left_in_it(tmp_path: Path) -> None:
+    from cembed.runtime.prompts import Prompter, load_tokenizer
+
+    content = json.loads((GOLDEN / "causalqwen2_5" / "tokenizer.json").read_text())
+    plain = Prompter(load_tokenizer(GOLDEN / "causalqwen2_5" / "tokenizer.json"), 597).query("{text}", "a long query")
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 40},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 591,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    trained = Prompter(load_tokenizer(tmp_path / "tokenizer.json"), 597)
+    assert np.array_equal(trained.query("{text}", "a long query"), plain)
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"use_qalora": True}, {"peft_type": "LOHA"}])
+def test_adapters_that_change_more_than_lora_does(tmp_path: Path, settings: dict[str, Any]) -> None:
+    lora(tmp_path / "adapter", {"r": 4, "lora_alpha": 8})
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(CembedError, match=next(iter(settings))):
+        Plan.make(replace(COLQWEN, adapter=tmp_path / "adapter"), GOLDEN / "colqwen2")
+
+
+def test_public_configurations(tmp_path: Path) -> None:
+    """As the first checkpoints were published: flat, without the fields that later versions of transformers write."""
+    from cembed.export.backbones import load_backbone
+
+    root = copy("colpali", tmp_path / "pali")
+    config = json.loads((root / "config.json").read_text())
+    for field in ("hidden_activation", "hidden_act", "head_dim", "attention_bias", "rope_theta", "use_cache"):
+        config["text_config"].pop(field, None)
+    config["text_config"]["head_dim"] = 16
+    (root / "config.json").write_text(json.dumps(config))
+    assert load_backbone("paligemma", root).decoder.activation == "gelu_pytorch_tanh"
+    root = copy("colqwen2", tmp_path / "qwen")
+    processor = json.loads((root / "preprocessor_config.json").read_text())
+    limits = processor.pop("min_pixels"), processor.pop("max_pixels")
+    (root / "preprocessor_config.json").write_text(json.dumps(processor))
+    image = load_backbone("qwen2-vl", root).image
+    assert (image.min_pixels, image.max_pixels) == limits
+    (root / "preprocessor_config.json").rename(root / "processor_config.json")
+    (root / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    assert load_backbone("qwen2-vl", root).image == image
+    (root / "processor_config.json").write_text(json.dumps({"image_processor": {**processor, "size": None}}))
+    with pytest.raises(CembedError, match="min_pixels or shortest_edge"):
+        load_backbone("qwen2-vl", root)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +380,7 @@ def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     options = replace(COLQWEN, adapter=tmp_path / "adapter")
-    with pytest.raises(CembedError, match="DoRA"):
+    with pytest.raises(CembedError, match="use_dora"):
         Plan.make(options, GOLDEN / "colqwen2")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CembedError, match="does not fit"):  # this one has no custom_text_proj
