@@ -125,6 +125,7 @@ GEMMA_CONFIG = """{"architectures": ["$architecture"], "model_type": "paligemma"
 "hidden_size": $hidden, "projection_dim": $hidden, "tie_word_embeddings": true, "transformers_version": "4.57.3",
 "text_config": {"model_type": "gemma", "hidden_size": $hidden, "num_hidden_layers": $layers,
  "num_attention_heads": $heads, "num_key_value_heads": $kv_heads, "head_dim": $head_dim, "intermediate_size": $mlp,
+ "vocab_size": $vocab, "num_image_tokens": $tokens, "hidden_act": "gelu_pytorch_tanh",
  "rms_norm_eps": 1e-6, "rope_theta": 1e4, "attention_bias": false, "max_position_embeddings": 8192,
  "bos_token_id": $bos, "eos_token_id": $eos, "pad_token_id": $pad},
 "vision_config": {"model_type": "siglip_vision_model", "hidden_size": $v_hidden, "num_hidden_layers": $v_layers,
