@@ -291,6 +291,7 @@ def test_export_replaces_with_force(tmp_path: Path) -> None:
     bundle = tmp_path / "folder" / "bundle"
     bundle.mkdir(parents=True)
     (bundle / "junk").touch()
+    (bundle / "manifest.json").touch()
     options = ["--num-vectors", 5, "--query-vectors", 3, "--max-visual-tokens", 16, "--force"]
     outcome = cembed("export", "--backbone", "qwen2.5-vl", "--model", CHECKPOINT, "--out", bundle, *options)
     assert outcome.status == 0, outcome.err
