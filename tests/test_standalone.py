@@ -97,7 +97,7 @@ def test_export_says_what_to_install(blocked: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: export needs torch")
-    assert "pip install 'cembed[export]'" in line
+    assert "extra 'export'" in line
     assert not list(tmp_path.iterdir())
 
 
