@@ -63,6 +63,7 @@ class LatentState:
     """A prompt that has been run and the slots behind it so far: more vectors cost only their own steps.
 
     Made by `Embedder.start`, `start_query` and `resume`; `close` gives the memory back before the state is dropped.
+    A state is for one thread at a time; different states may run in different threads.
     """
 
     def __init__(self, embedder: Embedder, name: SideName, cache: StaticKVCache) -> None:
