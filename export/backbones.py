@@ -50,16 +50,19 @@ def load_backbone(name: str, root: Path) -> Backbone:
     """
     require_choice("backbone", name, BACKBONES)
     config = read_config(root)
-    module = name.replace("-", "_").replace(".", "_")
+    module = module_name(name)
     if config.model_type != module:
-        known = [
-            backbone for backbone in BACKBONES if backbone.replace("-", "_").replace(".", "_") == config.model_type
-        ]
+        known = [backbone for backbone in BACKBONES if module_name(backbone) == config.model_type]
         hint = f"use --backbone {known[0]}" if known else f"cembed has {', '.join(BACKBONES)}"
         raise CembedError(f"{root} is a {config.model_type} checkpoint, not {name}: {hint}")
     processor = read_processor(root)
     backbone: Backbone = importlib.import_module(f"cembed.export.{module}").from_hf(config, processor)
     return backbone
+
+
+def module_name(backbone: str) -> str:
+    """The backbone's module here, which is also what checkpoints call their `model_type`."""
+    return backbone.replace("-", "_").replace(".", "_")
 
 
 def read_processor(root: Path) -> Mapping[str, Any]:

@@ -51,7 +51,6 @@ class DecoderConfig:
     mrope_section: tuple[int, ...]
     attention_bias: bool
     gemma: bool
-    vocab_size: int
     max_positions: int
 
     @property

@@ -136,7 +136,6 @@ def decoder_config(text: Any) -> DecoderConfig:
         mrope_section=(),
         attention_bias=False,
         gemma=True,
-        vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
     )
 

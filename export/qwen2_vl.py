@@ -33,7 +33,6 @@ def decoder_config(text: Any) -> DecoderConfig:
         mrope_section=tuple(rope["mrope_section"]),
         attention_bias=True,
         gemma=False,
-        vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
     )
 
