@@ -308,6 +308,57 @@ def search(
         show_table(f"{query!r} among {len(content)} pages", ["rank", "score", "path", "page"], ranked)
 
 
+@app.command(name="eval")
+def evaluate(
+    bundle: BundlePath,
+    dataset: Annotated[
+        Path, typer.Argument(metavar="DATASET", help="Folder with pages/, queries.jsonl and qrels.tsv.")
+    ],
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="Vectors of a page to compare; by default powers of two up to all."),
+    ] = None,
+    storage: Annotated[
+        str, typer.Option(metavar="TYPE,TYPE,…", help="How vectors are kept: f32, f16, u8 or bits (one bit).")
+    ] = "f32",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw quality against bytes and milliseconds a page.")
+    ] = None,
+    as_json: AsJson = False,
+    provider: Providers = None,
+    threads: Threads = None,
+) -> None:
+    """Measure how well a bundle finds judged pages: nDCG, recall and MRR by budget and storage type."""
+    from cembed.runtime import evaluate as evaluation
+    from cembed.runtime.embedder import CPU, Embedder
+
+    data = evaluation.Dataset.read(dataset)
+    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads)
+    with progress_bar() as progress:
+        task = progress.add_task("embedding", total=None)
+        result = evaluation.evaluate(
+            embedder,
+            data,
+            as_numbers("budgets", budgets),
+            storage.split(","),
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if plot is not None:
+        evaluation.plot(result, plot)
+    if as_json:
+        typer.echo(result.to_json())
+        return
+    title = f"{dataset.name}: {result.pages} pages, {result.rows[0].questions} questions; bytes, ms: of a page"
+    show_table(title, evaluation.COLUMNS, [evaluation.table_row(row) for row in result.rows])
+
+
+def as_numbers(name: str, value: str | None) -> list[int] | None:
+    try:
+        return None if value is None else [int(part) for part in value.split(",")]
+    except ValueError as error:
+        raise CembedError(f"--{name} is {value!r}: give whole numbers with commas between") from error
+
+
 def complain(message: str) -> None:
     """One line on standard error, whatever a file's name has in it."""
     typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message), err=True)
