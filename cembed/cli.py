@@ -142,7 +142,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle."""
     arguments = {name: value for name, value in locals().items() if name not in ("out", "force")}
-    require_export_packages()
+    require_packages("export", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "huggingface_hub")
     from cembed.export.exporter import export as run
     from cembed.export.plan import ExportOptions
 
@@ -157,16 +157,65 @@ def export(
     show_manifest(out, manifest)
 
 
-def require_export_packages() -> None:
+def require_packages(extra: str, *names: str) -> None:
     from importlib.util import find_spec
 
-    missing = [
-        name
-        for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "huggingface_hub")
-        if find_spec(name) is None
-    ]
-    if missing:
-        raise CembedError(f"export needs {', '.join(missing)}: install cembed with its extra 'export'")
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise CembedError(f"{extra} needs {', '.join(missing)}: install cembed with its extra '{extra}'")
+
+
+@app.command()
+def quantize(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Option(metavar="BUNDLE2", help="Directory to write.")],
+    weights: Annotated[
+        str, typer.Option(metavar=one_of(choices.WEIGHTS), help="Integers for the weights; arithmetic stays float.")
+    ] = "int8",
+    embeddings: Annotated[
+        str, typer.Option(metavar=one_of(choices.EMBEDDINGS), help="How the table of token embeddings is kept.")
+    ] = "fp16",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Weights to keep in float, such as 'layers.0.*'; may be repeated."),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Pages to judge the loss on: files, folders, or one data set as for eval."),
+    ] = None,
+    query: Annotated[list[str] | None, typer.Option(help="A query to judge the loss on; may be repeated.")] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Lowest cosine of a vector; by default 0.995, int4 0.95.")
+    ] = None,
+    max_ndcg_drop: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fall of nDCG@5 on judged pages; by default 0.002, int4 0.01.")
+    ] = None,
+    accept_loss: Annotated[bool, typer.Option("--accept-loss", help="Write the bundle whatever was lost.")] = False,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Make a bundle smaller, and measure what it loses before it is written."""
+    choices.require_choice("weights", weights, choices.WEIGHTS)
+    choices.require_choice("embeddings", embeddings, choices.EMBEDDINGS)
+    require_packages("quantize", "onnx")
+    from cembed.quantize.quantizer import QuantiseOptions, quantise
+
+    options = QuantiseOptions(
+        weights,
+        embeddings,
+        tuple(keep or ()),
+        tuple(calibration or ()),
+        tuple(query or ()),
+        min_cosine,
+        max_ndcg_drop,
+        accept_loss,
+        threads,
+    )
+    with progress_bar("{task.description}") as progress:
+        task = progress.add_task("reading the bundle", total=None)
+        manifest = quantise(
+            bundle, options, out, force=force, progress=lambda step: progress.update(task, description=step)
+        )
+    show_manifest(out, manifest)
 
 
 @app.command()

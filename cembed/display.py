@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from cembed.runtime.manifest import Manifest, Side
+    from cembed.runtime.manifest import Manifest, Quantisation, Side
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str | int | float]]) -> None:
@@ -43,12 +43,34 @@ def show_manifest(path: Path, manifest: Manifest) -> None:
         "prompt attention": manifest.prompt_attention,
         "graphs": f"{manifest.dtype}, opset {manifest.opset}, for {manifest.target}",
         "parity with torch": parity,
+        **(describe_quantisation(manifest.quantisation) if manifest.quantisation else {}),
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.made_with.items()),
         "this runtime": f"onnxruntime {installed('onnxruntime')}",
         "files": files,
         "size": f"{sum(record.size for record in manifest.files.values()):,} bytes",
     }
     show_table(str(path), ["field", "value"], [{"field": key, "value": value} for key, value in fields.items()])
+
+
+def describe_quantisation(quantisation: Quantisation) -> dict[str, str]:
+    """What was stored how, and what it cost."""
+    found = quantisation.comparison
+    counts: dict[str, dict[str, int]] = {}
+    for name, scheme in [*quantisation.schemes.items(), *((name, "float") for name in quantisation.kept)]:
+        graph = counts.setdefault(name.split("/")[0], {})
+        graph[scheme] = graph.get(scheme, 0) + 1
+    weights = [f"{name}: {', '.join(f'{n} {s}' for s, n in graph.items())}" for name, graph in counts.items()]
+    slower = "" if found.ms_per_page[1] <= found.ms_per_page[0] else ": slower on this machine"
+    judged = "" if found.ndcg5 is None else f", nDCG@5 {found.ndcg5[0]:.4f} to {found.ndcg5[1]:.4f}"
+    return {
+        "quantised": f"{quantisation.weights}, embeddings {quantisation.embeddings}",
+        "weights": "\n".join([*weights, *(f"in float: {name}" for name in quantisation.kept)]),
+        "loss": f"on {found.pages} pages and {found.queries} queries: cosine at least {found.min_cosine:.4f}, "
+        f"median {found.median_cosine:.4f}; scores off by {found.score_error:.2%}; the best five pages agree by "
+        f"{found.top5_overlap:.0%}{judged}",
+        "bytes": f"{found.bytes[0]:,} to {found.bytes[1]:,}, {found.bytes[1] / found.bytes[0]:.0%}",
+        "ms a page": f"{found.ms_per_page[0]:.1f} to {found.ms_per_page[1]:.1f}{slower}, where it was made",
+    }
 
 
 def describe_side(side: Side, dim: int) -> str:

@@ -14,6 +14,8 @@ DTYPES = ("fp32", "fp16", "bf16")
 TARGETS = ("onnxruntime", "onnx")
 SLOT_POSITIONS = ("zero", "continue")
 PROMPT_ATTENTION = ("causal", "bidirectional")
+WEIGHTS = ("int8", "int4")
+EMBEDDINGS = ("fp32", "fp16", "int8")
 
 
 def require_choice(what: str, given: str, known: Iterable[str]) -> None:

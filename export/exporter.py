@@ -6,28 +6,19 @@ are checked against torch, a page and a query are embedded for the self-test, an
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
-from safetensors.numpy import save
 
 from cembed.export.checkpoint import resolve
 from cembed.export.graph import WeightFile, choose_dialect, trace, write_graph
 from cembed.export.layers import DTYPES, Dialect
 from cembed.export.parity import check_parity, parity_inputs
 from cembed.export.plan import ExportOptions, Plan
-from cembed.runtime.bundle import Bundle, record_files
-from cembed.runtime.embedder import Embedder
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import MANIFEST, EmbeddingTable, Graph, Manifest, Parity
-from cembed.runtime.session import EngineSettings
+from cembed.runtime.manifest import EmbeddingTable, Graph, Manifest, Parity
+from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
 Progress = Callable[[str], None]
 
@@ -99,71 +90,3 @@ def write_table(plan: Plan, path: Path, tables: Sequence[torch.Tensor], dtype: t
             file.write(scaled.contiguous().numpy().data)
     rows = sum(len(table) for table in tables)
     return EmbeddingTable(path.name, "float16" if dtype == torch.float16 else "float32", rows)
-
-
-def self_test_page() -> Image.Image:
-    """A small page with lines of text, drawn alike everywhere."""
-    page = Image.new("RGB", (280, 364), "white")
-    draw = ImageDraw.Draw(page)
-    draw.rectangle((0, 0, 279, 40), fill=(20, 60, 120))
-    for row in range(9):
-        draw.text((16, 60 + 30 * row), f"Position {row + 1}: {(row * 37) % 91}.50 EUR", fill=(0, 0, 40 * (row % 3)))
-    return page
-
-
-def write_self_test(root: Path, manifest: Manifest) -> Manifest:
-    """Embeds the self-test page and query with the bundle as it is, stores the vectors, and completes the manifest."""
-    self_test_page().save(root / manifest.self_test.image)
-    (root / manifest.self_test.vectors).touch()
-    (root / MANIFEST).write_text(replace(manifest, files=record_files(root)).to_json(), encoding="utf-8")
-    embedder = Embedder(Bundle(root, verify=False), EngineSettings(prepack=False))
-    with Image.open(root / manifest.self_test.image) as page:
-        vectors = {"document": embedder.embed_image(page), "query": embedder.embed_query(manifest.self_test.text)}
-    (root / manifest.self_test.vectors).write_bytes(save(vectors))
-    complete = replace(manifest, files=record_files(root))
-    (root / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
-    return complete
-
-
-def check_replaceable(out: Path, force: bool) -> None:
-    """Raises CembedError if something is at `out`, unless it is a bundle and may be replaced."""
-    if not os.path.lexists(out):
-        return
-    if not force:
-        raise CembedError(f"{out} exists: choose another --out, or replace it with --force")
-    if not (out / MANIFEST).is_file():
-        raise CembedError(f"{out} is not a bundle, so --force does not replace it: remove it yourself")
-
-
-@contextlib.contextmanager
-def directory(out: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `out` when the block ends well, replacing a bundle there, or else vanishes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    retired = partial.with_name(partial.name + ".old")
-    try:
-        yield partial
-        partial.chmod(0o755)
-        sync([*partial.iterdir(), partial])
-        if out.exists():
-            out.rename(retired)
-        try:
-            partial.rename(out)
-        except OSError:
-            retired.rename(out)
-            raise
-        sync([out.parent])
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-
-
-def sync(paths: Iterable[Path]) -> None:
-    """Waits until files and directories are on disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -32,19 +32,14 @@ class Quantised:
         return restored
 
 
-def per_channel(weight: Floats, largest: int = 127) -> Quantised:
+def per_channel(weight: Floats) -> Quantised:
     """Eight bits, one scale for each output, symmetric.
 
     >>> per_channel(np.array([[1.0, -4.0], [0.5, 2.0]], np.float32)).levels.tolist()
     [[127, -127], [64, 64]]
     """
-    scales = nonzero(np.abs(weight).max(axis=0) / largest)
+    scales = nonzero(np.abs(weight).max(axis=0) / 127)
     return Quantised(np.rint(weight / scales).astype(np.int8), scales)
-
-
-def seven_bits(weight: Floats) -> Quantised:
-    """`per_channel` with levels up to 63: sums of products with 8-bit activations fit 16 bits on CPUs without VNNI."""
-    return per_channel(weight, 63)
 
 
 def four_bits(weight: Floats) -> Quantised:
@@ -95,16 +90,9 @@ def pack_nibbles(levels: Ints) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Scheme:
-    """`activations`: the input of the MatMul is quantised too, with ranges from a calibration set."""
-
     quantise: Callable[[Floats], Quantised]
     bits: int
     block: int = 0
-    activations: bool = False
 
 
-SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(per_channel, 8),
-    "int4": Scheme(four_bits, 4, BLOCK),
-    "w8a8": Scheme(seven_bits, 8, activations=True),
-}
+SCHEMES: Mapping[str, Scheme] = {"int8": Scheme(per_channel, 8), "int4": Scheme(four_bits, 4, BLOCK)}

@@ -18,6 +18,7 @@ import hashlib
 import os
 import stat
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows [n, hidden_size] as stored, and what each row [n, 1] is multiplied with, if anything."""
+
+    values: NDArray[Any]
+    scales: NDArray[np.float32] | None = None
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+        """The rows in float32."""
+        picked = np.asarray(self.values[rows], np.float32)
+        return picked if self.scales is None else picked * self.scales[rows]
 
 
 class Bundle:
@@ -70,10 +84,13 @@ class Bundle:
         if missing := needed - m.graphs.keys():
             raise CembedError(f"{self.root}: the manifest has no graph {', '.join(sorted(missing))}")
         tables = [table for table in (m.token_embeddings, m.slot_embeddings) if table is not None]
+        if any((table.dtype == "int8") != bool(table.scales) for table in tables):
+            raise CembedError(f"{self.root}: tables of int8, and no others, have scales")
         rows = m.slot_embeddings.rows if m.slot_embeddings else 0
         if any(side.slot_rows and sum(side.slot_rows) > rows for side in (m.document, m.query)):
             raise CembedError(f"{self.root}: the manifest names slot rows behind the {rows} there are")
         named = {m.tokenizer, m.self_test.image, m.self_test.vectors, *(table.file for table in tables)}
+        named |= {table.scales for table in tables if table.scales}
         named |= {name for graph in m.graphs.values() for name in (graph.file, *graph.data)}
         if different := sorted(named ^ m.files.keys()):
             raise CembedError(
@@ -119,13 +136,16 @@ class Bundle:
             self.path(data)
         return self.path(graph.file)
 
-    def table(self, spec: EmbeddingTable) -> NDArray[np.floating[Any]]:
+    def table(self, spec: EmbeddingTable) -> Table:
         """A table [rows, hidden_size], memory-mapped and read-only."""
-        shape = (spec.rows, self.manifest.hidden_size)
-        expected = np.dtype(spec.dtype).itemsize * shape[0] * shape[1]
-        if self.manifest.files[spec.file].size != expected:
-            raise CembedError(f"{self.root / spec.file}: {shape} of {spec.dtype} takes {expected} bytes")
-        return np.memmap(self.path(spec.file), dtype=spec.dtype, mode="r", shape=shape)
+        values = self._map(spec.file, spec.dtype, (spec.rows, self.manifest.hidden_size))
+        return Table(values, self._map(spec.scales, "float32", (spec.rows, 1)) if spec.scales else None)
+
+    def _map(self, name: str, dtype: str, shape: tuple[int, int]) -> NDArray[Any]:
+        expected = np.dtype(dtype).itemsize * shape[0] * shape[1]
+        if self.manifest.files[name].size != expected:
+            raise CembedError(f"{self.root / name}: {shape} of {dtype} takes {expected} bytes")
+        return np.memmap(self.path(name), dtype=dtype, mode="r", shape=shape)
 
 
 def record_files(root: Path) -> dict[str, FileRecord]:

@@ -192,8 +192,9 @@ class Embedder:
         if side.slots == "learned":
             assert self._slots is not None
             assert side.slot_rows is not None
-            return np.asarray(self._slots[side.slot_rows[0] + first :][:count], np.float32)
-        return np.repeat(np.asarray(self.inputs.tokens[side.latent_token_id], np.float32)[None], count, axis=0)
+            start = side.slot_rows[0] + first
+            return self._slots[start : start + count]
+        return self.inputs.tokens[np.full(count, side.latent_token_id)]
 
     def finish(self, side: Side, states: Array, dim: int | None = None) -> Vectors:
         """Vectors from states [n, D]: pooled, cut to `dim`, normalised."""

@@ -65,6 +65,19 @@ class Dataset:
         """The questions that some page answers."""
         return [query for query in self.queries if any(score > 0 for score in self.qrels.get(query, {}).values())]
 
+    def pages(self) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
+        """Id and picture of each page, and how many there are. Raises CembedError for one that cannot be read."""
+        folder = self.folder / "pages"
+        files = find_documents([folder])
+        with PageReader() as reader:
+            counts = {str(file): reader.count_pages([file]) for file in files}
+            for page in reader.read(files):
+                if not isinstance(page, Page):
+                    raise CembedError(f"{page.path} cannot be read: {page.reason}")
+                name = Path(page.path).relative_to(folder).as_posix()
+                name = name if counts[page.path] == 1 else f"{name}#{page.number}"
+                yield name, page.image, sum(counts.values())
+
 
 def read_queries(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -192,26 +205,16 @@ def embed_corpus(
     embedder: Embedder, dataset: Dataset, budget: int | None, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, Vectors], list[NDArray[np.uint8]]]:
     """Each page's vectors by its id, and some pages for timing."""
-    folder = dataset.folder / "pages"
-    files = find_documents([folder])
     vectors: dict[str, Vectors] = {}
     images: list[NDArray[np.uint8]] = []
-    with PageReader() as reader:
-        counts = {str(file): reader.count_pages([file]) for file in files}
-        total = sum(counts.values())
-        for page in reader.read(files):
-            if not isinstance(page, Page):
-                raise CembedError(f"{page.path} cannot be read: {page.reason}")
-            name = Path(page.path).relative_to(folder).as_posix()
-            vectors[name if counts[page.path] == 1 else f"{name}#{page.number}"] = embedder.embed_image(
-                page.image, Budget(budget)
-            )
-            images += [page.image] if len(images) < TIMED_PAGES else []
-            progress(len(vectors), total)
+    for name, image, total in dataset.pages():
+        vectors[name] = embedder.embed_image(image, Budget(budget))
+        images += [image] if len(images) < TIMED_PAGES else []
+        progress(len(vectors), total)
     judged = {page for pages in dataset.qrels.values() for page in pages}
     if missing := sorted(judged - vectors.keys()):
         raise CembedError(
-            f"qrels.tsv judges page {missing[0]!r}, which is not in {folder} ({len(missing)} are missing)"
+            f"qrels.tsv judges page {missing[0]!r}, which pages/ does not have ({len(missing)} are missing)"
         )
     return vectors, images
 

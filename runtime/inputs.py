@@ -59,7 +59,7 @@ class InputBuilder:
     def _prompt(self, ids: IntArray, grid: Grid | None) -> Prompt:
         is_image = ids == self.manifest.image_token_id
         positions = prompt_positions(is_image, grid, self.manifest.positions, self.image.merge_size)
-        return Prompt(self.tokens[ids].astype(np.float32), positions)
+        return Prompt(self.tokens[ids], positions)
 
     def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:
         """Features [V, H] of one image, from the inputs that the vision graph declares."""

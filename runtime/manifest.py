@@ -138,11 +138,12 @@ class Graph:
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """Rows of hidden_size values, row-major."""
+    """Rows of hidden_size values, row-major; int8 rows are multiplied with the float32 in the file `scales`."""
 
     file: str
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "int8"]
     rows: int
+    scales: str | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,38 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A quantised bundle against the one it was made from, on the pages and queries of a calibration set.
+
+    Cosines are those of a vector in both; `top5_overlap` is the share of the five best pages that both name;
+    `score_error` the mean difference of MaxSim as a share of the mean score. nDCG only where there are judgements.
+    """
+
+    pages: int
+    queries: int
+    min_cosine: float
+    p1_cosine: float
+    median_cosine: float
+    score_error: float
+    top5_overlap: float
+    ms_per_page: tuple[float, float]
+    bytes: tuple[int, int]
+    ndcg5: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a bundle was quantised: the scheme of each weight that was, the file's hash before, and the loss measured."""
+
+    weights: str
+    embeddings: str
+    source: str
+    schemes: Mapping[str, str]
+    kept: tuple[str, ...]
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
 class Manifest:
     backbone: str
     head: str
@@ -198,6 +231,7 @@ class Manifest:
     source: Mapping[str, str]
     made_with: Mapping[str, str]
     slot_embeddings: EmbeddingTable | None = None
+    quantisation: Quantisation | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -33,7 +33,8 @@ CHUNK = 15 * 10**6
 LOG_EVERY, SAVE_EVERY = 50, 250
 FEEDBACK_EVERY = 4  # its slots run one after the other: a step with them takes almost twice as long
 WARMUP = 100
-READING_WEIGHT = 2.0
+WEIGHTS = {"reading": 2.0, "spelling": 4.0, "page_words": 1.0, "query_words": 0.5, "diversity": 0.02}
+CONTRAST_WEIGHT = 0.2  # of every other term: dense losses carry more than a contrast of a few pages
 NAMED = ("causal", "metaembed", "btoks", "feedback")
 
 
@@ -52,15 +53,15 @@ class Stage:
 
 STAGES = (
     Stage("letters", "walls", 1500, 16, 1.0),
-    Stage("words", "walls", 500, 16, 1.0, decoder=True),
-    Stage("pages", "seen", 2500, 24, 0.5, decoder=True, heads=True),
+    Stage("words", "walls", 1500, 16, 0.7, decoder=True),
+    Stage("pages", "seen", 1700, 24, 0.5, decoder=True, heads=True),
 )
 
 
 def read_page(model: SampleModel, batch: Batch, decoder: bool) -> tuple[dict[str, Tensor], Prefix | None]:
     """The losses of reading: characters under each visual token, and the words that end in it."""
     features = model.see(torch.from_numpy(batch.patches), batch.size)
-    terms = {"reading": READING_WEIGHT * losses.reading(model.read_cells(features), torch.from_numpy(batch.cells))}
+    terms = {"reading": losses.reading(model.read_cells(features), torch.from_numpy(batch.cells))}
     if not decoder:
         return terms, None
     prefix = model.prefill(model.document_prompt(features, batch.size))
@@ -85,8 +86,8 @@ def compare_heads(model: SampleModel, batch: Batch, pages: Prefix, feedback: boo
     for head in NAMED:
         if head in documents:
             table, scale = model.embed_tokens, model.scales["words"]
-            terms[f"{head}.page_words"] = 0.5 * losses.naming(documents[head], table, tokens, scale)
-            terms[f"{head}.query_words"] = 0.5 * losses.naming(queries[head], table, keys, scale)
+            terms[f"{head}.page_words"] = losses.naming(documents[head], table, tokens, scale)
+            terms[f"{head}.query_words"] = losses.naming(queries[head], table, keys, scale)
     return terms
 
 
@@ -102,9 +103,15 @@ def head_losses(head: str, queries: Tensor, documents: Tensor, asked: Prefix, mo
         terms["nested"] = sum((losses.contrast(s, scale) for s in nested), torch.zeros(())) / len(nested)
     if head in ("causal", "feedback"):
         terms["margins"] = losses.margins(cosines)
-        terms["diversity"] = 0.1 * losses.diversity(queries)
+        terms["diversity"] = losses.diversity(queries)
     right = scores.argmax(1) == torch.arange(len(scores))
     return terms | {"first": right.float().mean().detach()}
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The weighted sum; `first` is only watched."""
+    weights = {name: WEIGHTS.get(name.split(".")[-1], CONTRAST_WEIGHT) for name in terms}
+    return torch.stack([weights[n] * value.float() for n, value in terms.items() if not n.endswith("first")]).sum()
 
 
 class Trainer:
@@ -222,8 +229,7 @@ def train(
             terms, prefix = read_page(trainer.model, batch, stage.decoder)
             if stage.heads and prefix is not None:
                 terms |= compare_heads(trainer.model, batch, prefix, feedback=step % FEEDBACK_EVERY == 0)
-            loss = torch.stack([value.float() for name, value in terms.items() if not name.endswith("first")]).sum()
-            trainer.step(loss, learning_rate(first + step, stages))
+            trainer.step(total(terms), learning_rate(first + step, stages))
             pages += stage.batch
             for name, value in terms.items():
                 sums.setdefault(name, []).append(float(value.detach()))

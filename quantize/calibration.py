@@ -1,0 +1,146 @@
+"""The pages and queries that a quantised bundle is judged on, and the judgement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cembed.runtime.bundle import Bundle
+from cembed.runtime.documents import Page, PageReader, find_documents
+from cembed.runtime.embedder import Embedder
+from cembed.runtime.errors import CembedError
+from cembed.runtime.evaluate import Dataset, measure, rank, require_ir_measures
+from cembed.runtime.manifest import Comparison
+from cembed.runtime.scoring import maxsim
+from cembed.runtime.session import EngineSettings
+from cembed.runtime.vectors import Vectors
+
+MAX_PAGES = 200
+DRAWN_PAGES = 12
+TOP = 5
+WORDS = (
+    *("annual", "audit", "boiler", "budget", "cargo", "claims", "dental", "engine", "ferry", "garden", "harbour"),
+    *("invoice", "kettle", "ladder", "meeting", "notice", "orders", "parcel", "quarry", "safety", "ticket", "winter"),
+)
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Pages by their id, and queries by theirs; `dataset` has judgements of them."""
+
+    pages: dict[str, NDArray[np.uint8]]
+    queries: dict[str, str]
+    dataset: Dataset | None = None
+
+    @classmethod
+    def read(cls, paths: Iterable[Path], queries: Iterable[str] = ()) -> CalibrationSet:
+        """A data set as `cembed eval` reads it, or documents; without queries of the user, those of the drawn set.
+
+        Raises CembedError: nothing there, a page that cannot be read.
+        """
+        given = list(paths)
+        if not given:
+            return drawn_set()
+        if len(given) == 1 and (given[0] / "qrels.tsv").exists():
+            return cls.judged(Dataset.read(given[0]))
+        asked = list(queries) or list(drawn_set().queries.values())
+        return cls(dict(read_pages(given)), {str(index): text for index, text in enumerate(asked)})
+
+    @classmethod
+    def judged(cls, dataset: Dataset) -> CalibrationSet:
+        """The first MAX_PAGES pages and the questions that one of them answers."""
+        pages = {name: image for name, image, _ in islice(dataset.pages(), MAX_PAGES)}
+        asked = {q: dataset.queries[q] for q in dataset.judged() if pages.keys() & dataset.qrels[q].keys()}
+        return cls(pages, asked, dataset)
+
+
+def read_pages(paths: list[Path]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """The first MAX_PAGES pages of documents."""
+    with PageReader() as reader:
+        for page in islice(reader.read(find_documents(paths)), MAX_PAGES):
+            if not isinstance(page, Page):
+                raise CembedError(f"the calibration set cannot be read: {page.path}: {page.reason}")
+            yield f"{page.path}#{page.number}", page.image
+
+
+def drawn_set() -> CalibrationSet:
+    """A few pages of large type, each with a query for its heading, when the user has none at hand."""
+    pages, queries = {}, {}
+    for index in range(DRAWN_PAGES):
+        random = Random(index)
+        heading, lines = " ".join(random.sample(WORDS, 3)), [" ".join(random.sample(WORDS, 4)) for _ in range(9)]
+        page = Image.new("RGB", (448, 560), random.choice(("white", "ivory", "lavender")))
+        draw = ImageDraw.Draw(page)
+        draw.text((24, 24), heading, fill="black", font=ImageFont.load_default(30))
+        for row, line in enumerate(lines):
+            draw.text(
+                (24, 90 + 44 * row), f"{line} {random.randint(10, 999)}", fill="black", font=ImageFont.load_default(20)
+            )
+        pages[str(index)], queries[str(index)] = np.asarray(page), heading
+    return CalibrationSet(pages, queries)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors of a calibration set's pages and queries, and the median milliseconds of a page on this machine."""
+
+    pages: list[Vectors]
+    queries: list[Vectors]
+    ms_per_page: float
+
+    @classmethod
+    def by(cls, root: Path, calibration: CalibrationSet, threads: int | None, progress: Progress) -> Embedded:
+        """With the bundle at `root`, whose files were verified when they were read before."""
+        embedder = Embedder(Bundle(root, verify=False), EngineSettings(threads=threads, prepack=False))
+        seconds, pages = [], []
+        for number, image in enumerate(calibration.pages.values(), 1):
+            progress(f"page {number} of {len(calibration.pages)} with {root.name.lstrip('.').split('.')[0]}")
+            start = time.perf_counter()
+            pages.append(embedder.embed_image(image))
+            seconds.append(time.perf_counter() - start)
+        queries = embedder.embed_queries(calibration.queries.values())
+        return cls(pages, queries, float(np.median(seconds)) * 1000)
+
+
+def compare(old: Embedded, new: Embedded, calibration: CalibrationSet, sizes: tuple[int, int]) -> Comparison:
+    cosines = np.concatenate(
+        [(a * b).sum(axis=1) for a, b in zip(old.pages + old.queries, new.pages + new.queries, strict=True)]
+    )
+    scores = [maxsim(e.queries, e.pages) for e in (old, new)]
+    best = [np.argsort(-s, axis=1, kind="stable")[:, :TOP] for s in scores]
+    overlap = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(*best, strict=True)])
+    return Comparison(
+        pages=len(calibration.pages),
+        queries=len(calibration.queries),
+        min_cosine=float(cosines.min()),
+        p1_cosine=float(np.percentile(cosines, 1)),
+        median_cosine=float(np.median(cosines)),
+        score_error=float(np.abs(scores[0] - scores[1]).mean() / np.abs(scores[0]).mean()),
+        top5_overlap=float(overlap),
+        ms_per_page=(old.ms_per_page, new.ms_per_page),
+        bytes=sizes,
+        ndcg5=quality(calibration, scores),
+    )
+
+
+def quality(calibration: CalibrationSet, scores: list[NDArray[np.float32]]) -> tuple[float, float] | None:
+    """nDCG@5 before and after, where the calibration set has judgements."""
+    if calibration.dataset is None:
+        return None
+    ir_measures = require_ir_measures()
+    old, new = (
+        next(
+            iter(measure(ir_measures, calibration.dataset, rank(list(calibration.queries), list(calibration.pages), s)))
+        )
+        for s in scores
+    )
+    return old[1]["nDCG@5"], new[1]["nDCG@5"]
