@@ -171,6 +171,12 @@ def quantize(
     weights: Annotated[
         str, typer.Option(metavar=one_of(choices.WEIGHTS), help="Integers for the weights; arithmetic stays float.")
     ] = "int8",
+    w8a8: Annotated[
+        bool, typer.Option("--w8a8", help="Activations too, with ranges from the calibration set: for long pages.")
+    ] = False,
+    ranges: Annotated[
+        str, typer.Option(metavar=one_of(choices.RANGES), help="How --w8a8 finds the range of an activation.")
+    ] = "mse",
     embeddings: Annotated[
         str, typer.Option(metavar=one_of(choices.EMBEDDINGS), help="How the table of token embeddings is kept.")
     ] = "fp16",
@@ -189,6 +195,13 @@ def quantize(
     max_ndcg_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="Fall of nDCG@5 on judged pages; by default 0.002, int4 0.01.")
     ] = None,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Keep the most sensitive layers in float, as many as the limits ask.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Rank the layers by the damage each does alone, and draw it."),
+    ] = None,
     accept_loss: Annotated[bool, typer.Option("--accept-loss", help="Write the bundle whatever was lost.")] = False,
     threads: Threads = None,
     force: Force = False,
@@ -196,17 +209,22 @@ def quantize(
     """Make a bundle smaller, and measure what it loses before it is written."""
     choices.require_choice("weights", weights, choices.WEIGHTS)
     choices.require_choice("embeddings", embeddings, choices.EMBEDDINGS)
+    choices.require_choice("ranges", ranges, choices.RANGES)
     require_packages("quantize", "onnx")
-    from cembed.quantize.quantizer import QuantiseOptions, quantise
+    from cembed.quantize.plan import QuantiseOptions
+    from cembed.quantize.quantizer import quantise
 
     options = QuantiseOptions(
-        weights,
+        "w8a8" if w8a8 else weights,
         embeddings,
+        ranges,
         tuple(keep or ()),
         tuple(calibration or ()),
         tuple(query or ()),
         min_cosine,
         max_ndcg_drop,
+        mixed,
+        report,
         accept_loss,
         threads,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from cembed.runtime.manifest import Manifest, Quantisation, Side
+    from cembed.runtime.manifest import LayerDamage, Manifest, Quantisation, Side
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str | int | float]]) -> None:
@@ -65,12 +65,21 @@ def describe_quantisation(quantisation: Quantisation) -> dict[str, str]:
     return {
         "quantised": f"{quantisation.weights}, embeddings {quantisation.embeddings}",
         "weights": "\n".join([*weights, *(f"in float: {name}" for name in quantisation.kept)]),
+        **({"sensitive": describe_damage(quantisation.sensitivity)} if quantisation.sensitivity else {}),
         "loss": f"on {found.pages} pages and {found.queries} queries: cosine at least {found.min_cosine:.4f}, "
         f"median {found.median_cosine:.4f}; scores off by {found.score_error:.2%}; the best five pages agree by "
         f"{found.top5_overlap:.0%}{judged}",
         "bytes": f"{found.bytes[0]:,} to {found.bytes[1]:,}, {found.bytes[1] / found.bytes[0]:.0%}",
         "ms a page": f"{found.ms_per_page[0]:.1f} to {found.ms_per_page[1]:.1f}{slower}, where it was made",
     }
+
+
+def describe_damage(sensitivity: Sequence[LayerDamage]) -> str:
+    """The layers that do most damage alone."""
+    worst = [
+        f"{damage.layer}: cosine {damage.min_cosine:.4f}, scores {damage.score_error:.2%}" for damage in sensitivity
+    ]
+    return "\n".join([*worst[:5], *([f"and {len(worst) - 5} that do less"] if len(worst) > 5 else [])])
 
 
 def describe_side(side: Side, dim: int) -> str:

@@ -15,6 +15,7 @@ TARGETS = ("onnxruntime", "onnx")
 SLOT_POSITIONS = ("zero", "continue")
 PROMPT_ATTENTION = ("causal", "bidirectional")
 WEIGHTS = ("int8", "int4")
+RANGES = ("mse", "percentile", "minmax")
 EMBEDDINGS = ("fp32", "fp16", "int8")
 
 

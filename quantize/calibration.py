@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.documents import Page, PageReader, find_documents
-from cembed.runtime.embedder import Embedder
+from cembed.runtime.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.evaluate import Dataset, measure, rank, require_ir_measures
 from cembed.runtime.manifest import Comparison
 from cembed.runtime.scoring import maxsim
-from cembed.runtime.session import EngineSettings
+from cembed.runtime.session import EngineSettings, Session
 from cembed.runtime.vectors import Vectors
 
 MAX_PAGES = 200
@@ -101,14 +101,38 @@ class Embedded:
     def by(cls, root: Path, calibration: CalibrationSet, threads: int | None, progress: Progress) -> Embedded:
         """With the bundle at `root`, whose files were verified when they were read before."""
         embedder = Embedder(Bundle(root, verify=False), EngineSettings(threads=threads, prepack=False))
+        name = root.name.lstrip(".").split(".")[0]
+        return cls.of(embedder, calibration, lambda n: progress(f"page {n} of {len(calibration.pages)} with {name}"))
+
+    @classmethod
+    def of(
+        cls, embedder: Embedder, calibration: CalibrationSet, progress: Callable[[int], None] = lambda number: None
+    ) -> Embedded:
         seconds, pages = [], []
         for number, image in enumerate(calibration.pages.values(), 1):
-            progress(f"page {number} of {len(calibration.pages)} with {root.name.lstrip('.').split('.')[0]}")
+            progress(number)
             start = time.perf_counter()
             pages.append(embedder.embed_image(image))
             seconds.append(time.perf_counter() - start)
         queries = embedder.embed_queries(calibration.queries.values())
         return cls(pages, queries, float(np.median(seconds)) * 1000)
+
+
+def observe(
+    bundle: Bundle,
+    observers: Mapping[str, Session],
+    calibration: CalibrationSet,
+    threads: int | None,
+    progress: Progress,
+) -> None:
+    """Embeds the calibration set with `observers` in place of the graphs' sessions, by the single pass."""
+    embedder = Embedder(bundle, EngineSettings(threads=threads, prepack=False))
+    embedder.replace_sessions(observers)
+    for number, image in enumerate(calibration.pages.values(), 1):
+        progress(f"observing page {number} of {len(calibration.pages)}")
+        embedder.embed_image(image, Budget(decode="single-pass" if bundle.manifest.document.num_vectors else None))
+    for text in calibration.queries.values():
+        embedder.embed_query(text)
 
 
 def compare(old: Embedded, new: Embedded, calibration: CalibrationSet, sizes: tuple[int, int]) -> Comparison:

@@ -7,6 +7,7 @@ TensorRT reads the same file. Graphs that share a data file go on sharing it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from cembed.quantize.weights import Floats, Quantised, Scheme, pack_nibbles
+from cembed.quantize.weights import Floats, Quantised, Range, Scheme, pack_nibbles
 
 OPSET = 21  # DequantizeLinear with blocks and INT4
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
-_INLINE = 1024  # bytes up to which a tensor stays in the graph
+_INLINE = 256  # bytes up to which a tensor stays in the graph
 _QUANTISED = ("DequantizeLinear", "QuantizeLinear", "MatMulNBits")
 _NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
@@ -40,7 +41,8 @@ class DataFile:
         if raw.nbytes <= _INLINE:
             tensor.raw_data = raw.tobytes()
         else:
-            start = -(-self._file.tell() // _PAGE) * _PAGE
+            align = _PAGE if raw.nbytes >= _PAGE else 64
+            start = -(-self._file.tell() // align) * align
             self._file.write(b"\0" * (start - self._file.tell()))
             self._file.write(np.ascontiguousarray(raw).data)
             tensor.data_location = TensorProto.EXTERNAL
@@ -94,44 +96,75 @@ class SourceGraph:
         return weight
 
 
-def rewrite(source: SourceGraph, schemes: Mapping[str, Scheme], data: DataFile) -> onnx.ModelProto:
-    """The graph with the weights named in `schemes` quantised; all its tensors go to `data`."""
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a graph's tensors, by name: the scheme of a weight, the range of what it is multiplied with, what
+    its rows [I] are multiplied with, and what the columns or elements [O] of a tensor are divided by."""
+
+    schemes: Mapping[str, Scheme]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    rows: Mapping[str, Floats] = field(default_factory=dict)
+    columns: Mapping[str, Floats] = field(default_factory=dict)
+
+    def apply(self, name: str, tensor: Floats) -> Floats:
+        """A tensor with its rows multiplied and its columns divided."""
+        tensor = tensor * self.rows[name][:, None] if name in self.rows else tensor
+        return tensor / self.columns[name] if name in self.columns else tensor
+
+
+def rewrite(source: SourceGraph, recipe: Recipe, data: DataFile, move: bool = True) -> onnx.ModelProto:
+    """The graph by its recipe; all its tensors go to `data`, or if they do not move, the new ones."""
     model = onnx.ModelProto()
     model.CopyFrom(source.model)
-    targets = {node.name: name for node, name in source.weights() if name in schemes}
-    nodes: list[onnx.NodeProto] = []
+    targets = {node.name: name for node, name in source.weights() if name in recipe.schemes}
+    nodes: dict[str, onnx.NodeProto] = {}
     made: dict[str, TensorProto] = {}
     for node in model.graph.node:
         if node.name in targets:
             weight = targets[node.name]
-            if weight not in made:
-                tensors = store(weight, schemes[weight], source, data)
-                nodes.append(dequantise(weight, tensors, schemes[weight].block))
-                made |= {weight: tensors[0], **{tensor.name: tensor for tensor in tensors}}
-            node.input[1] = restored_name(weight)
-        nodes.append(node)
-    nodes = drop_unread(nodes, {output.name for output in model.graph.output})
-    read = {name for node in nodes for name in node.input}
-    kept = [copy(name, source, data) for name in source.initializers if name in read]
+            tensors = store(weight, recipe, source, data)
+            added = [dequantise(weight, tensors, recipe.schemes[weight].block)]
+            node.input[1] = added[0].output[0]
+            if weight in recipe.ranges:
+                through, levels = pass_through_bytes(node.input[0], recipe.ranges[weight])
+                node.input[0] = through[-1].output[0]
+                added, tensors = [*through, *added], [*levels, *tensors]
+            nodes |= {extra.name: extra for extra in added}
+            made |= {tensor.name: tensor for tensor in tensors}
+        nodes[node.name] = node
+    read_nodes = drop_unread(list(nodes.values()), {output.name for output in model.graph.output})
+    read = {name for node in read_nodes for name in node.input}
+    untouched = [name for name in source.initializers if name in read]
+    kept = [copy(name, recipe, source, data) if move else source.initializers[name] for name in untouched]
     del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend([*kept, *{tensor.name: tensor for tensor in made.values()}.values()])
+    model.graph.node.extend(read_nodes)
+    model.graph.initializer.extend([*kept, *made.values()])
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = max(entry.version, OPSET)
     return model
 
 
-def restored_name(weight: str) -> str:
-    return f"{weight}.restored"
+def pass_through_bytes(tensor: str, found: Range) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    """QuantizeLinear and DequantizeLinear of an activation; weights that share it share them."""
+    scale = TensorProto(name=f"{tensor}.scale", data_type=TensorProto.FLOAT, float_data=[found.scale])
+    zero = TensorProto(name=f"{tensor}.zero_point", data_type=TensorProto.UINT8, int32_data=[found.zero_point])
+    levels, restored = f"{tensor}.levels", f"{tensor}.restored"
+    names = [scale.name, zero.name]
+    nodes = [
+        helper.make_node("QuantizeLinear", [tensor, *names], [levels], f"{tensor}.quantise"),
+        helper.make_node("DequantizeLinear", [levels, *names], [restored], f"{tensor}.dequantise"),
+    ]
+    return nodes, [scale, zero]
 
 
-def store(name: str, scheme: Scheme, source: SourceGraph, data: DataFile) -> list[TensorProto]:
+def store(name: str, recipe: Recipe, source: SourceGraph, data: DataFile) -> list[TensorProto]:
     """Levels and scales of a weight; quantised once where graphs share it."""
     found = [data.find(f"{name}.levels"), data.find(f"{name}.scales")]
     if found[0] is not None and found[1] is not None:
         return [found[0], found[1]]
-    quantised = scheme.quantise(source.load(name))
+    scheme = recipe.schemes[name]
+    quantised = scheme.quantise(recipe.apply(name, source.load(name)))
     return [write_levels(name, quantised, scheme, data), write_scales(name, quantised, source, data)]
 
 
@@ -150,12 +183,15 @@ def write_scales(name: str, quantised: Quantised, source: SourceGraph, data: Dat
 def dequantise(name: str, tensors: list[TensorProto], block: int) -> onnx.NodeProto:
     levels, scales = (tensor.name for tensor in tensors)
     where = {"axis": 0, "block_size": block} if block else {"axis": 1}
-    return helper.make_node("DequantizeLinear", [levels, scales], [restored_name(name)], f"{name}.dequantise", **where)
+    return helper.make_node("DequantizeLinear", [levels, scales], [f"{name}.restored"], f"{name}.dequantise", **where)
 
 
-def copy(name: str, source: SourceGraph, data: DataFile) -> TensorProto:
-    """A tensor as it is."""
+def copy(name: str, recipe: Recipe, source: SourceGraph, data: DataFile) -> TensorProto:
+    """A tensor as it is, or divided as the recipe says."""
     tensor = source.initializers[name]
+    if name in recipe.columns or name in recipe.rows:
+        moved = recipe.apply(name, source.load(name))
+        return data.find(name) or data.add(name, TensorProto.FLOAT, tensor.dims, moved)
     if tensor.data_location != TensorProto.EXTERNAL:
         return tensor
     return data.find(name) or data.add(name, tensor.data_type, tensor.dims, source.raw(name))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,51 +12,19 @@ import numpy as np
 import onnx
 
 from cembed.quantize.calibration import CalibrationSet, Embedded, compare
-from cembed.quantize.graph import DataFile, SourceGraph, rewrite
-from cembed.quantize.weights import SCHEMES, Floats, Scheme, nonzero
+from cembed.quantize.graph import DataFile, rewrite
+from cembed.quantize.plan import FLOAT, Limits, QuantiseOptions, QuantisePlan
+from cembed.quantize.sensitivity import draw, rank_layers
+from cembed.quantize.weights import Floats, nonzero
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import Comparison, EmbeddingTable, Manifest, Quantisation
+from cembed.runtime.manifest import Comparison, EmbeddingTable, LayerDamage, Manifest, Quantisation
 from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
-FALLBACK = "int8"
-KEPT = ("patch_embed.*", "embeddings.*")  # the first look at the pixels: small, and everything hangs on it
 STORED: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
+SELF_TEST_TOLERANCE = 0.02  # integer kernels differ between CPUs
 _ROWS = 8192
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a quantised bundle may lose: the lowest cosine of a vector, and the fall of nDCG@5 if pages are judged."""
-
-    min_cosine: float
-    max_ndcg_drop: float
-
-
-LIMITS = {"int8": Limits(0.995, 0.002), "int4": Limits(0.95, 0.01)}
-
-
-@dataclass(frozen=True)
-class QuantiseOptions:
-    """The flags of `cembed quantize`; limits that are None are those of the scheme."""
-
-    weights: str
-    embeddings: str = "fp16"
-    keep: tuple[str, ...] = ()
-    calibration: tuple[Path, ...] = ()
-    queries: tuple[str, ...] = ()
-    min_cosine: float | None = None
-    max_ndcg_drop: float | None = None
-    accept_loss: bool = False
-    threads: int | None = None
-
-    def limits(self) -> Limits:
-        usual = LIMITS[self.weights]
-        return Limits(
-            usual.min_cosine if self.min_cosine is None else self.min_cosine,
-            usual.max_ndcg_drop if self.max_ndcg_drop is None else self.max_ndcg_drop,
-        )
 
 
 def quantise(
@@ -72,26 +39,69 @@ def quantise(
     bundle = Bundle(source)
     check_source(bundle)
     calibration = CalibrationSet.read(options.calibration, options.queries)
-    check_calibration(calibration, progress)
+    check_calibration(calibration)
     with directory(out.resolve()) as partial:
-        schemes = write_graphs(bundle, options, partial, progress)
-        progress("writing the embedding table")
-        table = write_table(bundle, options.embeddings, partial)
-        for name in unchanged(bundle):
-            shutil.copyfile(bundle.path(name), partial / name)
-        manifest = replace(bundle.manifest, token_embeddings=table)
-        size = sum(path.stat().st_size for path in partial.iterdir())
+        plan = QuantisePlan.make(bundle, options, calibration, progress)
         old = Embedded.by(source, calibration, options.threads, progress)
-        write_self_test(partial, manifest)
-        new = Embedded.by(partial, calibration, options.threads, progress)
-        before = sum(record.size for record in bundle.manifest.files.values())
-        comparison = compare(old, new, calibration, (before, size))
-        if not options.accept_loss:
-            check_loss(comparison, options.limits())
-        kept = tuple(sorted(name for name, scheme in schemes.items() if scheme == "float"))
-        chosen = {name: scheme for name, scheme in sorted(schemes.items()) if scheme != "float"}
-        report = Quantisation(options.weights, options.embeddings, bundle.hash, chosen, kept, comparison)
+        damages: list[LayerDamage] = []
+        if options.report:
+            damages = rank_layers(plan, calibration, progress)
+            draw(damages, options.report)
+        keep: set[str] = set()
+        while True:
+            manifest = write_self_test(partial, write(plan, keep, partial, progress))
+            comparison = judge(bundle, old, partial, calibration, options, progress)
+            loss = "" if options.accept_loss else describe_loss(comparison, options.limits)
+            if not loss:
+                break
+            if not options.mixed:
+                raise CembedError(f"{loss}; keep sensitive layers in float with --mixed, or take it with --accept-loss")
+            damages = damages or rank_layers(plan, calibration, progress)
+            keep = keep_more(keep, damages, loss)
+        outcome = plan.outcome(keep)
+        kept = tuple(name for name, scheme in outcome.items() if scheme == FLOAT)
+        chosen = {name: scheme for name, scheme in outcome.items() if scheme != FLOAT}
+        report = Quantisation(
+            options.weights, options.embeddings, bundle.hash, chosen, kept, comparison, tuple(damages)
+        )
         return write_self_test(partial, replace(manifest, quantisation=report))
+
+
+def keep_more(keep: Collection[str], damages: list[LayerDamage], loss: str) -> set[str]:
+    """The weights of twice as many of the worst layers. Raises CembedError when all are kept already."""
+    layers = sum(bool(set(damage.weights) & set(keep)) for damage in damages)
+    if layers == len(damages):
+        raise CembedError(f"{loss}, even with every layer in float")
+    return {name for damage in damages[: max(1, 2 * layers)] for name in damage.weights}
+
+
+def write(plan: QuantisePlan, keep: Collection[str], root: Path, progress: Progress) -> Manifest:
+    """Writes all files of the bundle but the self-test's vectors, over those of an earlier try."""
+    for old in root.iterdir():
+        old.unlink()
+    bundle, graphs = plan.bundle, plan.bundle.manifest.graphs
+    files = {data: DataFile(root / data) for graph in graphs.values() for data in graph.data}
+    for name, recipe in plan.recipes(keep).items():
+        progress(f"quantising {name}")
+        onnx.save(rewrite(plan.sources[name], recipe, files[graphs[name].data[0]]), str(root / graphs[name].file))
+    for file in files.values():
+        file.close()
+    progress("writing the embedding table")
+    table = write_table(bundle, plan.options.embeddings, root)
+    for name in unchanged(bundle):
+        shutil.copyfile(bundle.path(name), root / name)
+    test = replace(bundle.manifest.self_test, tolerance=SELF_TEST_TOLERANCE)
+    return replace(bundle.manifest, token_embeddings=table, self_test=test)
+
+
+def judge(
+    bundle: Bundle, old: Embedded, root: Path, calibration: CalibrationSet, options: QuantiseOptions, progress: Progress
+) -> Comparison:
+    """The bundle that is being written at `root` against the one it is made from."""
+    size = sum(path.stat().st_size for path in root.iterdir())
+    before = sum(record.size for record in bundle.manifest.files.values())
+    new = Embedded.by(root, calibration, options.threads, progress)
+    return compare(old, new, calibration, (before, size))
 
 
 def check_source(bundle: Bundle) -> None:
@@ -102,41 +112,10 @@ def check_source(bundle: Bundle) -> None:
         raise CembedError(f"{bundle.root} computes in fp16: start from an fp32 bundle")
 
 
-def check_calibration(calibration: CalibrationSet, progress: Progress) -> None:
+def check_calibration(calibration: CalibrationSet) -> None:
     """Raises CembedError for a set that nothing can be judged on."""
     if all(np.ptp(page) < 8 for page in calibration.pages.values()):
         raise CembedError("every page of the calibration set is blank: give pages like those that will be embedded")
-
-
-def write_graphs(bundle: Bundle, options: QuantiseOptions, root: Path, progress: Progress) -> dict[str, str]:
-    """Writes the graphs and their data; returns what became of each weight: a scheme's name or `float`."""
-    outcome: dict[str, str] = {}
-    files = {name: DataFile(root / name) for graph in bundle.manifest.graphs.values() for name in graph.data}
-    for name, graph in bundle.manifest.graphs.items():
-        progress(f"quantising {name}")
-        source = SourceGraph(bundle.graph_path(name))
-        if source.is_quantised():
-            raise CembedError(f"{bundle.root}: {graph.file} has quantised nodes already")
-        schemes = choose(source, options)
-        outcome |= {f"{name.split('_')[0]}/{weight}": scheme for weight, scheme in schemes.items()}
-        rows: dict[str, Scheme] = {weight: SCHEMES[s] for weight, s in schemes.items() if s != "float"}
-        onnx.save(rewrite(source, rows, files[graph.data[0]]), str(root / graph.file))
-    for file in files.values():
-        file.close()
-    return outcome
-
-
-def choose(source: SourceGraph, options: QuantiseOptions) -> dict[str, str]:
-    """Weight name → scheme. Weights whose inputs do not fill the scheme's blocks are stored as int8."""
-    chosen = {}
-    for _, name in source.weights():
-        inputs = source.initializers[name].dims[0]
-        block = SCHEMES[options.weights].block
-        if any(fnmatch.fnmatch(name, pattern) for pattern in (*KEPT, *options.keep)):
-            chosen[name] = "float"
-        else:
-            chosen[name] = FALLBACK if block and inputs % block else options.weights
-    return chosen
 
 
 def write_table(bundle: Bundle, dtype: str, root: Path) -> EmbeddingTable:
@@ -168,15 +147,11 @@ def unchanged(bundle: Bundle) -> list[str]:
     return [name for name in m.files if name not in made | {m.token_embeddings.file, m.token_embeddings.scales}]
 
 
-def check_loss(found: Comparison, limits: Limits) -> None:
-    """Raises CembedError if more was lost than may be."""
+def describe_loss(found: Comparison, limits: Limits) -> str:
+    """What was lost beyond the limits; empty if nothing was."""
     if found.min_cosine < limits.min_cosine:
-        raise CembedError(
-            f"the lowest cosine of a vector is {found.min_cosine:.4f}, under {limits.min_cosine}: nothing was written; "
-            "keep sensitive weights in float with --keep, lower --min-cosine, or take it with --accept-loss"
-        )
+        return f"nothing was written: the lowest cosine is {found.min_cosine:.4f}, under {limits.min_cosine}"
     if found.ndcg5 is not None and found.ndcg5[0] - found.ndcg5[1] > limits.max_ndcg_drop:
-        raise CembedError(
-            f"nDCG@5 falls from {found.ndcg5[0]:.4f} to {found.ndcg5[1]:.4f}, by more than {limits.max_ndcg_drop}: "
-            "nothing was written; keep sensitive weights in float with --keep, raise --max-ndcg-drop, or --accept-loss"
-        )
+        drop = f"from {found.ndcg5[0]:.4f} to {found.ndcg5[1]:.4f}, by more than {limits.max_ndcg_drop}"
+        return f"nothing was written: nDCG@5 falls {drop}"
+    return ""

@@ -32,14 +32,20 @@ class Quantised:
         return restored
 
 
-def per_channel(weight: Floats) -> Quantised:
+def per_channel(weight: Floats, largest: int = 127) -> Quantised:
     """Eight bits, one scale for each output, symmetric.
 
     >>> per_channel(np.array([[1.0, -4.0], [0.5, 2.0]], np.float32)).levels.tolist()
     [[127, -127], [64, 64]]
     """
-    scales = nonzero(np.abs(weight).max(axis=0) / 127)
+    scales = nonzero(np.abs(weight).max(axis=0) / largest)
     return Quantised(np.rint(weight / scales).astype(np.int8), scales)
+
+
+def seven_bits(weight: Floats) -> Quantised:
+    """`per_channel` with levels up to 63: two products with 8-bit activations fit into the 16 bits that CPUs without
+    VNNI add them in, so that every CPU gives the same vectors."""
+    return per_channel(weight, 63)
 
 
 def four_bits(weight: Floats) -> Quantised:
@@ -51,8 +57,8 @@ def four_bits(weight: Floats) -> Quantised:
     (1, 1)
     """
     parts = [four_bit_columns(weight[:, start : start + _COLUMNS]) for start in range(0, weight.shape[1], _COLUMNS)]
-    levels, scales = (np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
-    return Quantised(levels, scales, BLOCK)
+    levels = np.concatenate([part[0] for part in parts], axis=1)
+    return Quantised(levels, np.concatenate([part[1] for part in parts], axis=1), BLOCK)
 
 
 def four_bit_columns(weight: Floats) -> tuple[Ints, Floats]:
@@ -89,10 +95,41 @@ def pack_nibbles(levels: Ints) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Eight-bit levels: value = (level - zero_point) * scale."""
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of(cls, low: float, high: float) -> Range:
+        """Zero is one of the levels.
+
+        >>> Range.of(-1.0, 4.1)
+        Range(scale=0.02, zero_point=50)
+        """
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = max(high - low, 1e-12) / 255
+        return cls(scale, round(-low / scale))
+
+    def error(self, values: Floats) -> float:
+        """Mean squared error of values that are stored so."""
+        levels = np.clip(np.rint(values / self.scale) + self.zero_point, 0, 255)
+        return float(np.square((levels - self.zero_point) * self.scale - values).mean())
+
+
+@dataclass(frozen=True)
 class Scheme:
+    """`activations`: what the weight is multiplied with is quantised too, to eight bits."""
+
     quantise: Callable[[Floats], Quantised]
     bits: int
     block: int = 0
+    activations: bool = False
 
 
-SCHEMES: Mapping[str, Scheme] = {"int8": Scheme(per_channel, 8), "int4": Scheme(four_bits, 4, BLOCK)}
+SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(per_channel, 8),
+    "int4": Scheme(four_bits, 4, BLOCK),
+    "w8a8": Scheme(seven_bits, 8, activations=True),
+}

@@ -6,7 +6,7 @@ Letters: K vectors, D length of a state, H hidden.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from cembed.runtime.latent import LatentState, SideName, StateMemory, read_state
 from cembed.runtime.manifest import Side
 from cembed.runtime.pooling import normalise, pool_states, pool_tokens
 from cembed.runtime.positions import slot_positions
-from cembed.runtime.session import Array, EngineSettings, OrtSession, check_providers
+from cembed.runtime.session import Array, EngineSettings, OrtSession, Session, check_providers
 from cembed.runtime.vectors import Vectors
 
 Decode = Literal["single-pass", "loop"]
@@ -59,7 +59,7 @@ class Embedder:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._engine = engine
-        self._sessions: dict[str, OrtSession] = {}
+        self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self.inputs = InputBuilder(bundle, max_visual_tokens, self.session)
         self._slots = bundle.table(self.manifest.slot_embeddings) if self.manifest.slot_embeddings else None
@@ -180,12 +180,17 @@ class Embedder:
             check_length(self.manifest, budget.num_vectors)
         return budget.num_vectors or side.num_vectors
 
-    def session(self, name: str) -> OrtSession:
+    def session(self, name: str) -> Session:
         """The session of a graph, loaded on first use."""
         with self._lock:
             if name not in self._sessions:
                 self._sessions[name] = OrtSession(self.bundle.graph_path(name), self._engine)
             return self._sessions[name]
+
+    def replace_sessions(self, sessions: Mapping[str, Session]) -> None:
+        """Run these in place of the bundle's own graphs, by name: other engines, or one that watches."""
+        with self._lock:
+            self._sessions |= sessions
 
     def slot_rows(self, side: Side, first: int, count: int) -> Array:
         """What is fed into slots first..first + count, float32 [count, H]; constant and learned slots only."""

@@ -129,7 +129,7 @@ COLUMNS = ("vectors", "storage", "part", "nDCG@5", "nDCG@10", "recall@5", "MRR",
 
 def table_row(row: Row) -> dict[str, str | int | float]:
     """The cells of a row by `COLUMNS`; bytes and milliseconds are those of a page."""
-    sizes = {"bytes": round(row.bytes_per_page), "ms": f"{row.ms_per_page:.1f}"}
+    sizes: dict[str, str | int | float] = {"bytes": round(row.bytes_per_page), "ms": f"{row.ms_per_page:.1f}"}
     measures = {name: f"{value:.3f}" for name, value in row.measures.items()}
     return {"vectors": row.vectors or "all", "storage": row.storage, "part": row.part, **measures, **sizes}
 
@@ -187,7 +187,7 @@ def require_ir_measures() -> Any:
     return ir_measures
 
 
-def check_budgets(embedder: Embedder, budgets: Sequence[int] | None) -> list[int | None]:
+def check_budgets(embedder: Embedder, budgets: Sequence[int] | None) -> Sequence[int | None]:
     """The budgets in rising order: by default powers of two up to the bundle's; None where it has no choice."""
     side = embedder.manifest.document
     if side.num_vectors is None or side.pooling != "none":

@@ -196,8 +196,21 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class LayerDamage:
+    """What quantising one layer alone does: the lowest cosine of a vector, and the mean error of MaxSim as a share."""
+
+    layer: str
+    weights: tuple[str, ...]
+    min_cosine: float
+    score_error: float
+
+
+@dataclass(frozen=True)
 class Quantisation:
-    """How a bundle was quantised: the scheme of each weight that was, the file's hash before, and the loss measured."""
+    """How a bundle was quantised, from the bundle with the hash `source`, and the loss that was measured.
+
+    `schemes` has every weight that was, `kept` those in float; `sensitivity` the layers by falling damage, if asked.
+    """
 
     weights: str
     embeddings: str
@@ -205,6 +218,7 @@ class Quantisation:
     schemes: Mapping[str, str]
     kept: tuple[str, ...]
     comparison: Comparison
+    sensitivity: tuple[LayerDamage, ...] = ()
 
 
 @dataclass(frozen=True)

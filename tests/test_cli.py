@@ -23,7 +23,7 @@ from cembed.cli import main
 from cembed.runtime import Bundle, Embedder, VectorFile, maxsim
 from cembed.runtime.manifest import MANIFEST
 
-COMMANDS = ("export", "inspect", "verify", "embed", "search")
+COMMANDS = ("export", "quantize", "inspect", "verify", "embed", "search", "eval")
 CHECKPOINT = GOLDEN / "causalqwen2_5"
 
 

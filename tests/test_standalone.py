@@ -22,7 +22,12 @@ from cembed.runtime import Embedder, VectorFile
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "peft", "huggingface_hub")
-SOURCES = {"cembed": "cembed", "cembed/export": "export", "cembed/runtime": "runtime"}
+SOURCES = {
+    "cembed": "cembed",
+    "cembed/export": "export",
+    "cembed/quantize": "quantize",
+    "cembed/runtime": "runtime",
+}
 """Folders of the wheel, and where the tree has them."""
 MAIN = "from cembed.cli import main; main()"
 MAIN_THEN_MODULES = f"""

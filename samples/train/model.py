@@ -28,6 +28,7 @@ from cembed.runtime.prompts import Prompter, load_tokenizer
 HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
 POSITIONS = Positions(axes=3, first=0)
 PROJECTION = 128
+SCALE = 3.3  # logarithm of what cosines are multiplied with before a softmax, to begin with
 DOCUMENT_SLOTS = {"causal": 31, "metaembed": 64, "btoks": 16}
 QUERY_SLOTS = {"causal": 15, "metaembed": 16, "btoks": 8}
 LEARNED = ("metaembed", "btoks")
@@ -149,7 +150,9 @@ class SampleModel(nn.Module):
             }
         )
         self.read_cells = Linear(dims.hidden, CELLS[0] * CELLS[1] * (OTHER + 1), bias=True)
-        self.scales = nn.ParameterDict({name: nn.Parameter(torch.tensor(2.5)) for name in ("words", "pieces", *HEADS)})
+        self.scales = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(SCALE)) for name in ("words", "pieces", *HEADS)}
+        )
         self.tokenizer = load_tokenizer(tokenizer)
         self.latent = self.token("<|latent|>")
         self.image_token = self.token("<|image_pad|>")

@@ -31,16 +31,20 @@ from cembed.export.decoder import DecoderLayer
 
 CHUNK = 15 * 10**6
 LOG_EVERY, SAVE_EVERY = 50, 250
-FEEDBACK_EVERY = 4  # its slots run one after the other: a step with them takes almost twice as long
+FEEDBACK_EVERY = 6  # its slots run one after the other: a step with them takes almost twice as long
 WARMUP = 100
-WEIGHTS = {"reading": 2.0, "spelling": 4.0, "page_words": 1.0, "query_words": 0.5, "diversity": 0.02}
-CONTRAST_WEIGHT = 0.2  # of every other term: dense losses carry more than a contrast of a few pages
+WALLS = 16
+WEIGHTS = {"reading": 2.0, "spelling": 3.0, "page_words": 1.0, "query_words": 1.0, "diversity": 0.02}
+CONTRAST_WEIGHT = 0.6  # of every other term: dense losses carry more than a contrast of a few pages
 NAMED = ("causal", "metaembed", "btoks", "feedback")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of `batch` pages of one part, at a share `rate` of the peak learning rates; what runs besides the tower."""
+    """Steps of `batch` pages of one part, at a share `rate` of the peak learning rates; what runs besides the tower.
+
+    Every step of number `walls_every` reads a wall of words instead, without heads, so that reading goes on improving.
+    """
 
     name: str
     part: Part
@@ -49,12 +53,13 @@ class Stage:
     rate: float
     decoder: bool = False
     heads: bool = False
+    walls_every: int = 0
 
 
 STAGES = (
     Stage("letters", "walls", 1500, 16, 1.0),
-    Stage("words", "walls", 1500, 16, 0.7, decoder=True),
-    Stage("pages", "seen", 1700, 24, 0.5, decoder=True, heads=True),
+    Stage("words", "walls", 1250, 16, 0.7, decoder=True),
+    Stage("pages", "seen", 1900, 24, 0.5, decoder=True, heads=True, walls_every=3),
 )
 
 
@@ -222,15 +227,17 @@ def train(
     start = trainer.load(out)
     for first, stage, done in schedule(stages, start):
         supplied = supply(tokenizer, stage.part, stage.batch, f"{stage.name}-{done}")
+        walls = supply(tokenizer, "walls", WALLS, f"{stage.name}-{done}-walls")
         sums: dict[str, list[float]] = {}
         clock, pages = time.perf_counter(), 0
         for step in range(done, stage.steps):
-            batch = next(supplied)
+            wall = stage.walls_every > 0 and step % stage.walls_every == 1
+            batch = next(walls if wall else supplied)
             terms, prefix = read_page(trainer.model, batch, stage.decoder)
-            if stage.heads and prefix is not None:
+            if stage.heads and prefix is not None and not wall:
                 terms |= compare_heads(trainer.model, batch, prefix, feedback=step % FEEDBACK_EVERY == 0)
             trainer.step(total(terms), learning_rate(first + step, stages))
-            pages += stage.batch
+            pages += len(batch.questions)
             for name, value in terms.items():
                 sums.setdefault(name, []).append(float(value.detach()))
             if (step + 1) % LOG_EVERY == 0 or step + 1 == stage.steps:

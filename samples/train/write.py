@@ -30,7 +30,7 @@ ARCHITECTURE = {"colbert": "ColQwen2_5"}
 
 def checkpoint_tensors(model: SampleModel, head: str) -> dict[str, Tensor]:
     """The weights that a head needs, under the names and in the shapes of released checkpoints."""
-    tensors = {f"visual.{name}": tensor for name, tensor in model.visual.named_parameters()}
+    tensors: dict[str, Tensor] = {f"visual.{name}": tensor for name, tensor in model.visual.named_parameters()}
     tensors |= {f"model.{name}": tensor for name, tensor in model.decoder.named_parameters() if "custom" not in name}
     if head == "colbert":
         tensors |= {name: tensor for name, tensor in model.decoder.named_parameters() if "custom" in name}

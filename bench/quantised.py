@@ -1,0 +1,138 @@
+"""Quantised bundles against the float one, in one run: milliseconds of a page and of a step, bytes, cosine.
+
+    python bench/quantised.py --threads 2 --rounds 5
+
+The checkpoint is the random mid-size one of bench/pages.py. Beside ours stands ONNX Runtime's own `quantize_dynamic` of
+the same two graphs, MatMul nodes only. Rounds are interleaved: each variant once, another first in each round.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import pages
+import typer
+from pages import hardware, prepare
+from rich.console import Console
+from rich.table import Table
+
+from cembed.quantize.plan import QuantiseOptions
+from cembed.quantize.quantizer import quantise
+from cembed.runtime import Embedder
+from cembed.runtime.embedder import Budget
+from cembed.runtime.session import EngineSettings, OrtSession
+
+SCHEMES = ("int8", "int4", "w8a8")
+STEPS = 16
+QUERY = "invoice total in EUR, VAT included"
+TARGETS = {"page": {"w8a8": 0.65}, "step": {"int8": 0.45, "int4": 0.35}}
+
+
+def make_bundles(root: Path) -> dict[str, Path]:
+    """The float bundle and ours, where they are not there yet."""
+    bundles = {"fp32": root / "fp32"} | {scheme: root / scheme for scheme in SCHEMES}
+    if not bundles["fp32"].exists():
+        prepare(root / "checkpoint", bundles["fp32"], "qwen2.5-vl", "mid")
+    for scheme in SCHEMES:
+        if not bundles[scheme].exists():
+            quantise(bundles["fp32"], QuantiseOptions(scheme, accept_loss=True), bundles[scheme])
+    return bundles
+
+
+def dynamic(bundle: Path, out: Path, threads: int) -> Embedder:
+    """The float bundle with its graphs put through ONNX Runtime's dynamic quantisation."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    embedder = Embedder.load(bundle, threads=threads)
+    out.mkdir(exist_ok=True)
+    for graph in ("vision", "text"):
+        path = out / f"{graph}.onnx"
+        if not path.exists():
+            quantize_dynamic(
+                bundle / f"{graph}.onnx",
+                path,
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=True,
+            )
+        embedder.replace_sessions({graph: OrtSession(path, EngineSettings(threads=threads))})
+    return embedder
+
+
+def step_times(embedder: Embedder) -> list[float]:
+    """Milliseconds of single slots behind a query."""
+    state = embedder.start_query(QUERY, STEPS + 2)
+    state.extend(2)
+    times = []
+    for count in range(3, STEPS + 3):
+        start = time.perf_counter()
+        state.extend(count)
+        times.append((time.perf_counter() - start) * 1000)
+    state.close()
+    return times
+
+
+def measure(root: Path, threads: int, rounds: int) -> dict[str, Any]:
+    bundles = make_bundles(root)
+    embedders = {name: Embedder.load(path, threads=threads) for name, path in bundles.items()}
+    sizes = {name: sum(file.size for file in e.manifest.files.values()) for name, e in embedders.items()}
+    embedders["ort dynamic"] = dynamic(bundles["fp32"], root / "dynamic", threads)
+    image = pages.draw_page()
+    vectors = {name: embedder.embed_image(image) for name, embedder in embedders.items()}
+    found: dict[str, dict[str, Any]] = {name: {"page": [], "step": []} for name in embedders}
+    for number in range(rounds):
+        names = list(embedders)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            time.sleep(pages.PAUSE)
+            start = time.perf_counter()
+            embedders[name].embed_image(image, Budget(32))
+            found[name]["page"].append((time.perf_counter() - start) * 1000)
+            if name in bundles:
+                found[name]["step"] += step_times(embedders[name])
+    for name, numbers in found.items():
+        numbers["bytes"] = sizes.get(name)
+        numbers["min_cosine"] = float((vectors[name] * vectors["fp32"]).sum(axis=1).min())
+    return {"hardware": hardware(threads), "rounds": rounds, "variants": found}
+
+
+def ratio(found: dict[str, Any], name: str, what: str) -> float:
+    return float(median(found[name][what]) / median(found["fp32"][what]))
+
+
+def report(result: dict[str, Any]) -> None:
+    found = result["variants"]
+    table = Table(title=f"{result['hardware']['processor']}, {result['hardware']['threads']} threads; medians")
+    for column in ("", "page ms", "of fp32", "step ms", "of fp32", "bytes of fp32", "lowest cosine"):
+        table.add_column(column, justify="right")
+    for name, numbers in found.items():
+        step = (f"{median(numbers['step']):.2f}", f"{ratio(found, name, 'step'):.2f}") if numbers["step"] else ("", "")
+        size = f"{numbers['bytes'] / found['fp32']['bytes']:.2f}" if numbers["bytes"] else ""
+        page = f"{median(numbers['page']):.0f}", f"{ratio(found, name, 'page'):.2f}"
+        table.add_row(name, *page, *step, size, f"{numbers['min_cosine']:.4f}")
+    Console().print(table)
+    for what, targets in TARGETS.items():
+        for name, target in targets.items():
+            value = ratio(found, name, what)
+            print(f"{'met   ' if value <= target else 'MISSED'} {name} {what}: {value:.2f} of fp32, asked {target}")
+
+
+def main(
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    workdir: Annotated[Path | None, typer.Option(help="Keeps checkpoint and bundles for the next run.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Writes every number to this file.")] = None,
+) -> None:
+    """Time a page and a step of the loop with each precision; compare bytes and vectors."""
+    with tempfile.TemporaryDirectory() as temporary:
+        result = measure(workdir or Path(temporary), threads, rounds)
+    report(result)
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,159 @@
+"""W8A8: ranges of activations, seen while a float bundle embeds a calibration set, and their balance with weights.
+
+Letters: I inputs of a MatMul, O outputs, N positions. Activations go by the name of the weight that they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from cembed.quantize.graph import SourceGraph
+from cembed.quantize.weights import Floats, Range
+from cembed.runtime.errors import CembedError
+from cembed.runtime.session import StepSession
+
+BALANCE = 0.5  # share of the outliers that goes to the weights: alpha of SmoothQuant
+PERCENTILE = 99.999
+_ROWS = 24  # positions kept from each input
+_CLIPS = np.linspace(0.4, 1.0, 25)
+_NORMS = ("RMSNormalization", "LayerNormalization")
+
+
+@dataclass
+class Observed:
+    """What was seen of one tensor: each channel's extremes [I], and some of its rows."""
+
+    low: Floats
+    high: Floats
+    rows: list[Floats] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, channels: int) -> Observed:
+        return cls(np.zeros(channels, np.float32), np.zeros(channels, np.float32))
+
+    def add(self, values: Floats) -> None:
+        """`values` [N, I]."""
+        self.low, self.high = np.minimum(self.low, values.min(axis=0)), np.maximum(self.high, values.max(axis=0))
+        self.rows.append(values[np.linspace(0, len(values) - 1, min(_ROWS, len(values))).astype(int)])
+
+    @property
+    def largest(self) -> Floats:
+        """Each channel's largest size [I]."""
+        return np.maximum(-self.low, self.high)
+
+    def range(self, method: str, divisors: Floats | float = 1.0) -> Range:
+        """The range of the tensor divided by `divisors` [I]: `minmax`, `percentile` of the rows, or the least error."""
+        low, high = float((self.low / divisors).min()), float((self.high / divisors).max())
+        if method == "minmax":
+            return Range.of(low, high)
+        values = np.concatenate(self.rows) / divisors
+        if method == "percentile":
+            return Range.of(float(np.percentile(values, 100 - PERCENTILE)), float(np.percentile(values, PERCENTILE)))
+        return min((Range.of(clip * low, clip * high) for clip in _CLIPS), key=lambda r: r.error(values))
+
+
+class Observer:
+    """A session that also sees what its graph's quantised MatMuls are fed."""
+
+    def __init__(self, source: SourceGraph, weights: Sequence[str], threads: int | None) -> None:
+        inputs: dict[str, list[str]] = {}
+        for node, name in source.weights():
+            if name in weights:
+                inputs.setdefault(node.input[0], []).append(name)
+        self._tensors = inputs
+        model = onnx.ModelProto()
+        model.CopyFrom(source.model)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inputs)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        # Weights are found beside the graph, so the changed graph needs to say where that is.
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(source.path.parent.resolve())
+        )
+        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.seen: dict[str, Observed] = {}
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        output, *values = self._session.run(None, dict(feeds))
+        inner = values[-len(self._tensors) :]
+        for names, value in zip(self._tensors.values(), inner, strict=True):
+            flat = value.reshape(-1, value.shape[-1])
+            for name in names:
+                self.seen.setdefault(name, Observed.start(flat.shape[1])).add(flat)
+        return np.asarray(output)
+
+    def bind(self, cache: Mapping[str, NDArray[Any]]) -> StepSession:
+        raise CembedError("activations are observed in the single pass only")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Divisors [I] of activations, by the weights whose rows make up for it, and by the tensors that are divided."""
+
+    rows: Mapping[str, Floats]
+    columns: Mapping[str, Floats]
+
+
+def balance(source: SourceGraph, seen: Mapping[str, Observed]) -> Balance:
+    """Moves outliers of activations into the weights behind them (SmoothQuant, arXiv 2211.10438, section 4).
+
+    Possible where a norm, or the ungated half of a gated MLP, makes the activation for quantised weights alone.
+    """
+    rows: dict[str, Floats] = {}
+    columns: dict[str, Floats] = {}
+    for tensor, weights in groups(source, seen).items():
+        folds = producers(source, tensor, weights)
+        if not folds:
+            continue
+        heaviest = np.max([np.abs(source.load(name)).max(axis=1) for name in weights], axis=0)
+        divisors = np.maximum(seen[weights[0]].largest, 1e-5) ** BALANCE / np.maximum(heaviest, 1e-5) ** (1 - BALANCE)
+        divisors = np.clip(divisors / np.exp(np.log(divisors).mean()), 0.05, 20).astype(np.float32)
+        rows |= dict.fromkeys(weights, divisors)
+        columns |= dict.fromkeys(folds, divisors)
+    return Balance(rows, columns)
+
+
+def groups(source: SourceGraph, seen: Mapping[str, Observed]) -> dict[str, list[str]]:
+    """Activation tensor → the quantised weights that meet it."""
+    found: dict[str, list[str]] = {}
+    for node, name in source.weights():
+        if name in seen:
+            found.setdefault(node.input[0], []).append(name)
+    return found
+
+
+def producers(source: SourceGraph, tensor: str, weights: Sequence[str]) -> list[str]:
+    """The stored tensors whose division divides `tensor`; empty if there are none, or others would be divided too."""
+    nodes = source.model.graph.node
+    readers = [node for node in nodes if tensor in node.input]
+    makers = {output: node for node in nodes for output in node.output}
+    if len(readers) != len(weights) or tensor not in makers:
+        return []
+    maker = makers[tensor]
+    if maker.op_type in _NORMS:
+        found = list(maker.input[1:])
+    elif maker.op_type == "Mul":
+        found = [name for operand in maker.input for name in linear_tensors(source, makers, operand)]
+    else:
+        found = []
+    shared = {name for name in found if sum(name in node.input for node in nodes) != 1}
+    return [] if shared else found
+
+
+def linear_tensors(source: SourceGraph, makers: Mapping[str, onnx.NodeProto], tensor: str) -> list[str]:
+    """Weight and bias of the linear layer whose output `tensor` is, if it is one."""
+    node = makers.get(tensor)
+    bias: list[str] = []
+    if node is not None and node.op_type == "Add":
+        bias = [name for name in node.input if name in source.initializers]
+        node = next((makers[name] for name in node.input if name in makers), None)
+    named = {matmul.name: name for matmul, name in source.weights()}
+    return [named[node.name], *bias] if node is not None and node.name in named else []

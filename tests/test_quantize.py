@@ -1,0 +1,312 @@
+"""Quantised bundles: what integers keep of a weight, what is refused, and that a loss is measured before writing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_cli import cembed
+from test_evaluate import dataset  # noqa: F401
+
+from cembed.quantize import plan
+from cembed.quantize.activations import Observed
+from cembed.quantize.graph import SourceGraph
+from cembed.quantize.plan import QuantiseOptions
+from cembed.quantize.quantizer import quantise
+from cembed.quantize.weights import SCHEMES, Range, pack_nibbles
+from cembed.runtime import Bundle, Embedder
+from cembed.runtime.errors import CembedError
+
+PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
+
+
+@pytest.fixture(scope="session")
+def quantised(causal_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundles by the scheme of their weights; the table is int8 beside int4."""
+    root = tmp_path_factory.mktemp("quantised")
+    for scheme, table in (("int8", "fp16"), ("int4", "int8"), ("w8a8", "fp32")):
+        quantise(causal_bundle, QuantiseOptions(scheme, table, accept_loss=True), root / scheme)
+    return {scheme: root / scheme for scheme in SCHEMES}
+
+
+weights = st.integers(0, 2**32 - 1).map(
+    lambda seed: np.random.default_rng(seed).standard_normal((64, 7)).astype(np.float32)
+)
+
+
+@given(weights)
+@settings(max_examples=50, deadline=None)
+def test_eight_bits_are_off_by_half_a_level(weight: np.ndarray) -> None:
+    kept = SCHEMES["int8"].quantise(weight)
+    assert np.abs(kept.levels).max() <= 127
+    assert (np.abs(kept.restore() - weight) <= kept.scales * 0.5001).all()
+
+
+@given(weights)
+@settings(max_examples=50, deadline=None)
+def test_four_bits_are_no_worse_than_the_largest_component_asks(weight: np.ndarray) -> None:
+    """The scales that are found have no more squared error than symmetric ones."""
+    kept = SCHEMES["int4"].quantise(weight)
+    assert kept.levels.min() >= -8
+    assert kept.levels.max() <= 7
+    blocks = weight.reshape(2, 32, 7)
+    plain = np.abs(blocks).max(axis=1, keepdims=True) / 7
+    naive = np.square(blocks - np.rint(blocks / plain) * plain).sum(axis=1)
+    found = np.square(kept.restore() - weight).reshape(2, 32, 7).sum(axis=1)
+    assert found.sum() <= naive.sum()
+
+
+def test_zeros_stay_zeros() -> None:
+    for scheme in SCHEMES.values():
+        assert not scheme.quantise(np.zeros((64, 3), np.float32)).restore().any()
+
+
+@given(st.lists(st.integers(-8, 7), min_size=1, max_size=9))
+def test_nibbles_are_packed_as_onnx_unpacks_them(levels: list[int]) -> None:
+    packed = pack_nibbles(np.array(levels, np.int8))
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=[len(levels)], raw_data=packed.tobytes())
+    assert onnx.numpy_helper.to_array(tensor).astype(int).tolist() == levels
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cosine", "share"), [("int8", 0.999, 0.40), ("int4", 0.9, 0.30), ("w8a8", 0.96, 0.40)]
+)
+def test_vectors_stay_near_and_files_get_small(
+    causal_bundle: Path, quantised: dict[str, Path], scheme: str, cosine: float, share: float
+) -> None:
+    old, new = Embedder.load(causal_bundle), Embedder.load(quantised[scheme])
+    for a, b in zip(
+        old.embed_images(PAGES) + old.embed_queries(["a query"]),
+        new.embed_images(PAGES) + new.embed_queries(["a query"]),
+        strict=True,
+    ):
+        assert (a * b).sum(axis=1).min() > cosine
+    data = [sum(b.manifest.files[f].size for f in ("text.data", "vision.data")) for b in (old.bundle, new.bundle)]
+    assert data[1] < share * data[0]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_loop_and_single_pass_agree(quantised: dict[str, Path], scheme: str) -> None:
+    """They share the same integers; the kernels quantise activations on their own, so agreement is not exact."""
+    embedder = Embedder.load(quantised[scheme])
+    loop, single = (embedder.embed_images(PAGES, decode=decode) for decode in ("loop", "single-pass"))
+    for a, b in zip(loop, single, strict=True):
+        assert (a * b).sum(axis=1).min() > 0.995
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_batch_mates_change_nothing(quantised: dict[str, Path], scheme: str) -> None:
+    embedder = Embedder.load(quantised[scheme])
+    alone = [embedder.embed_images([page])[0] for page in PAGES]
+    mates = embedder.embed_images([*PAGES, Image.new("RGB", (56, 56), "white"), *PAGES])
+    assert np.array_equal(alone[0], mates[0])
+    assert np.array_equal(alone[1], mates[4])
+    assert np.array_equal(mates[0], mates[3])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_graphs_are_standard_and_share_their_weights(quantised: dict[str, Path], scheme: str) -> None:
+    """Each weight is stored once, as levels and scales, for the single pass and for the loop."""
+    text, step = (
+        onnx.load(quantised[scheme] / f"{name}.onnx", load_external_data=False) for name in ("text", "text_step")
+    )
+    places = [
+        {
+            t.name: {e.key: e.value for e in t.external_data}
+            for t in model.graph.initializer
+            if t.name.endswith(".levels")
+        }
+        for model in (text, step)
+    ]
+    assert places[0]
+    assert places[0] == places[1]
+    for model in (text, step):
+        made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        matmuls = [node for node in model.graph.node if node.op_type == "MatMul"]
+        assert matmuls
+        assert all(node.input[1] in made for node in matmuls)
+        assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
+
+
+def test_activations_pass_eight_bits_once_for_the_weights_that_share_them(quantised: dict[str, Path]) -> None:
+    model = onnx.load(quantised["w8a8"] / "text.onnx", load_external_data=False)
+    quantised_once = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantised_once) == len(set(quantised_once))
+    made = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    through = [made[made_by] in {f"{name}.levels" for name in quantised_once} for made_by in
+               (node.input[0] for node in model.graph.node if node.op_type == "MatMul")]  # fmt: skip
+    assert all(through)
+
+
+def test_balance_changes_nothing_but_the_rounding(causal_bundle: Path, tmp_path: Path) -> None:
+    """Weights multiplied and producers divided, nothing quantised: the vectors of the float bundle."""
+    from cembed.quantize.activations import Observer, balance
+    from cembed.quantize.graph import DataFile, Recipe, rewrite
+    from cembed.runtime.session import EngineSettings, OrtSession
+
+    source = SourceGraph(causal_bundle / "text.onnx")
+    names = [name for _, name in source.weights()]
+    observer = Observer(source, names, None)
+    embedder = Embedder.load(causal_bundle)
+    before = embedder.embed_images(PAGES)
+    embedder.replace_sessions({"text": observer})
+    assert np.array_equal(embedder.embed_images(PAGES)[0], before[0])
+    moved = balance(source, observer.seen)
+    assert any("input_layernorm" in name for name in moved.columns)
+    assert any("up_proj" in name for name in moved.columns)
+    assert any("down_proj" in name for name in moved.rows)
+    assert max(np.abs(np.log(divisors)).max() for divisors in moved.rows.values()) > 0.3
+    data = DataFile(tmp_path / "text.data")
+    recipe = Recipe({}, {}, moved.rows, moved.columns)
+    onnx.save(rewrite(source, recipe, data), tmp_path / "text.onnx")
+    data.close()
+    embedder.replace_sessions({"text": OrtSession(tmp_path / "text.onnx", EngineSettings())})
+    for a, b in zip(embedder.embed_images(PAGES), before, strict=True):
+        assert np.abs(a - b).max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_ranges_hold_zero_and_most_values(method: str) -> None:
+    values = np.random.default_rng(0).standard_normal((500, 8)).astype(np.float32) + 1
+    seen = Observed.start(8)
+    seen.add(values)
+    found = seen.range(method)
+    assert 0 <= found.zero_point <= 255
+    low, high = -found.zero_point * found.scale, (255 - found.zero_point) * found.scale
+    assert ((values >= low - found.scale) & (values <= high + found.scale)).mean() > 0.99
+    assert seen.range("mse").error(values) <= seen.range("minmax").error(values) * 1.05
+    halved = seen.range(method, np.full(8, 2, np.float32))
+    assert halved.scale == pytest.approx(found.scale / 2, rel=0.05)
+
+
+def test_a_positive_tensor_uses_all_levels() -> None:
+    assert Range.of(3.0, 5.1) == Range(0.02, 0)
+
+
+def test_sensitive_layers_are_ranked_drawn_and_kept(causal_bundle: Path, tmp_path: Path) -> None:
+    """Under a limit that int4 misses, --mixed keeps the worst layers in float until it holds."""
+    flags = ("--weights", "int4", "--min-cosine", "0.995", "--mixed", "--report", tmp_path / "layers.png")
+    outcome = cembed("quantize", causal_bundle, *flags, "--out", tmp_path / "q")
+    assert outcome.status == 0, outcome.err
+    assert "sensitive" in outcome.out
+    assert Image.open(tmp_path / "layers.png").size[0] > 300
+    found = Bundle(tmp_path / "q").manifest.quantisation
+    assert found is not None
+    assert found.comparison.min_cosine >= 0.995
+    cosines = [damage.min_cosine for damage in found.sensitivity]
+    assert cosines == sorted(cosines)
+    assert set(found.sensitivity[0].weights) <= set(found.kept)
+    assert found.schemes
+    assert not any(path.name.startswith(".sensitivity") for path in causal_bundle.parent.iterdir())
+
+
+def test_the_report_is_in_the_manifest_and_shown(quantised: dict[str, Path]) -> None:
+    found = Bundle(quantised["int4"]).manifest.quantisation
+    assert found is not None
+    assert found.comparison.pages == 12
+    assert 0.9 < found.comparison.min_cosine <= found.comparison.median_cosine <= 1
+    assert found.comparison.bytes[1] < found.comparison.bytes[0]
+    shown = cembed("inspect", quantised["int4"]).out
+    assert "int4, embeddings int8" in shown
+    assert "cosine at least" in shown
+    assert json.loads(cembed("inspect", quantised["int4"], "--json").out)["quantisation"]["weights"] == "int4"
+    assert cembed("verify", quantised["int4"]).status == 0
+
+
+def test_judged_pages_are_judged(causal_bundle: Path, dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+    outcome = cembed("quantize", causal_bundle, "--calibration", dataset, "--out", tmp_path / "q", "--accept-loss")
+    assert outcome.status == 0, outcome.err
+    assert "nDCG@5" in outcome.out
+    comparison = Bundle(tmp_path / "q").manifest.quantisation.comparison
+    assert (comparison.pages, comparison.queries) == (6, 3)
+
+
+def test_a_loss_beyond_the_limit_is_not_written(causal_bundle: Path, tmp_path: Path) -> None:
+    error = cembed(
+        "quantize", causal_bundle, "--weights", "int4", "--min-cosine", "0.9999", "--out", tmp_path / "q"
+    ).error
+    assert "under 0.9999: nothing was written" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fall_of_ndcg_is_not_written(
+    causal_bundle: Path,
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cembed.quantize.calibration.quality", lambda *_: (0.9, 0.8))
+    out = tmp_path / "new" / "q"
+    error = cembed("quantize", causal_bundle, "--min-cosine", "0", "--calibration", dataset, "--out", out).error
+    assert "nDCG@5 falls from 0.9000 to 0.8000, by more than 0.002" in error
+    assert list(out.parent.iterdir()) == []
+
+
+def test_kept_weights_stay_as_they_were(causal_bundle: Path, tmp_path: Path) -> None:
+    options = QuantiseOptions("int4", keep=("*down_proj*", "layers.0.*"), accept_loss=True)
+    report = quantise(causal_bundle, options, tmp_path / "q").quantisation
+    assert report is not None
+    assert all("down_proj" not in name for name in report.schemes)
+    assert any("layers.0.self_attn.q_proj" in name for name in report.kept)
+    old, new = (onnx.load(root / "text.onnx") for root in (causal_bundle, tmp_path / "q"))  # with their data
+    name = "layers.0.self_attn.q_proj.weight"
+    values = [onnx.numpy_helper.to_array(next(t for t in m.graph.initializer if t.name == name)) for m in (old, new)]
+    assert np.array_equal(*values)
+
+
+def test_inputs_that_fill_no_block_are_eight_bits(
+    causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model's width of 96 is no multiple of a block of 64."""
+    monkeypatch.setitem(plan.SCHEMES, "int4", SCHEMES["int4"].__class__(SCHEMES["int4"].quantise, 4, 64))
+    monkeypatch.setattr("cembed.quantize.weights.BLOCK", 64)
+    schemes = plan.choose(SourceGraph(causal_bundle / "text.onnx"), QuantiseOptions("int4"))
+    assert schemes["layers.0.self_attn.q_proj.weight"] == "int8"
+
+
+def test_bad_input_is_one_line(causal_bundle: Path, quantised: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "q"
+    assert "is quantised already, to int8" in cembed("quantize", quantised["int8"], "--out", out).error
+    (tmp_path / "empty").mkdir()
+    assert (
+        "found no documents"
+        in cembed("quantize", causal_bundle, "--calibration", tmp_path / "empty", "--out", out).error
+    )
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    error = cembed("quantize", causal_bundle, "--calibration", tmp_path / "bad.png", "--out", out).error
+    assert "the calibration set cannot be read" in error
+    Image.new("RGB", (100, 100), "white").save(tmp_path / "blank.png")
+    error = cembed("quantize", causal_bundle, "--calibration", tmp_path / "blank.png", "--out", out).error
+    assert "blank" in error
+    assert "unknown weights 'int2'" in cembed("quantize", causal_bundle, "--weights", "int2", "--out", out).error
+    (tmp_path / "old").mkdir()
+    assert "exists" in cembed("quantize", causal_bundle, "--out", tmp_path / "old").error
+    assert not out.exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert "No space left" in cembed("quantize", causal_bundle, "--out", tmp_path / "q").error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_without_its_scales_is_named(quantised: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "q"
+    shutil.copytree(quantised["int4"], root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["token_embeddings"]["scales"] = None
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CembedError, match="tables of int8"):
+        Bundle(root)
