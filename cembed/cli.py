@@ -138,22 +138,34 @@ def export(
         ),
     ] = "onnxruntime",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 25; below 23 everything is decomposed.")] = 24,
+    weights: Annotated[
+        str | None, typer.Option(metavar=one_of(choices.WEIGHTS), help="Quantise as `cembed quantize --weights` does.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Turn a checkpoint into a bundle."""
-    arguments = {name: value for name, value in locals().items() if name not in ("out", "force")}
+    arguments = {name: value for name, value in locals().items() if name not in ("out", "force", "weights")}
+    if weights is not None:
+        choices.require_choice("weights", weights, choices.WEIGHTS)
     require_packages("export", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "huggingface_hub")
     from cembed.export.exporter import export as run
     from cembed.export.plan import ExportOptions
 
     with progress_bar("{task.description}") as progress:
         task = progress.add_task("reading the checkpoint", total=None)
-        manifest = run(
-            ExportOptions(**arguments),
-            out,
-            force=force,
-            progress=lambda step: progress.update(task, description=step),
-        )
+
+        def tell(step: str) -> None:
+            progress.update(task, description=step)
+
+        if weights is None:
+            manifest = run(ExportOptions(**arguments), out, force=force, progress=tell)
+        else:
+            from cembed.quantize.quantizer import export_quantised
+
+            options = ExportOptions(**arguments)
+            manifest = export_quantised(
+                lambda path: run(options, path, progress=tell), weights, out, force=force, progress=tell
+            )
     show_manifest(out, manifest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,22 @@ def quantise(
             options.weights, options.embeddings, bundle.hash, chosen, kept, comparison, tuple(damages)
         )
         return write_self_test(partial, replace(manifest, quantisation=report))
+
+
+def export_quantised(
+    export: Callable[[Path], object],
+    weights: str,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress = lambda step: None,
+) -> Manifest:
+    """`export` writes a float bundle beside `out`, which is made from it; the float bundle goes again."""
+    check_replaceable(out, force)
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.float.", dir=out.resolve().parent) as folder:
+        export(Path(folder) / "float")
+        return quantise(Path(folder) / "float", QuantiseOptions(weights), out, force=force, progress=progress)
 
 
 def keep_more(keep: Collection[str], damages: list[LayerDamage], loss: str) -> set[str]:

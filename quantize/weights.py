@@ -72,7 +72,7 @@ def four_bit_columns(weight: Floats) -> tuple[Ints, Floats]:
         error = np.square(blocks - np.rint(blocks / tried).clip(-8, 7) * tried).sum(axis=1, keepdims=True)
         better = np.ones_like(error, bool) if best is None else error < best
         scales = np.where(better, tried, scales)
-        best = np.where(better, error, best if best is not None else error)
+        best = error if best is None else np.minimum(error, best)
     levels = np.rint(blocks / scales).clip(-8, 7).astype(np.int8)
     return levels.reshape(weight.shape), scales[:, 0]
 
@@ -88,10 +88,9 @@ def pack_nibbles(levels: Ints) -> NDArray[np.uint8]:
     >>> pack_nibbles(np.array([1, -1, 7, -8], np.int8)).tolist()
     [241, 135]
     """
-    flat = levels.reshape(-1).astype(np.uint8) & 15
-    flat = np.append(flat, np.uint8(0)) if len(flat) % 2 else flat
-    packed: NDArray[np.uint8] = flat[0::2] | (flat[1::2] << 4)
-    return packed
+    flat = np.zeros(levels.size + levels.size % 2, np.uint8)
+    flat[: levels.size] = levels.reshape(-1).astype(np.uint8) & 15
+    return np.bitwise_or(flat[0::2], np.left_shift(flat[1::2], 4), dtype=np.uint8)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -269,6 +270,15 @@ def test_inputs_that_fill_no_block_are_eight_bits(
     monkeypatch.setattr("cembed.quantize.weights.BLOCK", 64)
     schemes = plan.choose(SourceGraph(causal_bundle / "text.onnx"), QuantiseOptions("int4"))
     assert schemes["layers.0.self_attn.q_proj.weight"] == "int8"
+
+
+def test_export_quantises_too(tmp_path: Path) -> None:
+    flags = ("--backbone", "qwen2.5-vl", "--model", GOLDEN / "causalqwen2_5", "--weights", "int8")
+    outcome = cembed("export", *flags, "--out", tmp_path / "q")
+    assert outcome.status == 0, outcome.err
+    assert Bundle(tmp_path / "q").manifest.quantisation.weights == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    assert "unknown weights 'int3'" in cembed("export", *flags[:-1], "int3", "--out", tmp_path / "r").error
 
 
 def test_bad_input_is_one_line(causal_bundle: Path, quantised: dict[str, Path], tmp_path: Path) -> None:

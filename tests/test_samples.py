@@ -62,7 +62,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("part", generate.KINDS)
 def test_every_kind_of_page_bears_what_is_asked(part: generate.Part) -> None:
     seen = set()
-    for index in range(60):
+    for index in range(110):
         page = generate.make_page(f"a{index}", "train", part)
         seen.add(page.kind)
         assert page.questions
@@ -203,7 +203,7 @@ def test_an_exported_head_gives_the_vectors_it_was_trained_with(
     with torch.no_grad():
         for parameter in trainer.master.parameters():  # as they are stored
             parameter.copy_(parameter.to(torch.bfloat16).float())
-        features = trainer.master.see(torch.from_numpy(data.to_patches(page))[None], page.image.size)
+        features = trainer.master.see(torch.from_numpy(data.patches_in_windows(page.image))[None], page.image.size)
         prompts = {
             "document": trainer.master.document_prompt(features, page.image.size),
             "query": trainer.master.query_prompt([text, "a longer one beside it, so that it is filled up"]),

@@ -1,4 +1,7 @@
-"""The faces pages are set in, by Debian package; `held_out` ones are met in the test set alone."""
+"""The faces pages are set in, by Debian package; those held out are met in the test set alone.
+
+apt-get install $(python samples/pages/fonts.py)
+"""
 
 from __future__ import annotations
 
@@ -82,3 +85,7 @@ def faces(held_out: bool) -> tuple[Face, ...]:
     if missing:
         raise MissingFontsError(f"some fonts are not installed: apt-get install {' '.join(missing)}")
     return tuple(Face(installed()[name]) for names in wanted.values() for name in names.split())
+
+
+if __name__ == "__main__":
+    print(*TRAINED, *HELD_OUT)

@@ -30,8 +30,15 @@ HELD_OUT_SHARE = 0.25
 """The share of test pages with layouts and faces that training never shows."""
 
 
-Part = Literal["walls", "seen", "unseen"]
-KINDS = {"walls": layouts.WALLS, "seen": layouts.TRAINED, "unseen": layouts.HELD_OUT}
+COLLAGES = 0.5
+"""The share of collages in the part `varied`."""
+Part = Literal["walls", "seen", "varied", "unseen"]
+KINDS: dict[Part, dict[layouts.Layout, tuple[Size, ...]]] = {
+    "walls": layouts.WALLS,
+    "seen": layouts.TRAINED,
+    "varied": layouts.TRAINED | layouts.COLLAGES,
+    "unseen": layouts.HELD_OUT,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ def make_page(seed: str, split: Split, part: Part = "seen", size: Size | None = 
     known = KINDS[part]
     choices = [layout for layout, sizes in known.items() if size is None or size in sizes]
     while True:
-        layout = random.choice(choices)
+        picks_collage = part == "varied" and random.random() < COLLAGES
+        layout = layouts.collage if picks_collage else random.choice(choices)
         width, height = size or random.choice(known[layout])
         canvas = Canvas(width, height, Style.draw_lots(random, part == "unseen"), random)
         questions = layout(canvas, random, split)

@@ -347,6 +347,79 @@ def menu(page: Canvas, random: Random, split: Split) -> list[Question]:
     ]
 
 
+def collage(page: Canvas, random: Random, split: Split) -> list[Question]:
+    """Facts and filler anywhere, in any size and order: what keeps a model from relying on the other layouts."""
+    makers = (words.person, words.company, words.product, words.event, words.topic, words.dish)
+    facts = [make(random, split) for make in random.sample(makers, random.randint(3, 6))]
+    facts += [make(random, split) for make in random.choices(makers, k=random.randint(0, 2))]
+    details = [random.choice((words.street, words.date, words.price))(random) for _ in range(random.randint(0, 3))]
+    lines = facts + details + [words.sentence(random) for _ in range(random.randint(0, 3))]
+    random.shuffle(lines)
+    for text in lines:
+        if page.room < 2 * page.style.size:
+            break
+        page.space(random.choice((0, 0, 0.3, 1, 2)))
+        if random.random() < 0.15:
+            page.rule()
+        label = random.choice(LABELS) if text in facts and random.random() < 0.5 else ""
+        text = random.choice((text, text, text.capitalize(), text.title(), text.upper())) if text in facts else text
+        x = page.style.margin + page.inner * random.choice((0, 0, 0, random.uniform(0, 0.3)))
+        page.paragraph(
+            f"{label} {text}{random.choice(('', '', ',', '.'))}".strip(),
+            x=x,
+            width=page.width - x - page.style.margin / 2,
+            size=round(page.style.size * random.choice((0.85, 1, 1, 1.25, 1.6))),
+            face=random.choice((page.style.heading, page.style.body)),
+            ink=random.choice((page.style.ink, page.style.ink, page.style.accent)),
+            align=random.choice((0, 0, 0.5, 1)),
+        )
+    asked = []
+    for _ in range(3):
+        first, second = random.sample(facts, 2)
+        before, between = (random.choice((*ASKING, words.made_up_name(random).lower(), "", "")) for _ in range(2))
+        text = " ".join(f"{before} {first} {between} {second}".split())
+        keys = tuple(word.lower() for fact in (first, second) for word in fact.split())
+        asked.append(Question(text.lower() if random.random() < 0.5 else text, keys))
+    return asked
+
+
+LABELS = (
+    "To",
+    "From:",
+    "Re:",
+    "About",
+    "Hello",
+    "With",
+    "Item:",
+    "By",
+    "Guest",
+    "Topic:",
+    "Owner:",
+    "At",
+    "Today:",
+    "&",
+)
+ASKING = (
+    *("about", "and", "at", "by", "did", "find", "for", "from", "has", "in", "is", "of", "on", "page", "show", "that"),
+    *(
+        "the",
+        "to",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "whose",
+        "with",
+        "document",
+        "paper",
+        "text",
+        "sent",
+        "got",
+    ),
+)
+
+
 def wall(page: Canvas, random: Random, split: Split) -> list[Question]:
     """A page full of words in many faces and sizes, asked nothing: what reading is learned from."""
     known = faces(False)
@@ -385,5 +458,6 @@ TRAINED: dict[Layout, tuple[Size, ...]] = {
     article: (PORTRAIT, LANDSCAPE, SLIP),
     recipe: (PORTRAIT, SQUARE, SLIP),
 }
+COLLAGES: dict[Layout, tuple[Size, ...]] = {collage: (PORTRAIT, LANDSCAPE, SQUARE, SLIP)}
 HELD_OUT: dict[Layout, tuple[Size, ...]] = {letter: (PORTRAIT,), label: (SQUARE, LANDSCAPE), menu: (PORTRAIT, SLIP)}
 WALLS: dict[Layout, tuple[Size, ...]] = {wall: (PORTRAIT, LANDSCAPE, SQUARE, SLIP)}

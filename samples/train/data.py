@@ -16,6 +16,7 @@ from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from cembed.runtime.manifest import ImageProcessing
 from cembed.runtime.prompts import Prompter, load_tokenizer
@@ -43,6 +44,7 @@ BLANK, OTHER = 0, len(CHARACTERS) + 1
 MAX_PIECES = 4  # tokens of words that may end in one visual token
 MAX_PAGE_TOKENS = 128
 MAX_KEY_TOKENS = 12
+QUESTIONS = 3  # about each page of a batch: they cost little beside the page
 NONE = -100  # what cross-entropy ignores
 SIZES: tuple[tuple[Size, float], ...] = ((PORTRAIT, 0.45), (LANDSCAPE, 0.25), (SQUARE, 0.2), (SLIP, 0.1))
 
@@ -55,13 +57,13 @@ class Example:
     cells: Ints  # [V, C]
     pieces: Ints  # [V, MAX_PIECES] tokens of the words that end here
     tokens: Ints  # [MAX_PAGE_TOKENS] all tokens of the page, each once
-    question: str
-    keys: Ints  # [MAX_KEY_TOKENS] tokens of the words asked for
+    questions: list[str]  # QUESTIONS of them
+    keys: Ints  # [QUESTIONS, MAX_KEY_TOKENS] tokens of the words asked for
 
 
 @dataclass
 class Batch:
-    """The examples of one page size, stacked."""
+    """The examples of one page size, stacked; `questions` page by page, QUESTIONS of each, and `keys` of each."""
 
     size: Size
     patches: NDArray[np.uint8]
@@ -80,12 +82,12 @@ def window_order(size: Size) -> Ints:
     return tokens.transpose(0, 2, 1, 3).reshape(-1)
 
 
-def to_patches(page: Page) -> NDArray[np.uint8]:
+def patches_in_windows(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels [P, 3 * 14 * 14] in windows, then merge groups: `pixel_values` before normalisation."""
-    pixels = np.asarray(page.image.convert("RGB"))
+    pixels = np.asarray(image.convert("RGB"))
     rows, columns = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
     blocks = pixels.reshape(rows, 2, 14, columns, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return blocks.reshape(rows * columns, 4, -1)[window_order(page.image.size)].reshape(rows * columns * 4, -1)
+    return blocks.reshape(rows * columns, 4, -1)[window_order(image.size)].reshape(rows * columns * 4, -1)
 
 
 class Reader:
@@ -110,15 +112,17 @@ class Reader:
             self.mark(word, cells, pieces, columns, rows)
         order = window_order(page.image.size)
         found = {token for ends in pieces for token in ends}
-        asked = question.choice(page.questions)
-        keys = {token for key in asked.keys for token, _ in self.tokens(key.strip(PUNCTUATION))}
+        asked = question.sample(page.questions * QUESTIONS, k=len(page.questions) * QUESTIONS)
+        asked = list(dict.fromkeys(asked)) + asked  # each once, before any comes again
+        asked = asked[:QUESTIONS]
+        keys = [{token for key in one.keys for token, _ in self.tokens(key.strip(PUNCTUATION))} for one in asked]
         return Example(
-            to_patches(page),
+            patches_in_windows(page.image),
             cells[order],
             np.stack([padded(ends, MAX_PIECES) for ends in pieces])[order],
             padded(sorted(found), MAX_PAGE_TOKENS),
-            asked.text,
-            padded(sorted(keys), MAX_KEY_TOKENS),
+            [one.text for one in asked],
+            np.stack([padded(sorted(tokens), MAX_KEY_TOKENS) for tokens in keys]),
         )
 
     def mark(self, word: Word, cells: Ints, pieces: list[list[int]], columns: int, rows: int) -> None:
@@ -158,10 +162,10 @@ def batches(tokenizer: Path, part: Part, size: int, seed: str) -> Iterator[Batch
 
 def stack(size: Size, examples: list[Example]) -> Batch:
     columns = {
-        name: np.stack([getattr(e, name) for e in examples])
-        for name in ("patches", "cells", "pieces", "tokens", "keys")
+        name: np.stack([getattr(e, name) for e in examples]) for name in ("patches", "cells", "pieces", "tokens")
     }
-    return Batch(size, questions=[e.question for e in examples], **columns)
+    keys = np.concatenate([example.keys for example in examples])
+    return Batch(size, questions=[text for example in examples for text in example.questions], keys=keys, **columns)
 
 
 def prefetched(tokenizer: Path, part: Part, size: int, seed: str) -> Iterator[Batch]:

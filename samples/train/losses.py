@@ -1,4 +1,4 @@
-"""What the sample model is trained on. Letters: B pages and their questions, Q query vectors, K document vectors."""
+"""What the sample model is trained on. Letters: B pages, A questions, Q query vectors, K document vectors."""
 
 from __future__ import annotations
 
@@ -44,18 +44,24 @@ def naming(vectors: Tensor, table: Tensor, tokens: Tensor, scale: Tensor) -> Ten
 
 
 def interactions(queries: Tensor, documents: Tensor) -> Tensor:
-    """Cosines [B queries, B pages, Q, K]."""
+    """Cosines [A queries, B pages, Q, K]."""
     return torch.einsum("aqd,bkd->abqk", queries, documents)
 
 
+def pages_of(scores: Tensor) -> Tensor:
+    """The page [A] that each question is about: as many questions a page, page by page, of scores [A, B]."""
+    return torch.arange(scores.shape[1]).repeat_interleave(len(scores) // scores.shape[1])
+
+
 def contrast(scores: Tensor, scale: Tensor) -> Tensor:
-    """Each question finds its page and each page its question: scores [B, B]."""
-    logits, target = scale.exp() * scores, torch.arange(len(scores))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    """Each question finds its page, and each page its questions: scores [A, B]."""
+    logits, right = scale.exp() * scores, pages_of(scores)
+    found = logits.log_softmax(0)[torch.arange(len(scores)), right]
+    return (F.cross_entropy(logits, right) - found.mean()) / 2
 
 
 def late_interaction(cosines: Tensor, lengths: Tensor) -> Tensor:
-    """MaxSim, as a mean over the query's `lengths` [B] vectors: [B queries, B pages]."""
+    """MaxSim, as a mean over the query's `lengths` [A] vectors: [A queries, B pages]."""
     return cosines.amax(-1).sum(-1) / lengths[:, None]
 
 
@@ -64,9 +70,10 @@ def margins(cosines: Tensor) -> Tensor:
     against what it adds to the score of the hardest wrong one."""
     gained = cosines.cummax(-1).values.mean(2)  # B B K
     gained = torch.diff(gained, dim=-1, prepend=torch.zeros_like(gained[..., :1]))
-    right = torch.arange(len(cosines))
-    wrong = late_interaction(cosines, torch.ones(len(cosines))).fill_diagonal_(-torch.inf).argmax(1)
-    return gained[right, wrong].mean() - gained[right, right].mean()
+    scores = late_interaction(cosines, torch.ones(len(cosines)))
+    rows, right = torch.arange(len(scores)), pages_of(scores)
+    wrong = scores.index_put((rows, right), torch.tensor(-torch.inf)).argmax(1)
+    return gained[rows, wrong].mean() - gained[rows, right].mean()
 
 
 def diversity(queries: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
     python samples/train/train.py OUT
 
-Three stages, each the start of the next: letters on pages full of words (vision tower alone), words through the
-decoder, then pages and questions with all heads at once. OUT keeps log.jsonl, the state to resume from (files of 15 MB
-at most) and the tokenizer; `write.py` makes a checkpoint of each head from it. Weights are float32, the arithmetic is
-bfloat16.
+Four stages, each the start of the next: letters on pages full of words (vision tower alone), words through the
+decoder, pages and questions with all heads at once, then half of the pages as collages, against leaning on layouts.
+OUT keeps log.jsonl, the state to resume from (files of 15 MB at most) and the tokenizer; `write.py` makes a checkpoint
+of each head from it. Weights are float32, the arithmetic is bfloat16.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cembed.export.decoder import DecoderLayer
 CHUNK = 15 * 10**6
 LOG_EVERY, SAVE_EVERY = 50, 250
 FEEDBACK_EVERY = 6  # its slots run one after the other: a step with them takes almost twice as long
-WARMUP = 100
+WARMUP = 30
 WALLS = 16
 WEIGHTS = {"reading": 2.0, "spelling": 3.0, "page_words": 1.0, "query_words": 1.0, "diversity": 0.02}
 CONTRAST_WEIGHT = 0.6  # of every other term: dense losses carry more than a contrast of a few pages
@@ -59,7 +59,8 @@ class Stage:
 STAGES = (
     Stage("letters", "walls", 1500, 16, 1.0),
     Stage("words", "walls", 1250, 16, 0.7, decoder=True),
-    Stage("pages", "seen", 1900, 24, 0.5, decoder=True, heads=True, walls_every=3),
+    Stage("pages", "seen", 1950, 24, 0.5, decoder=True, heads=True, walls_every=3),
+    Stage("collages", "varied", 300, 24, 0.2, decoder=True, heads=True),
 )
 
 
@@ -109,7 +110,7 @@ def head_losses(head: str, queries: Tensor, documents: Tensor, asked: Prefix, mo
     if head in ("causal", "feedback"):
         terms["margins"] = losses.margins(cosines)
         terms["diversity"] = losses.diversity(queries)
-    right = scores.argmax(1) == torch.arange(len(scores))
+    right = scores.argmax(1) == losses.pages_of(scores)
     return terms | {"first": right.float().mean().detach()}
 
 
@@ -202,13 +203,13 @@ class Trainer:
 
 
 def learning_rate(step: int, stages: tuple[Stage, ...]) -> float:
-    """As a share of the peak: a warm-up at each stage's start, constant, then down to zero over the last stage."""
+    """As a share of the peak: a warm-up at each stage's start; with heads, down to zero at its end."""
     for stage in stages:
         if step < stage.steps:
             break
         step -= stage.steps
     rise = min(1.0, (step + 1) / WARMUP) * stage.rate
-    return rise * (1 - step / stage.steps) if stage is stages[-1] else rise
+    return rise * (1 - step / stage.steps) if stage.heads else rise
 
 
 def schedule(stages: tuple[Stage, ...], start: int) -> Iterator[tuple[int, Stage, int]]:
@@ -237,7 +238,7 @@ def train(
             if stage.heads and prefix is not None and not wall:
                 terms |= compare_heads(trainer.model, batch, prefix, feedback=step % FEEDBACK_EVERY == 0)
             trainer.step(total(terms), learning_rate(first + step, stages))
-            pages += len(batch.questions)
+            pages += len(batch.patches)
             for name, value in terms.items():
                 sums.setdefault(name, []).append(float(value.detach()))
             if (step + 1) % LOG_EVERY == 0 or step + 1 == stage.steps:
