@@ -179,6 +179,21 @@ def test_training_resumes_at_the_step_it_was_saved(
     assert run(out, tokenizer, ALL_STAGES) == log
 
 
+def test_training_goes_on_from_a_checkpoint(trained: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """What is written, and the rest beside it, is all of a model, to bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Trainer", lambda _, path, compiled: Trainer(DIMS, path, compiled))
+        write.main(trained, tmp_path, ["causal"])
+    old, new = (train.Trainer(DIMS, tokenizer, compiled=False) for _ in range(2))
+    old.load(trained)
+    write.read_checkpoint(new.master, tmp_path / "causal")
+    for (name, a), b in zip(old.master.named_parameters(), new.master.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0.01, atol=1e-6), name
+
+
+Trainer = train.Trainer
+
+
 @pytest.fixture(scope="module")
 def trained(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("trained") / "run"

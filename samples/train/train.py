@@ -26,6 +26,7 @@ from generate import Part
 from model import Dims, Prefix, SampleModel
 from torch import Tensor, nn
 from vocabulary import write_tokenizer
+from write import read_checkpoint
 
 from cembed.export.decoder import DecoderLayer
 
@@ -257,16 +258,25 @@ def main(
     out: Annotated[Path, typer.Argument(help="Where state, log and tokenizer are kept; an earlier run goes on.")],
     scale: Annotated[float, typer.Option(help="Share of the steps of each stage.")] = 1.0,
     seed: int = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="A checkpoint that write.py made, to train further in the last stage.")
+    ] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile: half the time, needs a C++ compiler.")] = True,
 ) -> None:
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = out / "tokenizer.json"
     dims = Dims()
+    if start and not tokenizer.exists():
+        tokenizer.write_bytes((start / "tokenizer.json").read_bytes())
     if not tokenizer.exists():
         write_tokenizer(tokenizer, dims.vocab)
     stages = tuple(replace(stage, steps=max(1, round(stage.steps * scale))) for stage in STAGES)
-    train(Trainer(dims, tokenizer, compiled), out, tokenizer, stages, prefetched)
+    trainer = Trainer(dims, tokenizer, compiled)
+    if start and not (out / "state").exists():
+        read_checkpoint(trainer.master, start)
+        trainer.save(out, sum(stage.steps for stage in stages[:-1]))
+    train(trainer, out, tokenizer, stages, prefetched)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import torch
 import typer
 from data import IMAGE
 from model import HEADS, LEARNED, Dims, SampleModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from train import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_checkpoint import FILES, TOKENS, write_json
 
+REST = "training/rest.safetensors"  # beside a checkpoint: what goes on training needs, and no export
 ARCHITECTURE = {"colbert": "ColQwen2_5"}
 
 
@@ -41,6 +41,12 @@ def checkpoint_tensors(model: SampleModel, head: str) -> dict[str, Tensor]:
     if head in LEARNED:
         tensors |= {f"slot_embeddings.{side}": model.slots[f"{head}_{side}"] for side in ("document", "query")}
     return {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+
+
+def rest_tensors(model: SampleModel) -> dict[str, Tensor]:
+    """What training has besides the backbone: the other heads, the reader of characters, the scales."""
+    backbone = ("visual.", "decoder.layers.", "decoder.norm.", "embed_tokens")
+    return {n: tensor.detach().contiguous() for n, tensor in model.named_parameters() if not n.startswith(backbone)}
 
 
 def configuration(model: SampleModel, head: str) -> list[dict[str, object]]:
@@ -63,6 +69,19 @@ def configuration(model: SampleModel, head: str) -> list[dict[str, object]]:
     return files
 
 
+@torch.no_grad()
+def read_checkpoint(model: SampleModel, folder: Path) -> None:
+    """The opposite of writing one: fills a model to go on training."""
+    tensors = load_file(folder / "model.safetensors")
+    patch = tensors["visual.patch_embed.proj.weight"]
+    tensors["visual.patch_embed.proj.weight"] = patch.float().sum(dim=2).flatten(1)
+    found = {name.replace("model.", "decoder.", 1): t.t() if t.dim() == 2 else t for name, t in tensors.items()}
+    found["embed_tokens"] = tensors["model.embed_tokens.weight"]
+    found |= load_file(folder / REST)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(found[name])
+
+
 def write_checkpoint(model: SampleModel, head: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(checkpoint_tensors(model, head), out / "model.safetensors", {"format": "pt"})
@@ -78,10 +97,14 @@ def main(
     out: Annotated[Path, typer.Argument(help="A folder; each head gets one in it.")],
     head: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(HEADS)}; by default all.")] = None,
 ) -> None:
+    from train import Trainer
+
     trainer = Trainer(Dims(), run / "tokenizer.json", compiled=False)
     print(f"step {trainer.load(run)}")
     for name in head or HEADS:
         write_checkpoint(trainer.master, name, out / name)
+        (out / name / REST).parent.mkdir(exist_ok=True)
+        save_file(rest_tensors(trainer.master), out / name / REST)
 
 
 if __name__ == "__main__":
