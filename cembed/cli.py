@@ -202,10 +202,16 @@ def quantize(
     ] = None,
     query: Annotated[list[str] | None, typer.Option(help="A query to judge the loss on; may be repeated.")] = None,
     min_cosine: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Lowest cosine of a vector; by default 0.995, int4 0.95.")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Lowest cosine of a vector; unless pages are judged, 0.995 by default, int4 and W8A8 0.95.",
+        ),
     ] = None,
     max_ndcg_drop: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Fall of nDCG@5 on judged pages; by default 0.002, int4 0.01.")
+        float | None,
+        typer.Option(min=0, max=1, help="Fall of nDCG@5 on judged pages; by default 0.002, int4 0.01, W8A8 0.005."),
     ] = None,
     mixed: Annotated[
         bool, typer.Option("--mixed", help="Keep the most sensitive layers in float, as many as the limits ask.")

