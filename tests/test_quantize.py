@@ -182,7 +182,7 @@ def test_ranges_hold_zero_and_most_values(method: str) -> None:
     assert 0 <= found.zero_point <= 255
     low, high = -found.zero_point * found.scale, (255 - found.zero_point) * found.scale
     assert ((values >= low - found.scale) & (values <= high + found.scale)).mean() > 0.97
-    assert seen.range("mse").error(values) <= seen.range("minmax").error(values)
+    assert seen.range("mse").error(values) <= seen.range("minmax").error(values) * 1.001
     halved = seen.range(method, np.full(8, 2, np.float32))
     assert halved.scale == pytest.approx(found.scale / 2, rel=0.05)
 
