@@ -14,8 +14,8 @@ from cembed.quantize.calibration import CalibrationSet, Embedded, compare
 from cembed.quantize.graph import DataFile, Recipe, rewrite
 from cembed.quantize.plan import FLOAT, QuantisePlan, full_name, part_of
 from cembed.runtime.embedder import Embedder
-from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import LayerDamage
+from cembed.runtime.picture import picture
 from cembed.runtime.session import EngineSettings, OrtSession
 
 PAGES = 8
@@ -78,20 +78,7 @@ def write_alone(plan: QuantisePlan, graph: str, recipe: Recipe, folder: Path) ->
 
 def draw(damages: list[LayerDamage], out: Path) -> None:
     """Bars of the cosine that each layer loses alone. Raises CembedError."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise CembedError("a picture needs matplotlib: install cembed with its extra 'eval'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = damages[:40][::-1]
-    figure, axis = pyplot.subplots(figsize=(8, 1 + 0.25 * len(shown)), constrained_layout=True)
-    axis.barh([damage.layer for damage in shown], [1 - damage.min_cosine for damage in shown])
-    axis.set(xscale="log", xlabel="1 - lowest cosine of a vector when this layer alone is quantised")
-    try:
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:
-        raise CembedError(f"cannot write {out}: {error}") from error
-    finally:
-        pyplot.close(figure)
+    with picture(out, 1, (8, 1 + 0.25 * len(shown))) as (axis,):
+        axis.barh([damage.layer for damage in shown], [1 - damage.min_cosine for damage in shown])
+        axis.set(xscale="log", xlabel="1 - lowest cosine of a vector when this layer alone is quantised")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from cembed.runtime.documents import Page, PageReader, find_documents
 from cembed.runtime.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
+from cembed.runtime.picture import picture
 from cembed.runtime.scoring import maxsim
 from cembed.runtime.storage import STORAGE
 from cembed.runtime.vectors import Vectors
@@ -258,31 +259,18 @@ def measure(
 
 def plot(evaluation: Evaluation, out: Path) -> None:
     """nDCG@5 against bytes and against milliseconds a page, a line for each storage type. Raises CembedError."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise CembedError("--plot needs matplotlib: install cembed with its extra 'eval'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
-    for name in dict.fromkeys(row.storage for row in evaluation.rows):
-        rows = [row for row in evaluation.rows if row.storage == name and row.part == "all"]
-        quality = [row.measures["nDCG@5"] for row in rows]
-        axes[0].plot([row.bytes_per_page for row in rows], quality, marker="o", label=name)
-        axes[1].plot([row.ms_per_page for row in rows], quality, marker="o", label=name)
-        for row, value in zip(rows, quality, strict=True):
-            axes[0].annotate(
-                str(row.vectors or "all"), (row.bytes_per_page, value), textcoords="offset points", xytext=(4, -10)
-            )
-    axes[0].set(xscale="log", xlabel="bytes a page (labels: vectors)", ylabel="nDCG@5")
-    axes[1].set(xlabel="milliseconds a page")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(title="storage")
-    try:
-        figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:
-        raise CembedError(f"cannot write {out}: {error}") from error
-    finally:
-        pyplot.close(figure)
+    with picture(out, 2, (10, 4)) as axes:
+        for name in dict.fromkeys(row.storage for row in evaluation.rows):
+            rows = [row for row in evaluation.rows if row.storage == name and row.part == "all"]
+            quality = [row.measures["nDCG@5"] for row in rows]
+            axes[0].plot([row.bytes_per_page for row in rows], quality, marker="o", label=name)
+            axes[1].plot([row.ms_per_page for row in rows], quality, marker="o", label=name)
+            for row, value in zip(rows, quality, strict=True):
+                axes[0].annotate(
+                    str(row.vectors or "all"), (row.bytes_per_page, value), textcoords="offset points", xytext=(4, -10)
+                )
+        axes[0].set(xscale="log", xlabel="bytes a page (labels: vectors)", ylabel="nDCG@5")
+        axes[1].set(xlabel="milliseconds a page")
+        for axis in axes:
+            axis.grid(alpha=0.3)
+        axes[0].legend(title="storage")

@@ -119,8 +119,8 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; color: #1d2530 }
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem }
 .pages { display: flex; gap: 1rem; flex-wrap: wrap }
-figure { margin: 0; padding: .5rem; border: 2px solid #d9dee5; border-radius: 6px; width: 300px }
-figure { box-sizing: border-box }
+figure { box-sizing: border-box; width: 300px; margin: 0; padding: .5rem }
+figure { border: 2px solid #d9dee5; border-radius: 6px }
 figure.right { border-color: #1f8a4c; background: #effaf3 }
 img { max-width: 100%; display: block; margin: 0 auto .4rem; box-shadow: 0 0 3px #0004 }
 figcaption { font-size: .85rem; color: #47525f; overflow-wrap: anywhere } .score { float: right }

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cembed.runtime.manifest import ImageProcessing
-from cembed.runtime.prompts import Prompter, load_tokenizer
+from cembed.runtime.prompts import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pages"))
 from canvas import PUNCTUATION, Word
@@ -185,7 +185,3 @@ def prefetched(tokenizer: Path, part: Part, size: int, seed: str) -> Iterator[Ba
 def fill(queue: Queue[Batch], tokenizer: Path, part: Part, size: int, seed: str) -> None:
     for batch in batches(tokenizer, part, size, seed):
         queue.put(batch)
-
-
-def prompter(tokenizer: Path, image_token_id: int) -> Prompter:
-    return Prompter(load_tokenizer(tokenizer), image_token_id)
