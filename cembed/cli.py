@@ -181,11 +181,20 @@ def quantize(
     bundle: BundlePath,
     out: Annotated[Path, typer.Option(metavar="BUNDLE2", help="Directory to write.")],
     weights: Annotated[
-        str, typer.Option(metavar=one_of(choices.WEIGHTS), help="Integers for the weights; arithmetic stays float.")
+        str,
+        typer.Option(
+            metavar=one_of(choices.WEIGHTS), help="int8 and int4 leave the arithmetic in float; fp16 is for GPUs."
+        ),
     ] = "int8",
     w8a8: Annotated[
         bool, typer.Option("--w8a8", help="Activations too, with ranges from the calibration set: for long pages.")
     ] = False,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            metavar=one_of(choices.ROUNDINGS), help="gptq rounds for what weights meet on the calibration set: better."
+        ),
+    ] = "nearest",
     ranges: Annotated[
         str, typer.Option(metavar=one_of(choices.RANGES), help="How --w8a8 finds the range of an activation.")
     ] = "mse",
@@ -214,7 +223,7 @@ def quantize(
         typer.Option(min=0, max=1, help="Fall of nDCG@5 on judged pages; by default 0.002, int4 0.01, W8A8 0.005."),
     ] = None,
     mixed: Annotated[
-        bool, typer.Option("--mixed", help="Keep the most sensitive layers in float, as many as the limits ask.")
+        bool, typer.Option("--mixed", help="A finer type for the most sensitive layers, as many as the limits ask.")
     ] = False,
     report: Annotated[
         Path | None,
@@ -228,6 +237,7 @@ def quantize(
     choices.require_choice("weights", weights, choices.WEIGHTS)
     choices.require_choice("embeddings", embeddings, choices.EMBEDDINGS)
     choices.require_choice("ranges", ranges, choices.RANGES)
+    choices.require_choice("rounding", rounding, choices.ROUNDINGS)
     require_packages("quantize", "onnx")
     from cembed.quantize.plan import QuantiseOptions
     from cembed.quantize.quantizer import quantise
@@ -241,6 +251,7 @@ def quantize(
         tuple(query or ()),
         min_cosine,
         max_ndcg_drop,
+        rounding,
         mixed,
         report,
         accept_loss,
@@ -359,38 +370,52 @@ def embed_pages(
 
 @app.command()
 def search(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Vector file made by `cembed embed`.")],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for.")],
-    bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle that made FILE.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE_OR_INDEX", help="Made by `cembed embed` or `cembed index add`.")
+    ],
+    bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle that made the vectors.")],
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Look for pages like this one, in place of QUERY.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Pages to show.")] = 5,
     query_vectors: Annotated[int | None, typer.Option(min=1, help="Vectors of the query; all by default.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Index only: pages with this metadata; may be repeated."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Index only: pages of files such as 'scans/2024/*'.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Index only: pages that the first stage leaves to the next.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Index only: one exact stage over all pages.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Index only: show the stages of the search.")] = False,
     decode: DecodeOption = None,
     as_json: AsJson = False,
     provider: Providers = None,
     threads: Threads = None,
 ) -> None:
-    """Rank the pages of a vector file by MaxSim with a query."""
-    import numpy as np
-
+    """Rank the pages of a vector file or an index by MaxSim with a query."""
+    from cembed import ranking
     from cembed.runtime.embedder import CPU, Budget, Embedder
-    from cembed.runtime.scoring import maxsim
-    from cembed.runtime.vectors import VectorFile
 
-    content = VectorFile.load(file)
+    pages = ranking.open_pages(file, ranking.Tuning(tuple(where or ()), source, candidates, exact, explain))
+    if (query is None) == (image is None):
+        raise CembedError("give either a QUERY or an --image")
     embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, prepack=False)  # for one query
-    if content.bundle != embedder.bundle.hash:
+    if pages.bundle != embedder.bundle.hash:
         raise CembedError(f"{file} was made by another bundle than {bundle}: use that one, or embed the pages again")
-    budget = Budget(query_vectors, content.vectors.shape[1], as_decode(decode))
-    scores = maxsim([embedder.embed_query(query, budget)], content.documents())[0]
-    best = np.argsort(-scores, kind="stable")[:top]
-    ranked = [
-        {"rank": rank, "score": float(scores[i]), "path": content.paths[i], "page": int(content.pages[i])}
-        for rank, i in enumerate(best, 1)
-    ]
+    budget = Budget(query_vectors, pages.dim, as_decode(decode))
+    vectors = ranking.embed_image(embedder, image, budget) if image else embedder.embed_query(query or "", budget)
+    rows, stages = pages.rank(vectors, top, threads)
     if as_json:
-        typer.echo(json.dumps(ranked, indent=1, ensure_ascii=False))
-    else:
-        show_table(f"{query!r} among {len(content)} pages", ["rank", "score", "path", "page"], ranked)
+        typer.echo(json.dumps({"pages": rows, "stages": stages} if explain else rows, indent=1, ensure_ascii=False))
+        return
+    show_table(f"{query or str(image)!r} among {len(pages)} pages", ["rank", "score", "path", "page"], rows)
+    if explain:
+        show_table("stages of the search", ["stage", "pages", "kept", "ms", "bytes"], stages)
 
 
 @app.command(name="eval")
@@ -447,6 +472,11 @@ def as_numbers(name: str, value: str | None) -> list[int] | None:
 def complain(message: str) -> None:
     """One line on standard error, whatever a file's name has in it."""
     typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message), err=True)
+
+
+from cembed.index_cli import index_app  # noqa: E402 it uses what is above
+
+app.add_typer(index_app)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ Letters: I inputs of a MatMul, O outputs, N positions. Activations go by the nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,77 +22,112 @@ from cembed.runtime.session import StepSession
 
 BALANCE = 0.5  # share of the outliers that goes to the weights: alpha of SmoothQuant
 PERCENTILE = 99.999
-_ROWS = 24  # positions kept from each input
+_RANGED = 2048  # rows that a range is chosen on
+_HALF = float(np.finfo(np.float16).max)
 _CLIPS = np.linspace(0.4, 1.0, 25)
 _NORMS = ("RMSNormalization", "LayerNormalization")
 
 
 @dataclass
 class Observed:
-    """What was seen of one tensor: each channel's extremes [I], and some of its rows."""
+    """What was seen of one tensor: each channel's extremes [I], and `share` rows of each input as float16."""
 
     low: Floats
     high: Floats
-    rows: list[Floats] = field(default_factory=list)
+    share: int
+    kept: list[NDArray[np.float16]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, channels: int) -> Observed:
-        return cls(np.zeros(channels, np.float32), np.zeros(channels, np.float32))
+    def start(cls, channels: int, share: int) -> Observed:
+        return cls(np.zeros(channels, np.float32), np.zeros(channels, np.float32), share)
 
     def add(self, values: Floats) -> None:
         """`values` [N, I]."""
         self.low, self.high = np.minimum(self.low, values.min(axis=0)), np.maximum(self.high, values.max(axis=0))
-        self.rows.append(values[np.linspace(0, len(values) - 1, min(_ROWS, len(values))).astype(int)])
+        some = values[np.linspace(0, len(values) - 1, min(self.share, len(values))).astype(int)]
+        self.kept.append(some.clip(-_HALF, _HALF).astype(np.float16))
+
+    def rows(self, divisors: Floats | float = 1.0) -> Floats:
+        """The rows that were kept, divided by `divisors` [I]."""
+        rows: Floats = np.concatenate(self.kept).astype(np.float32) / divisors
+        return rows
 
     @property
     def largest(self) -> Floats:
         """Each channel's largest size [I]."""
         return np.maximum(-self.low, self.high)
 
-    def range(self, method: str, divisors: Floats | float = 1.0) -> Range:
+    def range(self, method: str, divisors: Floats | float = 1.0, symmetric: bool = False) -> Range:
         """The range of the tensor divided by `divisors` [I]: `minmax`, `percentile` of the rows, or the least error."""
         low, high = float((self.low / divisors).min()), float((self.high / divisors).max())
         if method == "minmax":
-            return Range.of(low, high)
-        values = np.concatenate(self.rows) / divisors
+            return Range.of(low, high, symmetric)
+        values = self.rows(divisors)
+        values = values[:: -(-len(values) // _RANGED)]
         if method == "percentile":
-            return Range.of(float(np.percentile(values, 100 - PERCENTILE)), float(np.percentile(values, PERCENTILE)))
-        return min((Range.of(clip * low, clip * high) for clip in _CLIPS), key=lambda r: r.error(values))
+            low, high = np.percentile(values, (100 - PERCENTILE, PERCENTILE)).tolist()
+            return Range.of(low, high, symmetric)
+        return min((Range.of(clip * low, clip * high, symmetric) for clip in _CLIPS), key=lambda r: r.error(values))
 
 
-class Observer:
-    """A session that also sees what its graph's quantised MatMuls are fed."""
+class Watcher(ABC):
+    """A session of a graph that was changed in memory to give inner tensors as well; opened at its first run."""
 
-    def __init__(self, source: SourceGraph, weights: Sequence[str], threads: int | None) -> None:
-        inputs: dict[str, list[str]] = {}
-        for node, name in source.weights():
-            if name in weights:
-                inputs.setdefault(node.input[0], []).append(name)
-        self._tensors = inputs
-        model = onnx.ModelProto()
-        model.CopyFrom(source.model)
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inputs)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
-        # Weights are found beside the graph, so the changed graph needs to say where that is.
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(source.path.parent.resolve())
-        )
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self.seen: dict[str, Observed] = {}
+    def __init__(
+        self, source: SourceGraph, added: Iterable[onnx.NodeProto], watched: Iterable[str], threads: int | None
+    ):
+        self._model, self._folder, self._threads = onnx.ModelProto(), source.path.parent.resolve(), threads
+        self._model.CopyFrom(source.model)
+        self._model.graph.node.extend(added)
+        self._watched = list(watched)
+        self._model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._watched)
+        self._session: ort.InferenceSession | None = None
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        self._session = self._session or self._open()
         output, *values = self._session.run(None, dict(feeds))
-        inner = values[-len(self._tensors) :]
-        for names, value in zip(self._tensors.values(), inner, strict=True):
-            flat = value.reshape(-1, value.shape[-1])
-            for name in names:
-                self.seen.setdefault(name, Observed.start(flat.shape[1])).add(flat)
+        self.see(dict(zip(self._watched, values[len(values) - len(self._watched) :], strict=True)))
         return np.asarray(output)
 
+    @abstractmethod
+    def see(self, values: Mapping[str, NDArray[Any]]) -> None:
+        """The watched tensors of a run."""
+
     def bind(self, cache: Mapping[str, NDArray[Any]]) -> StepSession:
-        raise CembedError("activations are observed in the single pass only")
+        raise CembedError("inner tensors are seen in the single pass only")
+
+    def close(self) -> None:
+        """Frees the memory of the session."""
+        self._session = None
+
+    def _open(self) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads or 0
+        options.log_severity_level = 3
+        # Weights lie beside the original graph, and stay mapped.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        return ort.InferenceSession(self._model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class Observer(Watcher):
+    """Keeps what the quantised MatMuls of a graph are fed."""
+
+    def __init__(self, source: SourceGraph, weights: Sequence[str], share: int, threads: int | None) -> None:
+        self._readers: dict[str, list[str]] = {}
+        for node, name in source.weights():
+            if name in weights:
+                self._readers.setdefault(node.input[0], []).append(name)
+        super().__init__(source, (), self._readers, threads)
+        self._share = share
+        self.seen: dict[str, Observed] = {}
+
+    def see(self, values: Mapping[str, NDArray[Any]]) -> None:
+        for tensor, names in self._readers.items():
+            flat = values[tensor].reshape(-1, values[tensor].shape[-1])
+            found = self.seen.get(names[0]) or Observed.start(flat.shape[1], self._share)
+            found.add(flat)
+            self.seen |= dict.fromkeys(names, found)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ TensorRT reads the same file. Graphs that share a data file go on sharing it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,15 @@ class SourceGraph:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a graph's tensors, by name: the scheme of a weight, the range of what it is multiplied with, what
-    its rows [I] are multiplied with, and what the columns or elements [O] of a tensor are divided by."""
+    """What is done to a graph's tensors, by name: the scheme of a weight, the range of what it is multiplied with,
+    what its rows [I] are multiplied with, what the columns or elements [O] of a tensor are divided by, and inputs
+    [N, I] of a weight to round it for."""
 
     schemes: Mapping[str, Scheme]
     ranges: Mapping[str, Range] = field(default_factory=dict)
     rows: Mapping[str, Floats] = field(default_factory=dict)
     columns: Mapping[str, Floats] = field(default_factory=dict)
+    inputs: Mapping[str, Callable[[], Floats]] = field(default_factory=dict)
 
     def apply(self, name: str, tensor: Floats) -> Floats:
         """A tensor with its rows multiplied and its columns divided."""
@@ -148,7 +150,8 @@ def rewrite(source: SourceGraph, recipe: Recipe, data: DataFile, move: bool = Tr
 def pass_through_bytes(tensor: str, found: Range) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
     """QuantizeLinear and DequantizeLinear of an activation; weights that share it share them."""
     scale = TensorProto(name=f"{tensor}.scale", data_type=TensorProto.FLOAT, float_data=[found.scale])
-    zero = TensorProto(name=f"{tensor}.zero_point", data_type=TensorProto.UINT8, int32_data=[found.zero_point])
+    kind = TensorProto.INT8 if found.low < 0 else TensorProto.UINT8
+    zero = TensorProto(name=f"{tensor}.zero_point", data_type=kind, int32_data=[found.zero_point])
     levels, restored = f"{tensor}.levels", f"{tensor}.restored"
     names = [scale.name, zero.name]
     nodes = [
@@ -164,7 +167,8 @@ def store(name: str, recipe: Recipe, source: SourceGraph, data: DataFile) -> lis
     if found[0] is not None and found[1] is not None:
         return [found[0], found[1]]
     scheme = recipe.schemes[name]
-    quantised = scheme.quantise(recipe.apply(name, source.load(name)))
+    inputs = recipe.inputs[name]() if name in recipe.inputs else None
+    quantised = scheme.quantise(recipe.apply(name, source.load(name)), inputs)
     return [write_levels(name, quantised, scheme, data), write_scales(name, quantised, source, data)]
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+
+import onnx
 
 from cembed.quantize.activations import Observed, Observer, balance
 from cembed.quantize.calibration import CalibrationSet, observe
-from cembed.quantize.graph import Recipe, SourceGraph
-from cembed.quantize.weights import SCHEMES
+from cembed.quantize.graph import DataFile, Recipe, SourceGraph, rewrite
+from cembed.quantize.half import Halver, OverflowScan, segments
+from cembed.quantize.weights import FLOAT, SCHEMES
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
 
-FLOAT, FALLBACK = "float", "int8"
+FALLBACK, HALF = "int8", "fp16"
+SINGLE_PASS = ("vision", "text")
 KEPT = ("patch_embed.*", "embeddings.*")  # the first look at the pixels: small, and everything hangs on it
+RANGE_ROWS = 24  # of each input
+GPTQ_ROWS = 8192  # of all inputs of a weight, and bytes of all weights' rows
+GPTQ_BYTES = 2**31
 Progress = Callable[[str], None]
 
 
@@ -27,7 +35,12 @@ class Limits:
     max_ndcg_drop: float
 
 
-LIMITS = {"int8": Limits(0.995, 0.002), "int4": Limits(0.95, 0.01), "w8a8": Limits(0.95, 0.005)}
+LIMITS = {
+    "fp16": Limits(0.999, 0.002),
+    "int8": Limits(0.995, 0.002),
+    "int4": Limits(0.95, 0.01),
+    "w8a8": Limits(0.95, 0.005),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class QuantiseOptions:
     queries: tuple[str, ...] = ()
     min_cosine: float | None = None
     max_ndcg_drop: float | None = None
+    rounding: str = "nearest"
     mixed: bool = False
     report: Path | None = None
     accept_loss: bool = False
@@ -66,6 +80,8 @@ class QuantisePlan:
     sources: Mapping[str, SourceGraph]
     schemes: Mapping[str, Mapping[str, str]]
     seen: Mapping[str, Mapping[str, Observed]]
+    islands: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """Segments of fp16 graphs that stay in float32, by `part_of` the graph."""
 
     @classmethod
     def make(
@@ -78,39 +94,72 @@ class QuantisePlan:
             raise CembedError(f"{bundle.root}: {graphs[broken[0]].file} has quantised nodes already")
         schemes = {name: choose(source, options) for name, source in sources.items()}
         plan = cls(bundle, options, sources, schemes, {})
-        return plan.observed(calibration, progress) if SCHEMES[options.weights].activations else plan
+        if options.weights == HALF:
+            return plan.scanned(calibration, progress)
+        looks = SCHEMES[options.weights].activations or options.rounding == "gptq"
+        return plan.observed(calibration, progress) if looks else plan
+
+    def scanned(self, calibration: CalibrationSet, progress: Progress) -> QuantisePlan:
+        """With the islands that the calibration set shows."""
+        self.require_single_pass()
+        scans = {name: OverflowScan(self.sources[name], self.options.threads) for name in SINGLE_PASS}
+        observe(self.bundle, scans, calibration, self.options.threads, progress)
+        return replace(self, islands={name: scan.islands() for name, scan in scans.items()})
+
+    def require_single_pass(self) -> None:
+        if "text" not in self.sources:
+            raise CembedError(
+                "fp16, W8A8 and GPTQ look at a bundle's single pass, which slots that are fed back do not have"
+            )
 
     def observed(self, calibration: CalibrationSet, progress: Progress) -> QuantisePlan:
         """With the activations of the calibration set; the loop takes those of the single pass."""
-        if "text" not in self.sources:
-            raise CembedError("w8a8 needs a bundle with a single pass: slots that are fed back have none")
-        watched = {name: [w for w, s in self.schemes[name].items() if s != FLOAT] for name in ("vision", "text")}
-        observers = {name: Observer(self.sources[name], w, self.options.threads) for name, w in watched.items()}
+        self.require_single_pass()
+        watched = {name: [w for w, s in self.schemes[name].items() if s != FLOAT] for name in SINGLE_PASS}
+        share = self.rows_of_each(watched, len(calibration.pages) + len(calibration.queries))
+        observers = {name: Observer(self.sources[name], w, share, self.options.threads) for name, w in watched.items()}
         observe(self.bundle, observers, calibration, self.options.threads, progress)
         seen = {name: observer.seen for name, observer in observers.items()}
-        return QuantisePlan(self.bundle, self.options, self.sources, self.schemes, seen)
+        return replace(self, seen=seen)
 
-    def outcome(self, keep: Collection[str]) -> dict[str, str]:
-        """Scheme of each weight, by `full_name`; those in `keep` stay in float."""
-        named = {full_name(g, w): s for g, schemes in self.schemes.items() for w, s in schemes.items()}
-        return {name: FLOAT if name in keep else scheme for name, scheme in sorted(named.items())}
+    def rows_of_each(self, watched: Mapping[str, list[str]], runs: int) -> int:
+        """How many rows of each input are kept: few for ranges, for GPTQ as many as fit into its memory."""
+        if self.options.rounding != "gptq":
+            return RANGE_ROWS
+        width = sum(
+            self.sources[graph].initializers[name].dims[0] for graph, names in watched.items() for name in names
+        )
+        return max(1, min(GPTQ_ROWS, GPTQ_BYTES // (2 * width)) // runs)
 
-    def recipes(self, keep: Collection[str]) -> dict[str, Recipe]:
-        outcome = self.outcome(keep)
-        return {
-            graph: self.recipe(graph, {w: s for w in weights if (s := outcome[full_name(graph, w)]) != FLOAT})
-            for graph, weights in self.schemes.items()
+    def outcome(self, finer: Mapping[str, int]) -> dict[str, str]:
+        """Scheme of each weight, by `full_name`, as many times finer than chosen as `finer` says."""
+        named = {
+            full_name(g, w): FLOAT if w in self.islands.get(part_of(g), ()) else s
+            for g, schemes in self.schemes.items()
+            for w, s in schemes.items()
         }
+        return {name: finer_scheme(scheme, finer.get(name, 0)) for name, scheme in sorted(named.items())}
+
+    def write(self, graph: str, outcome: Mapping[str, str], data: DataFile) -> onnx.ModelProto:
+        """The graph with its weights in the schemes of `outcome`, which go to `data`."""
+        source = self.sources[graph]
+        if self.options.weights == HALF:
+            return Halver(source, self.islands[part_of(graph)], data).graph()
+        schemes = {w: s for w in self.schemes[graph] if (s := outcome[full_name(graph, w)]) != FLOAT}
+        return rewrite(source, self.recipe(graph, schemes), data)
 
     def recipe(self, graph: str, schemes: Mapping[str, str], balanced: bool = True) -> Recipe:
         """Of some weights of a graph; `balanced` moves outliers of activations into them."""
         chosen = {weight: SCHEMES[scheme] for weight, scheme in schemes.items()}
         seen = {w: found for w, found in self.seen.get(part_of(graph), {}).items() if w in schemes}
-        if not seen:
-            return Recipe(chosen)
-        moved = balance(self.sources[part_of(graph)], seen if balanced else {})
-        ranges = {w: found.range(self.options.ranges, moved.rows.get(w, 1.0)) for w, found in seen.items()}
-        return Recipe(chosen, ranges, moved.rows, moved.columns)
+        in_bytes = {w: found for w, found in seen.items() if chosen[w].activations}
+        moved = balance(self.sources[part_of(graph)], in_bytes if balanced else {})
+        divisors = {w: moved.rows.get(w, 1.0) for w in seen}
+        standard = self.bundle.manifest.target != "onnxruntime"  # for TensorRT, which knows signed levels only
+        ranges = {w: found.range(self.options.ranges, divisors[w], standard) for w, found in in_bytes.items()}
+        gptq = self.options.rounding == "gptq"
+        inputs = {w: partial(found.rows, divisors[w]) for w, found in seen.items() if gptq}
+        return Recipe(chosen, ranges, moved.rows, moved.columns, inputs)
 
 
 def part_of(graph: str) -> str:
@@ -122,8 +171,18 @@ def full_name(graph: str, weight: str) -> str:
     return f"{part_of(graph)}/{weight}"
 
 
+def finer_scheme(scheme: str, times: int) -> str:
+    """
+    >>> finer_scheme("int4", 1), finer_scheme("int4", 2), finer_scheme("int8", 2)
+    ('int8', 'float', 'float')
+    """
+    return scheme if scheme == FLOAT or not times else finer_scheme(SCHEMES[scheme].finer, times - 1)
+
+
 def choose(source: SourceGraph, options: QuantiseOptions) -> dict[str, str]:
     """Weight name → scheme. Weights whose inputs do not fill the scheme's blocks are stored as int8."""
+    if options.weights == HALF:
+        return {segment: HALF for _, segment in segments(source)}
     chosen = {}
     for _, name in source.weights():
         inputs = source.initializers[name].dims[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,16 +14,18 @@ import numpy as np
 import onnx
 
 from cembed.quantize.calibration import CalibrationSet, Embedded, compare
-from cembed.quantize.graph import DataFile, rewrite
-from cembed.quantize.plan import FLOAT, Limits, QuantiseOptions, QuantisePlan
+from cembed.quantize.graph import DataFile
+from cembed.quantize.plan import HALF, Limits, QuantiseOptions, QuantisePlan
 from cembed.quantize.sensitivity import draw, rank_layers
-from cembed.quantize.weights import Floats, nonzero
+from cembed.quantize.weights import FLOAT, Floats, nonzero
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import Comparison, EmbeddingTable, LayerDamage, Manifest, Quantisation
+from cembed.runtime.manifest import Comparison, EmbeddingTable, LayerDamage, Manifest, Quantisation, Tensor
 from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
 STORED: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
+ADVICE = "spare sensitive layers with --mixed, round with --rounding gptq, or take it with --accept-loss"
+MOST_STEPS = 2  # from the coarsest scheme to float
 SELF_TEST_TOLERANCE = 0.02  # integer kernels differ between CPUs
 _ROWS = 8192
 Progress = Callable[[str], None]
@@ -39,6 +42,8 @@ def quantise(
     check_replaceable(out, force)
     bundle = Bundle(source)
     check_source(bundle)
+    if options.weights == HALF and (options.mixed or options.report or options.keep):
+        raise CembedError("fp16 finds what must stay in float32 by itself: leave out --mixed, --report and --keep")
     calibration = CalibrationSet.read(options.calibration, options.queries)
     check_calibration(calibration)
     with directory(out.resolve()) as partial:
@@ -48,9 +53,10 @@ def quantise(
         if options.report:
             damages = rank_layers(plan, calibration, progress)
             draw(damages, options.report)
-        keep: set[str] = set()
+        spared = 0
         while True:
-            manifest = write_self_test(partial, write(plan, keep, partial, progress))
+            outcome = plan.outcome(spare(damages, spared))
+            manifest = write_self_test(partial, write(plan, outcome, partial, progress))
             comparison = judge(bundle, old, partial, calibration, options, progress)
             loss = (
                 "" if options.accept_loss else describe_loss(comparison, options.limits(comparison.ndcg5 is not None))
@@ -58,14 +64,15 @@ def quantise(
             if not loss:
                 break
             if not options.mixed:
-                raise CembedError(f"{loss}; keep sensitive layers in float with --mixed, or take it with --accept-loss")
+                raise CembedError(f"{loss}; {ADVICE}")
+            if set(outcome.values()) == {FLOAT}:
+                raise CembedError(f"{loss}, even with every layer in float")
             damages = damages or rank_layers(plan, calibration, progress)
-            keep = keep_more(keep, damages, loss)
-        outcome = plan.outcome(keep)
+            spared = max(1, 2 * spared)
         kept = tuple(name for name, scheme in outcome.items() if scheme == FLOAT)
         chosen = {name: scheme for name, scheme in outcome.items() if scheme != FLOAT}
         report = Quantisation(
-            options.weights, options.embeddings, bundle.hash, chosen, kept, comparison, tuple(damages)
+            options.weights, options.embeddings, options.rounding, bundle.hash, chosen, kept, comparison, tuple(damages)
         )
         return write_self_test(partial, replace(manifest, quantisation=report))
 
@@ -86,23 +93,23 @@ def export_quantised(
         return quantise(Path(folder) / "float", QuantiseOptions(weights), out, force=force, progress=progress)
 
 
-def keep_more(keep: Collection[str], damages: list[LayerDamage], loss: str) -> set[str]:
-    """The weights of twice as many of the worst layers. Raises CembedError when all are kept already."""
-    layers = sum(bool(set(damage.weights) & set(keep)) for damage in damages)
-    if layers == len(damages):
-        raise CembedError(f"{loss}, even with every layer in float")
-    return {name for damage in damages[: max(1, 2 * layers)] for name in damage.weights}
+def spare(damages: list[LayerDamage], count: int) -> dict[str, int]:
+    """How many times the weights of the worst layers get a finer scheme: every layer once, then the worst again."""
+    return dict(Counter(name for damage in (damages * MOST_STEPS)[:count] for name in damage.weights))
 
 
-def write(plan: QuantisePlan, keep: Collection[str], root: Path, progress: Progress) -> Manifest:
+def write(plan: QuantisePlan, outcome: Mapping[str, str], root: Path, progress: Progress) -> Manifest:
     """Writes all files of the bundle but the self-test's vectors, over those of an earlier try."""
     for old in root.iterdir():
         old.unlink()
     bundle, graphs = plan.bundle, plan.bundle.manifest.graphs
     files = {data: DataFile(root / data) for graph in graphs.values() for data in graph.data}
-    for name, recipe in plan.recipes(keep).items():
+    written = {}
+    for name, graph in graphs.items():
         progress(f"quantising {name}")
-        onnx.save(rewrite(plan.sources[name], recipe, files[graphs[name].data[0]]), str(root / graphs[name].file))
+        model = plan.write(name, outcome, files[graph.data[0]])
+        onnx.save(model, str(root / graph.file))
+        written[name] = replace(graph, inputs=typed(graph.inputs, model), outputs=typed(graph.outputs, model))
     for file in files.values():
         file.close()
     progress("writing the embedding table")
@@ -110,7 +117,14 @@ def write(plan: QuantisePlan, keep: Collection[str], root: Path, progress: Progr
     for name in unchanged(bundle):
         shutil.copyfile(bundle.path(name), root / name)
     test = replace(bundle.manifest.self_test, tolerance=SELF_TEST_TOLERANCE)
-    return replace(bundle.manifest, token_embeddings=table, self_test=test)
+    dtype = HALF if plan.options.weights == HALF else bundle.manifest.dtype
+    return replace(bundle.manifest, dtype=dtype, graphs=written, token_embeddings=table, self_test=test)
+
+
+def typed(tensors: Iterable[Tensor], model: onnx.ModelProto) -> tuple[Tensor, ...]:
+    """The tensors with the types that they have in the graph: KV caches may have become half."""
+    values = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    return tuple(replace(t, dtype=str(onnx.helper.tensor_dtype_to_np_dtype(values[t.name]))) for t in tensors)
 
 
 def judge(

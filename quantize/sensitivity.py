@@ -12,7 +12,8 @@ import onnx
 
 from cembed.quantize.calibration import CalibrationSet, Embedded, compare
 from cembed.quantize.graph import DataFile, Recipe, rewrite
-from cembed.quantize.plan import FLOAT, QuantisePlan, full_name, part_of
+from cembed.quantize.plan import QuantisePlan, full_name, part_of
+from cembed.quantize.weights import FLOAT
 from cembed.runtime.embedder import Embedder
 from cembed.runtime.manifest import LayerDamage
 from cembed.runtime.picture import picture

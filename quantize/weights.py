@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int8]
 BLOCK = 32
+FLOAT = "float"
+DAMPING = 0.01  # of the mean diagonal: GPTQ's own
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-_COLUMNS = 4096  # outputs worked on at once: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -32,49 +33,86 @@ class Quantised:
         return restored
 
 
-def per_channel(weight: Floats, largest: int = 127) -> Quantised:
-    """Eight bits, one scale for each output, symmetric.
+@dataclass(frozen=True)
+class Scheme:
+    """Levels from `low` to `high`, with a scale [O] for each output, or for `block` inputs of each.
 
-    >>> per_channel(np.array([[1.0, -4.0], [0.5, 2.0]], np.float32)).levels.tolist()
-    [[127, -127], [64, 64]]
+    `activations`: what the weight is multiplied with is quantised too, to eight bits. `finer` is the scheme that layers
+    get which this one damages.
     """
-    scales = nonzero(np.abs(weight).max(axis=0) / largest)
-    return Quantised(np.rint(weight / scales).astype(np.int8), scales)
+
+    bits: int
+    low: int
+    high: int
+    scales: Callable[[Floats], Floats]
+    finer: str
+    block: int = 0
+    activations: bool = False
+
+    def quantise(self, weight: Floats, inputs: Floats | None = None) -> Quantised:
+        """The nearest levels; with `inputs` [N, I] of the weight, those that change its outputs for them the least.
+
+        >>> SCHEMES["int8"].quantise(np.array([[1.0, -4.0], [0.5, 2.0]], np.float32)).levels.tolist()
+        [[127, -127], [64, 64]]
+        """
+        feedback = None if inputs is None else Feedback.of(inputs)
+        rest = weight if feedback is None else weight.copy()
+        levels = np.empty(weight.shape, np.int8)
+        found = [] if self.block else [self.scales(weight)]
+        for start in range(0, len(weight), BLOCK):
+            rows = slice(start, start + BLOCK)
+            if self.block:
+                found.append(self.scales(rest[rows]))
+            if feedback is None:
+                levels[rows] = self.nearest(rest[rows], found[-1])
+            else:
+                levels[rows] = feedback.round(rest, start, lambda row: self.nearest(row, found[-1]), found[-1])
+        return Quantised(levels, np.stack(found) if self.block else found[0], self.block)
+
+    def nearest(self, weight: Floats, scales: Floats) -> Ints:
+        return np.rint(weight / scales).clip(self.low, self.high).astype(np.int8)
 
 
-def seven_bits(weight: Floats) -> Quantised:
-    """`per_channel` with levels up to 63: two products with 8-bit activations fit into the 16 bits that CPUs without
-    VNNI add them in, so that every CPU gives the same vectors."""
-    return per_channel(weight, 63)
-
-
-def four_bits(weight: Floats) -> Quantised:
-    """Four bits in blocks of 32 inputs. The scale of a block is the one of a few with the least squared error.
-
-    The component that is largest in size lies at level -8, the only one of that size.
-
-    >>> four_bits(np.linspace(-1, 1, 32, dtype=np.float32)[:, None]).scales.shape
-    (1, 1)
+@dataclass(frozen=True)
+class Feedback:
+    """GPTQ (arXiv 2210.17323, section 3): the error of a row moves to the rows not rounded yet, in the measure in which
+    their inputs stand in for its own. `factor` [I, I] is the upper Cholesky factor of the inputs' inverse Gram matrix.
     """
-    parts = [four_bit_columns(weight[:, start : start + _COLUMNS]) for start in range(0, weight.shape[1], _COLUMNS)]
-    levels = np.concatenate([part[0] for part in parts], axis=1)
-    return Quantised(levels, np.concatenate([part[1] for part in parts], axis=1), BLOCK)
+
+    factor: Floats
+
+    @classmethod
+    def of(cls, inputs: Floats) -> Feedback:
+        gram = (inputs.T @ inputs).astype(np.float64)
+        gram[np.diag_indices_from(gram)] += max(DAMPING * float(np.trace(gram)) / len(gram), 1e-12)
+        return cls(np.linalg.cholesky(np.linalg.inv(gram)).T.astype(np.float32))
+
+    def round(self, rest: Floats, start: int, nearest: Callable[[Floats], Ints], scales: Floats) -> Ints:
+        """The levels of BLOCK rows of `rest` from `start`; all rows from there on take their errors."""
+        block = rest[start : start + BLOCK]
+        stop = start + len(block)
+        levels, errors = np.empty(block.shape, np.int8), np.empty_like(block)
+        for index, row in enumerate(block):
+            factors = self.factor[start + index, start + index : stop]
+            levels[index] = nearest(row)
+            errors[index] = (row - levels[index] * scales) / factors[0]
+            block[index + 1 :] -= factors[1:, None] * errors[index]
+        rest[stop:] -= self.factor[start:stop, stop:].T @ errors
+        return levels
 
 
-def four_bit_columns(weight: Floats) -> tuple[Ints, Floats]:
-    blocks = weight.reshape(-1, BLOCK, weight.shape[1])  # G 32 O
-    place = np.abs(blocks).argmax(axis=1, keepdims=True)
-    extreme = np.take_along_axis(blocks, place, axis=1)
-    best: Floats | None = None
-    scales = np.empty_like(extreme)
-    for shrink in _SHRINKS:
-        tried = np.where(extreme == 0, 1, extreme * np.float32(-shrink / 8)).astype(np.float32)
-        error = np.square(blocks - np.rint(blocks / tried).clip(-8, 7) * tried).sum(axis=1, keepdims=True)
-        better = np.ones_like(error, bool) if best is None else error < best
-        scales = np.where(better, tried, scales)
-        best = error if best is None else np.minimum(error, best)
-    levels = np.rint(blocks / scales).clip(-8, 7).astype(np.int8)
-    return levels.reshape(weight.shape), scales[:, 0]
+def widest(largest: int) -> Callable[[Floats], Floats]:
+    """Scales [O] that reach the largest component of each output."""
+    return lambda weight: nonzero(np.abs(weight).max(axis=0) / largest)
+
+
+def least_error(block: Floats) -> Floats:
+    """Of a few scales [O] for four bits, those with the least squared error; the component that is largest in size lies
+    at level -8, the only one of that size, or beyond."""
+    extreme = np.take_along_axis(block, np.abs(block).argmax(axis=0)[None], axis=0)[0]
+    tried = [np.where(extreme == 0, 1, extreme * np.float32(-shrink / 8)).astype(np.float32) for shrink in _SHRINKS]
+    errors = [np.square(block - np.rint(block / scales).clip(-8, 7) * scales).sum(axis=0) for scales in tried]
+    return np.take_along_axis(np.stack(tried), np.argmin(errors, axis=0)[None], axis=0)[0]
 
 
 def nonzero(scales: Floats) -> Floats:
@@ -95,40 +133,35 @@ def pack_nibbles(levels: Ints) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Range:
-    """Eight-bit levels: value = (level - zero_point) * scale."""
+    """Eight-bit levels from `low` up: value = (level - zero_point) * scale."""
 
     scale: float
     zero_point: int
+    low: int = 0
 
     @classmethod
-    def of(cls, low: float, high: float) -> Range:
-        """Zero is one of the levels.
+    def of(cls, low: float, high: float, symmetric: bool = False) -> Range:
+        """Zero is one of the levels; `symmetric` makes them signed with zero in the middle, all that TensorRT takes.
 
-        >>> Range.of(-1.0, 4.1)
-        Range(scale=0.02, zero_point=50)
+        >>> Range.of(-1.0, 4.1), Range.of(-1.0, 2.54, symmetric=True)
+        (Range(scale=0.02, zero_point=50, low=0), Range(scale=0.02, zero_point=0, low=-128))
         """
         low, high = min(low, 0.0), max(high, 0.0)
+        if symmetric:
+            return cls(max(-low, high, 1e-12) / 127, 0, -128)
         scale = max(high - low, 1e-12) / 255
         return cls(scale, round(-low / scale))
 
     def error(self, values: Floats) -> float:
         """Mean squared error of values that are stored so."""
-        levels = np.clip(np.rint(values / self.scale) + self.zero_point, 0, 255)
+        levels = np.clip(np.rint(values / self.scale) + self.zero_point, self.low, self.low + 255)
         return float(np.square((levels - self.zero_point) * self.scale - values).mean())
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """`activations`: what the weight is multiplied with is quantised too, to eight bits."""
-
-    quantise: Callable[[Floats], Quantised]
-    bits: int
-    block: int = 0
-    activations: bool = False
-
-
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(per_channel, 8),
-    "int4": Scheme(four_bits, 4, BLOCK),
-    "w8a8": Scheme(seven_bits, 8, activations=True),
+    "int8": Scheme(8, -127, 127, widest(127), FLOAT),
+    "int4": Scheme(4, -8, 7, least_error, "int8", block=BLOCK),
+    # Levels up to 63: two products with 8-bit activations fit into the 16 bits that CPUs without VNNI add them in, so
+    # that every CPU gives the same vectors.
+    "w8a8": Scheme(8, -63, 63, widest(63), "int8", activations=True),
 }

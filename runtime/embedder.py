@@ -6,7 +6,7 @@ Letters: K vectors, D length of a state, H hidden.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,13 +129,13 @@ class Embedder:
 
     def embed_image(self, image: ImageLike, budget: Budget = FULL) -> Vectors:
         """One page of `embed_images`."""
-        num_vectors = self.check(self.manifest.document, budget)
-        return self._embed("document", lambda: self.inputs.document(image), num_vectors, budget)
+        self.check(self.manifest.document, budget)
+        return self.embed_prompt("document", self.inputs.document(image), budget)
 
     def embed_query(self, text: str, budget: Budget = FULL) -> Vectors:
         """One query of `embed_queries`."""
-        num_vectors = self.check(self.manifest.query, budget)
-        return self._embed("query", lambda: self.inputs.query(text), num_vectors, budget)
+        self.check(self.manifest.query, budget)
+        return self.embed_prompt("query", self.inputs.query(text), budget)
 
     def start(self, image: ImageLike, max_vectors: int | None = None) -> LatentState:
         """Runs a page's prompt; the state's `extend(n)` gives n vectors, and later more without running it again.
@@ -192,6 +192,11 @@ class Embedder:
         with self._lock:
             self._sessions |= sessions
 
+    def release(self, name: str) -> None:
+        """Closes a graph's session, which frees its memory; it is loaded again when needed."""
+        with self._lock:
+            self._sessions.pop(name, None)
+
     def slot_rows(self, side: Side, first: int, count: int) -> Array:
         """What is fed into slots first..first + count, float32 [count, H]; constant and learned slots only."""
         if side.slots == "learned":
@@ -205,14 +210,16 @@ class Embedder:
         """Vectors from states [n, D]: pooled, cut to `dim`, normalised."""
         return normalise(pool_states(states, side.pooling)[:, :dim])
 
-    def _embed(self, name: SideName, prompt: Callable[[], Prompt], num_vectors: int | None, budget: Budget) -> Vectors:
+    def embed_prompt(self, name: SideName, prompt: Prompt, budget: Budget = FULL) -> Vectors:
+        """Vectors of what `inputs` made of a page or query, by the text graphs alone; errors as in `embed_images`."""
         side: Side = getattr(self.manifest, name)
+        num_vectors = self.check(side, budget)
         if num_vectors is not None and (budget.decode == "loop" or side.slots == "feedback"):
-            state = self._state(name, prompt(), num_vectors)
+            state = self._state(name, prompt, num_vectors)
             vectors = state.extend(num_vectors)
             state.close()
             return vectors if budget.dim is None else normalise(vectors[:, : budget.dim])
-        vectors = self.finish(side, self._single_pass(side, prompt(), num_vectors), budget.dim)
+        vectors = self.finish(side, self._single_pass(side, prompt, num_vectors), budget.dim)
         return pool_tokens(vectors, budget.pool_factor)
 
     def _single_pass(self, side: Side, prompt: Prompt, num_vectors: int | None) -> Array:

@@ -214,6 +214,7 @@ class Quantisation:
 
     weights: str
     embeddings: str
+    rounding: str
     source: str
     schemes: Mapping[str, str]
     kept: tuple[str, ...]

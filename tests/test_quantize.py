@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from test_cli import cembed
 from test_evaluate import dataset  # noqa: F401
 
@@ -23,6 +25,7 @@ from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.quantize.weights import SCHEMES, Range, pack_nibbles
 from cembed.runtime import Bundle, Embedder
+from cembed.runtime.embedder import Budget
 from cembed.runtime.errors import CembedError
 
 PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
@@ -66,7 +69,26 @@ def test_four_bits_are_no_worse_than_the_largest_component_asks(weight: np.ndarr
 
 def test_zeros_stay_zeros() -> None:
     for scheme in SCHEMES.values():
-        assert not scheme.quantise(np.zeros((64, 3), np.float32)).restore().any()
+        zeros = np.zeros((64, 3), np.float32)
+        assert not scheme.quantise(zeros).restore().any()
+        assert not scheme.quantise(zeros, np.ones((5, 64), np.float32)).restore().any()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gptq_changes_the_outputs_less_than_the_nearest_levels(name: str) -> None:
+    """For inputs whose channels hang together; 80 inputs make no multiple of a block for the schemes without one."""
+    random = np.random.default_rng(0)
+    scheme, width = SCHEMES[name], 96 if SCHEMES[name].block else 80
+    inputs = (random.standard_normal((400, 24)) @ random.standard_normal((24, width))).astype(np.float32)
+    fresh = inputs[:100]
+    weight = random.standard_normal((width, 40)).astype(np.float32)
+    before = weight.copy()
+    nearest, fed_back = (scheme.quantise(weight, given) for given in (None, inputs[100:]))
+    assert np.array_equal(weight, before)
+    errors = [float(np.square(fresh @ (kept.restore() - weight)).mean()) for kept in (nearest, fed_back)]
+    assert errors[1] < 0.5 * errors[0]
+    assert fed_back.levels.min() >= scheme.low
+    assert fed_back.levels.max() <= scheme.high
 
 
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=9))
@@ -154,7 +176,7 @@ def test_balance_changes_nothing_but_the_rounding(causal_bundle: Path, tmp_path:
 
     source = SourceGraph(causal_bundle / "text.onnx")
     names = [name for _, name in source.weights()]
-    observer = Observer(source, names, None)
+    observer = Observer(source, names, 24, None)
     embedder = Embedder.load(causal_bundle)
     before = embedder.embed_images(PAGES)
     embedder.replace_sessions({"text": observer})
@@ -176,7 +198,7 @@ def test_balance_changes_nothing_but_the_rounding(causal_bundle: Path, tmp_path:
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_ranges_hold_zero_and_most_values(method: str) -> None:
     values = np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32) + 1  # as many rows as are kept
-    seen = Observed.start(8)
+    seen = Observed.start(8, 24)
     seen.add(values)
     found = seen.range(method)
     assert 0 <= found.zero_point <= 255
@@ -194,19 +216,29 @@ def test_a_positive_tensor_uses_all_levels() -> None:
 
 
 def test_sensitive_layers_are_ranked_drawn_and_kept(causal_bundle: Path, tmp_path: Path) -> None:
-    """Under a limit that int4 misses, --mixed keeps the worst layers in float until it holds."""
-    flags = ("--weights", "int4", "--min-cosine", "0.995", "--mixed", "--report", tmp_path / "layers.png")
+    """Under a limit that int4 misses, --mixed stores the worst layers finer until it holds."""
+    flags = (
+        "--weights",
+        "int4",
+        "--rounding",
+        "gptq",
+        "--min-cosine",
+        "0.99",
+        "--mixed",
+        "--report",
+        tmp_path / "layers.png",
+    )
     outcome = cembed("quantize", causal_bundle, *flags, "--out", tmp_path / "q")
     assert outcome.status == 0, outcome.err
     assert "sensitive" in outcome.out
     assert Image.open(tmp_path / "layers.png").size[0] > 300
     found = Bundle(tmp_path / "q").manifest.quantisation
     assert found is not None
-    assert found.comparison.min_cosine >= 0.995
+    assert found.comparison.min_cosine >= 0.99
     cosines = [damage.min_cosine for damage in found.sensitivity]
     assert cosines == sorted(cosines)
-    assert set(found.sensitivity[0].weights) <= set(found.kept)
-    assert found.schemes
+    assert {found.schemes[name] for name in found.sensitivity[0].weights} == {"int8"}
+    assert "int4" in found.schemes.values()
     assert not any(path.name.startswith(".sensitivity") for path in causal_bundle.parent.iterdir())
 
 
@@ -269,7 +301,7 @@ def test_inputs_that_fill_no_block_are_eight_bits(
     causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny model's width of 96 is no multiple of a block of 64."""
-    monkeypatch.setitem(plan.SCHEMES, "int4", SCHEMES["int4"].__class__(SCHEMES["int4"].quantise, 4, 64))
+    monkeypatch.setitem(plan.SCHEMES, "int4", replace(SCHEMES["int4"], block=64))
     monkeypatch.setattr("cembed.quantize.weights.BLOCK", 64)
     schemes = plan.choose(SourceGraph(causal_bundle / "text.onnx"), QuantiseOptions("int4"))
     assert schemes["layers.0.self_attn.q_proj.weight"] == "int8"
@@ -323,3 +355,41 @@ def test_a_table_without_its_scales_is_named(quantised: dict[str, Path], tmp_pat
     (root / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CembedError, match="tables of int8"):
         Bundle(root)
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint with an MLP whose inner values do not fit into fp16; what it gives is the same."""
+    folder = tmp_path_factory.mktemp("large") / "checkpoint"
+    shutil.copytree(GOLDEN / "causalqwen2_5", folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    up, down = (next(n for n in tensors if n.endswith(f"layers.1.mlp.{part}_proj.weight")) for part in ("up", "down"))
+    tensors[up], tensors[down] = tensors[up] * 1e6, tensors[down] / 1e6
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def test_fp16_leaves_what_would_overflow_in_float32(large_checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--backbone", "qwen2.5-vl", "--model", large_checkpoint, "--out", tmp_path / "float")
+    assert cembed("export", *flags).status == 0
+    outcome = cembed("quantize", tmp_path / "float", "--weights", "fp16", "--out", tmp_path / "half")
+    assert outcome.status == 0, outcome.err
+    assert "in float: text/layers.1.mlp.up_proj.weight" in outcome.out
+    manifest = Bundle(tmp_path / "half").manifest
+    assert manifest.dtype == "fp16"
+    assert manifest.quantisation is not None
+    islands = {name.removeprefix("text/") for name in manifest.quantisation.kept}
+    assert {"layers.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"} <= islands
+    assert not any(name.startswith("layers.0.") for name in islands)
+    stored = {t.name: t.data_type for t in onnx.load(tmp_path / "half" / "text.onnx").graph.initializer}
+    assert stored["layers.1.mlp.up_proj.weight"] == onnx.TensorProto.FLOAT
+    assert stored["layers.0.mlp.up_proj.weight.half"] == onnx.TensorProto.FLOAT16
+    single, half = (Embedder.load(tmp_path / name) for name in ("float", "half"))
+    for decode in ("loop", "single-pass"):
+        a, b = (e.embed_image(PAGES[0], Budget(decode=decode)) for e in (single, half))
+        assert (a * b).sum(axis=1).min() > 0.999
+    assert (
+        "leave out --mixed"
+        in cembed("quantize", tmp_path / "float", "--weights", "fp16", "--mixed", "--out", tmp_path / "x").error
+    )
