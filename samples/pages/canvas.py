@@ -194,6 +194,21 @@ class Canvas:
                 for m in word.characters
             ]
 
+    def distort(self, wide: float, high: float, slant: float) -> None:
+        """Stretch picture and marks from the upper left corner, and slant them; words that leave the page go."""
+        undo = (1 / wide, -slant / wide, 0.0, 0.0, 1 / high, 0.0)
+        self.image = self.image.transform(
+            self.image.size, Image.Transform.AFFINE, undo, Image.Resampling.BILINEAR, fillcolor=self.style.paper
+        )
+        for word in self.words:
+            word.characters = [Mark(m.text, wide * m.x + slant * high * m.y, high * m.y) for m in word.characters]
+        size = self.style.size
+        self.words = [
+            word
+            for word in self.words
+            if all(0 <= m.x < self.width - size / 4 and 0 <= m.y < self.height - size / 3 for m in word.characters)
+        ]
+
     def vocabulary(self) -> frozenset[str]:
         """The words on the page, in lower case, without punctuation at their ends."""
         return frozenset(word.text.strip(PUNCTUATION).lower() for word in self.words)

@@ -30,7 +30,7 @@ HELD_OUT_SHARE = 0.25
 """The share of test pages with layouts and faces that training never shows."""
 
 
-COLLAGES = 0.5
+COLLAGES = 0.65
 """The share of collages in the part `varied`."""
 Part = Literal["walls", "seen", "varied", "unseen"]
 KINDS: dict[Part, dict[layouts.Layout, tuple[Size, ...]]] = {
@@ -65,6 +65,8 @@ def make_page(seed: str, split: Split, part: Part = "seen", size: Size | None = 
         width, height = size or random.choice(known[layout])
         canvas = Canvas(width, height, Style.draw_lots(random, part == "unseen"), random)
         questions = layout(canvas, random, split)
+        if part in ("walls", "varied") and random.random() < 0.5:
+            canvas.distort(random.uniform(0.85, 1.2), random.uniform(0.9, 1.15), random.uniform(-0.12, 0.12))
         if random.random() < 0.5:
             canvas.rotate(random.gauss(0, 1.2))
         words = canvas.vocabulary()

@@ -348,76 +348,81 @@ def menu(page: Canvas, random: Random, split: Split) -> list[Question]:
 
 
 def collage(page: Canvas, random: Random, split: Split) -> list[Question]:
-    """Facts and filler anywhere, in any size and order: what keeps a model from relying on the other layouts."""
-    makers = (words.person, words.company, words.product, words.event, words.topic, words.dish)
-    facts = [make(random, split) for make in random.sample(makers, random.randint(3, 6))]
-    facts += [make(random, split) for make in random.choices(makers, k=random.randint(0, 2))]
-    details = [random.choice((words.street, words.date, words.price))(random) for _ in range(random.randint(0, 3))]
-    lines = facts + details + [words.sentence(random) for _ in range(random.randint(0, 3))]
-    random.shuffle(lines)
-    for text in lines:
-        if page.room < 2 * page.style.size:
-            break
+    """Facts and filler anywhere, in any size, order and arrangement: what keeps a model from relying on the layouts."""
+    facts = [random.choice(FACTS)(random, split) for _ in range(random.randint(5, 14))]
+    todo, inner, density = list(facts), page.inner, random.choice((0.0, 0.2, 0.5))
+    while todo and page.room > 2 * page.style.size:
         page.space(random.choice((0, 0, 0.3, 1, 2)))
-        if random.random() < 0.15:
+        if random.random() < 0.12:
             page.rule()
-        label = random.choice(LABELS) if text in facts and random.random() < 0.5 else ""
-        text = random.choice((text, text, text.capitalize(), text.title(), text.upper())) if text in facts else text
-        x = page.style.margin + page.inner * random.choice((0, 0, 0, random.uniform(0, 0.3)))
-        page.paragraph(
-            f"{label} {text}{random.choice(('', '', ',', '.'))}".strip(),
-            x=x,
-            width=page.width - x - page.style.margin / 2,
-            size=round(page.style.size * random.choice((0.85, 1, 1, 1.25, 1.6))),
-            face=random.choice((page.style.heading, page.style.body)),
-            ink=random.choice((page.style.ink, page.style.ink, page.style.accent)),
-            align=random.choice((0, 0, 0.5, 1)),
+        if random.random() < density:
+            page.paragraph(words.sentence(random), size=max(12, page.style.size - random.randint(0, 3)))
+        elif random.random() < 0.35 and len(todo) > 1:
+            share, top = random.uniform(0.35, 0.65), page.y
+            place(page, random, todo.pop(), 0, inner * share - 4)
+            bottom, page.y = page.y, top
+            place(page, random, todo.pop(), inner * share + 4, inner * (1 - share))
+            page.y = max(bottom, page.y)
+        else:
+            indent = random.choice((0, 0, 0, random.uniform(0, 0.3))) * inner
+            place(page, random, todo.pop(), indent, inner - indent)
+    return [ask_about(random, facts) for _ in range(4)]
+
+
+def place(page: Canvas, random: Random, fact: str, indent: float, width: float) -> None:
+    """A fact in a style of its own, often with a label before, above or below it."""
+    left, top, size = page.style.margin + indent, page.y, page.style.size
+    label = random.choice((*words.LABELS, words.made_up_name(random)))
+    label, where = (
+        random.choice(("", "", "", label, label.lower(), label + ":")),
+        random.choice(("before", "above", "below")),
+    )
+    text = random.choice((fact, fact, fact.capitalize(), fact.title(), fact.upper()))
+    text += random.choice(("", "", "", ",", ".", "!"))
+    align, small = random.choice((0, 0, 0.5, 1)), max(11, size - random.randint(0, 4))
+    if label and where == "above":
+        page.line(label, x=left, width=width, size=small, align=align, gap=1.15, ink=page.style.accent)
+    page.paragraph(
+        f"{label} {text}" if label and where == "before" else text,
+        x=left,
+        width=width,
+        size=round(size * random.choice((0.85, 1, 1, 1.25, 1.6))),
+        face=random.choice((page.style.heading, page.style.body)),
+        ink=random.choice((page.style.ink, page.style.ink, page.style.accent)),
+        align=align,
+    )
+    if label and where == "below":
+        page.line(label, x=left, width=width, size=small, align=align, gap=1.15)
+    if random.random() < 0.15:
+        page.pen.rectangle((left - 3, top - 2, left + width + 2, max(top, page.y)), outline=page.style.accent)
+        page.space(0.3)
+
+
+def ask_about(random: Random, facts: list[str]) -> Question:
+    """One to three facts of a page among words that mean nothing."""
+    chosen = random.sample(facts, random.choice((1, 2, 2, 2, 2, 3)))
+
+    def noise() -> str:
+        return random.choice(
+            (random.choice(words.ASKING), random.choice(words.ASKING), words.made_up_name(random), "", "")
         )
-    asked = []
-    for _ in range(3):
-        first, second = random.sample(facts, 2)
-        before, between = (random.choice((*ASKING, words.made_up_name(random).lower(), "", "")) for _ in range(2))
-        text = " ".join(f"{before} {first} {between} {second}".split())
-        keys = tuple(word.lower() for fact in (first, second) for word in fact.split())
-        asked.append(Question(text.lower() if random.random() < 0.5 else text, keys))
-    return asked
+
+    text = " ".join(f"{noise()} {noise()} {fact}" for fact in chosen)
+    text = " ".join(f"{text} {noise()}".split())
+    keys = tuple(dict.fromkeys(word.lower() for fact in chosen for word in fact.split()))
+    return Question(text.lower() if random.random() < 0.5 else text, keys)
 
 
-LABELS = (
-    "To",
-    "From:",
-    "Re:",
-    "About",
-    "Hello",
-    "With",
-    "Item:",
-    "By",
-    "Guest",
-    "Topic:",
-    "Owner:",
-    "At",
-    "Today:",
-    "&",
-)
-ASKING = (
-    *("about", "and", "at", "by", "did", "find", "for", "from", "has", "in", "is", "of", "on", "page", "show", "that"),
-    *(
-        "the",
-        "to",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "whose",
-        "with",
-        "document",
-        "paper",
-        "text",
-        "sent",
-        "got",
-    ),
-)
+FACTS: tuple[Callable[[Random, Split], str], ...] = (
+    words.person, words.person, words.company, words.company, words.product, words.product, words.event, words.topic,
+    words.dish, words.dish,
+    lambda random, split: f"{words.product(random, split)} {words.price(random)}",
+    lambda random, split: f"{words.dish(random, split)} {words.price(random)}",
+    lambda random, split: words.street(random),
+    lambda random, split: words.date(random),
+    lambda random, split: f"{words.street(random)} {random.choice(words.CITIES)}",
+    lambda random, split: f"{random.choice(words.CITIES)} {random.randint(1, 9999)}",
+)  # fmt: skip
 
 
 def wall(page: Canvas, random: Random, split: Split) -> list[Question]:

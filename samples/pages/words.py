@@ -45,6 +45,8 @@ MONTHS = LISTS["months"]
 ONSETS = LISTS["onsets"]
 NUCLEI = LISTS["nuclei"]
 CODAS = LISTS["codas"]
+LABELS = LISTS["labels"]
+ASKING = LISTS["asking"]
 
 
 def made_up_name(random: Random) -> str:
