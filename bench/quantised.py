@@ -2,28 +2,37 @@
 
     python bench/quantised.py --threads 2 --rounds 5
 
-The checkpoint is the random mid-size one of bench/pages.py. Beside ours stands ONNX Runtime's own `quantize_dynamic` of
-the same two graphs, MatMul nodes only. Rounds are interleaved: each variant once, another first in each round.
+The checkpoint is the random mid-size one of bench/pages.py. Beside ours stand ONNX Runtime's own `quantize_dynamic` of
+the same two graphs, MatMul nodes only, and OpenVINO with static int8 by nncf (`pip install openvino nncf`; skipped
+without them), on the same model in standard operators of opset 20 and with the same calibration pages. Rounds are
+interleaved: each variant once, another first in each round.
 """
 
 import json
 import tempfile
 import time
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import numpy as np
 import pages
 import typer
 from pages import hardware, prepare
 from rich.console import Console
 from rich.table import Table
 
+from cembed.export.exporter import export
+from cembed.export.plan import ExportOptions
+from cembed.quantize.calibration import drawn_set
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import Embedder
 from cembed.runtime.embedder import Budget
-from cembed.runtime.session import EngineSettings, OrtSession
+from cembed.runtime.errors import CembedError
+from cembed.runtime.session import Array, EngineSettings, OrtSession, Session, StepSession
 
 SCHEMES = ("int8", "int4", "w8a8")
 STEPS = 16
@@ -63,6 +72,58 @@ def dynamic(bundle: Path, out: Path, threads: int) -> Embedder:
     return embedder
 
 
+class OpenVino:
+    """A model compiled for the CPU, as a session of an embedder."""
+
+    def __init__(self, model: Any, threads: int) -> None:
+        import openvino
+
+        hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        self._model = openvino.Core().compile_model(model, "CPU", hints)
+
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        return np.array(self._model(dict(feeds))[0])
+
+    def bind(self, cache: Mapping[str, Array]) -> StepSession:
+        raise CembedError("only whole pages are timed")
+
+
+class Recording:
+    """A session that keeps what it was fed."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self.feeds = session, list[dict[str, Array]]()
+
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        self.feeds.append(dict(feeds))
+        return self._session.run(feeds)
+
+    def bind(self, cache: Mapping[str, Array]) -> StepSession:
+        return self._session.bind(cache)
+
+
+def openvino_int8(root: Path, threads: int) -> Embedder:
+    """The checkpoint in standard operators, quantised by nncf and run by OpenVINO."""
+    import nncf
+    import openvino
+
+    bundle = root / "standard"
+    if not bundle.exists():
+        export(ExportOptions("qwen2.5-vl", str(root / "checkpoint"), num_vectors=32, target="onnx", opset=20), bundle)
+    embedder = Embedder.load(bundle, threads=threads)
+    recorded = {name: Recording(embedder.session(name)) for name in ("vision", "text")}
+    embedder.replace_sessions(recorded)
+    embedder.embed_images(list(drawn_set().pages.values()))
+    for name, recording in recorded.items():
+        model = openvino.Core().read_model(bundle / f"{name}.onnx")
+        calibration = nncf.Dataset(recording.feeds)
+        quantised = nncf.quantize(
+            model, calibration, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(recording.feeds)
+        )
+        embedder.replace_sessions({name: OpenVino(quantised, threads)})
+    return embedder
+
+
 def step_times(embedder: Embedder) -> list[float]:
     """Milliseconds of single slots behind a query."""
     state = embedder.start_query(QUERY, STEPS + 2)
@@ -81,6 +142,10 @@ def measure(root: Path, threads: int, rounds: int) -> dict[str, Any]:
     embedders = {name: Embedder.load(path, threads=threads) for name, path in bundles.items()}
     sizes = {name: sum(file.size for file in e.manifest.files.values()) for name, e in embedders.items()}
     embedders["ort dynamic"] = dynamic(bundles["fp32"], root / "dynamic", threads)
+    if find_spec("openvino") and find_spec("nncf"):
+        embedders["openvino nncf int8"] = openvino_int8(root, threads)
+    else:
+        print("without OpenVINO: openvino and nncf are not installed")
     image = pages.draw_page()
     vectors = {name: embedder.embed_image(image) for name, embedder in embedders.items()}
     found: dict[str, dict[str, Any]] = {name: {"page": [], "step": []} for name in embedders}

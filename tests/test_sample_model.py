@@ -36,7 +36,7 @@ def test_it_finds_the_sample_pages(bundle: Path) -> None:
     assert quality[32, "all"] > quality[1, "all"]
 
 
-QUALITY = 0.85
+QUALITY = 0.93
 
 
 @pytest.mark.parametrize(

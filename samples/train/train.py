@@ -61,7 +61,7 @@ STAGES = (
     Stage("letters", "walls", 1500, 16, 1.0),
     Stage("words", "walls", 1250, 16, 0.7, decoder=True),
     Stage("pages", "seen", 1950, 24, 0.5, decoder=True, heads=True, walls_every=3),
-    Stage("collages", "varied", 2900, 24, 0.4, decoder=True, heads=True, walls_every=4),
+    Stage("collages", "varied", 2500, 24, 0.4, decoder=True, heads=True, walls_every=4),
 )
 
 
