@@ -110,10 +110,10 @@ class Embedded:
     def of(
         cls, embedder: Embedder, calibration: CalibrationSet, progress: Callable[[int], None] = lambda number: None
     ) -> Embedded:
-        queries = embedder.embed_queries(calibration.queries.values())
         prompts, looked = look(embedder, calibration, progress)
         embedder.release("vision")
         pages, decoded = decode(embedder, prompts, progress)
+        queries = embedder.embed_queries(calibration.queries.values())
         return cls(pages, queries, float(np.median(np.add(looked, decoded))) * 1000)
 
 
