@@ -1,0 +1,96 @@
+// A query prepared for the kernels, and what a set of kernels is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "maxsim.h"
+
+namespace maxsim {
+
+// Memory that starts at a cache line and is all zeros.
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(size_t bytes) {
+        data_ = static_cast<char *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+        if (data_ == nullptr) throw std::bad_alloc();
+        for (size_t i = 0; i < bytes; ++i) data_[i] = 0;
+    }
+    Buffer(Buffer &&other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+    Buffer &operator=(Buffer &&other) noexcept {
+        char *mine = data_;
+        data_ = other.data_;
+        other.data_ = mine;
+        return *this;
+    }
+    ~Buffer() { std::free(data_); }
+    template <class T> T *as() const { return reinterpret_cast<T *>(data_); }
+
+  private:
+    char *data_ = nullptr;
+};
+
+// Query vectors side by side in the lanes of a step, which are 16 or 32 of 32 bits. Each vector takes `group` lanes
+// that hold neighbouring components: a lane holds one float or four bytes. `data` is [steps][lanes], a step is `group`
+// lanes of a document vector.
+struct Unit {
+    int first, count, group;
+    const char *data;
+};
+
+struct Packing {
+    int lanes;
+    bool grouped;  // else group is one
+};
+
+constexpr int LANES = 16;        // most groups; query vectors of a tile; terms of a score are added in as many lanes
+constexpr int TABLE_ZERO = 124;  // added to table entries: four components of at most 31 each
+
+struct Query {
+    int32_t storage, num, dim;
+    int padded;                  // components, filled up with zeros: a multiple of 16 floats or 64 levels or signs
+    std::vector<Unit> units;     // f32, f16, u8
+    // f32, f16, u8: what the units point to. bits, integers between -31 and 31: uint8 [num to 16, padded / 4, 16], sums
+    // of four components with all signs and TABLE_ZERO; or int8 [num to 16 / 16, padded / 64, 16 vectors, 64].
+    Buffer packed;
+    std::vector<int32_t> zeros;  // u8: what a vector of levels at the zero point scores, [num to 16]
+    std::vector<float> scales;   // what a query vector's integers are multiplied with, [num]
+};
+
+// Writes the largest dot product of each query vector: float for f32 and f16, int32 for u8 and bits. `best` has room
+// for num to 16, `scratch` for scratch_bytes().
+using Kernel = void (*)(const Query &, const char *page, int rows, char *scratch, void *best);
+
+struct Kernels {
+    const char *name;
+    Kernel f32, f16, u8, bits;
+    Packing floats, levels;
+    bool tables;                   // bits wants the sums, see Query; else components
+    void (*begin)(const Query &);  // called by each thread before and after its pages, if there
+    void (*end)();
+};
+
+constexpr int CHUNK = 2048;  // bytes of a row that are converted at once
+
+inline size_t scratch_bytes(const Query &query) {
+    return size_t(32) * query.padded + 16 * CHUNK + size_t(64) * (query.num + 2 * LANES);
+}
+
+// Null where the machine or the compiler cannot.
+const Kernels *amx();
+const Kernels *avx512();
+const Kernels *avx2();
+const Kernels *neon();
+const Kernels *scalar();
+
+// 32 rows of sign bits: [padded / 4][32 rows] nibbles. Blocks that have fewer rows, or whose dim is not `padded`, are
+// filled up in `scratch`, with their first row and with zeros; it is kept free for that up to sign_scratch().
+const char *sign_block(const Query &query, const char *page, int first, int rows, char *scratch);
+
+inline size_t sign_scratch(const Query &query) { return size_t(8) * query.padded + 64; }
+
+}  // namespace maxsim

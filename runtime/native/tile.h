@@ -1,0 +1,183 @@
+// Floats and levels: the query is the lane axis. A tile of document rows is broadcast against a unit of query vectors,
+// the sums and the running maximum stay in registers, and a similarity matrix never exists.
+//
+// Included by the file of each instruction set, which gives a class V:
+//     LANES_PER, WIDTH, TILE     lanes of a vector, lanes of a unit's step, rows of a tile
+//     F, I                       vectors of floats and of 32-bit integers
+//     zero, lowest               of either
+//     load(F or I, p)            LANES_PER lanes from aligned memory; store the other way
+//     spread<G>(F or I, p)       G lanes from memory, repeated
+//     swap<S>(v)                 lane i takes lane i ^ S
+//     add, max, step(sum, document, query)
+//     widen(p, count, out)       half to float
+#pragma once
+
+#include <cstring>
+
+#include "query.h"
+
+namespace maxsim {
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE int smaller(int a, int b) { return a < b ? a : b; }
+
+// Components first … first + count of a row as the units want them, filled up with zeros to a cache line.
+using Stage = void (*)(const char *row, int first, int count, char *out);
+
+template <class V> void stage_half(const char *row, int first, int count, char *out) {
+    V::widen(row + size_t(first) * 2, count, reinterpret_cast<float *>(out));
+    std::memset(out + size_t(count) * 4, 0, -(size_t(count) * 4) % 64);
+}
+
+template <int BYTES> void stage_copy(const char *row, int first, int count, char *out) {
+    std::memcpy(out, row + size_t(first) * BYTES, size_t(count) * BYTES);
+    std::memset(out + size_t(count) * BYTES, 0, -(size_t(count) * BYTES) % 64);
+}
+
+// The vectors of a unit's step.
+template <class V, class A> struct Step {
+    static constexpr int PARTS = V::WIDTH / V::LANES_PER;
+    A part[PARTS];
+
+    // Every lane of a group takes the sum of the group.
+    template <int S, int G> INLINE void fold() {
+        if constexpr (S < G) {
+            Step old = *this;
+            for (int t = 0; t < PARTS; ++t) {
+                if constexpr (S < V::LANES_PER) {
+                    part[t] = V::add(old.part[t], V::template swap<S>(old.part[t]));
+                } else {
+                    part[t] = V::add(old.part[t], old.part[t ^ (S / V::LANES_PER)]);
+                }
+            }
+            fold<S * 2, G>();
+        }
+    }
+};
+
+// Lanes of a document for part t of a unit.
+template <class V, class A, int G> INLINE A document(const char *p, int t) {
+    if constexpr (G <= V::LANES_PER) {
+        return V::template spread<G>(A(), p);
+    } else {
+        return V::template spread<V::LANES_PER>(A(), p + t * V::LANES_PER % G * 4);
+    }
+}
+
+// The vectors of a tile.
+template <class V, class A> struct Sums {
+    Step<V, A> row[V::TILE];
+};
+
+// `bytes` of each row of a tile, whole cache lines. What is `ahead` of them, if not 0, is fetched meanwhile.
+template <class V, class A, int G>
+INLINE void sweep(Sums<V, A> &sums, const char *const *rows, int bytes, size_t ahead, const char *query) {
+    Sums<V, A> local = sums;
+    const char *from[V::TILE];
+    for (int r = 0; r < V::TILE; ++r) from[r] = rows[r];
+    for (int at = 0; at < bytes; at += 64) {
+        if (ahead != 0) {
+            for (int r = 0; r < V::TILE; ++r) __builtin_prefetch(from[r] + ahead);
+        }
+#pragma GCC unroll 16
+        for (int s = 0; s < 16 / G; ++s, query += V::WIDTH * 4) {
+            Step<V, A> q;
+            for (int t = 0; t < q.PARTS; ++t) q.part[t] = V::load(A(), query + t * V::LANES_PER * 4);
+#pragma GCC unroll 16
+            for (int r = 0; r < V::TILE; ++r) {
+                for (int t = 0; t < q.PARTS; ++t) {
+                    A &sum = local.row[r].part[t];
+                    sum = V::step(sum, document<V, A, G>(from[r] + s * G * 4, t), q.part[t]);
+                }
+            }
+        }
+        for (int r = 0; r < V::TILE; ++r) from[r] += 64;
+    }
+    sums = local;
+}
+
+// A tile of rows and a unit: best[WIDTH] = max(best, dot products).
+template <class V, class A, int G>
+void tile(const char *const *rows, size_t ahead, const Query &query, const Unit &unit, Stage stage, char *scratch,
+          char *best) {
+    constexpr int BYTES = sizeof(V::component(A()));  // of a component in a lane
+    Sums<V, A> sums;
+    for (auto &row : sums.row) {
+        for (auto &part : row.part) part = V::zero(A());
+    }
+    const int total = query.padded * BYTES;
+    if (stage == nullptr) {
+        sweep<V, A, G>(sums, rows, total, ahead, unit.data);
+    } else {
+        const char *staged[V::TILE];
+        for (int r = 0; r < V::TILE; ++r) staged[r] = scratch + r * CHUNK;
+        for (int start = 0; start < total; start += CHUNK) {
+            const int first = start / BYTES, count = smaller(CHUNK / BYTES, query.dim - first);
+            for (int r = 0; r < V::TILE; ++r) stage(rows[r], first, count, scratch + r * CHUNK);
+            sweep<V, A, G>(sums, staged, smaller(CHUNK, total - start), 0, unit.data + size_t(start) * (V::WIDTH / G));
+        }
+    }
+    Step<V, A> top;
+    for (int t = 0; t < top.PARTS; ++t) top.part[t] = V::load(A(), best + t * V::LANES_PER * 4);
+    for (auto &row : sums.row) {
+        row.template fold<1, G>();
+        for (int t = 0; t < top.PARTS; ++t) top.part[t] = V::max(row.part[t], top.part[t]);
+    }
+    for (int t = 0; t < top.PARTS; ++t) V::store(best + t * V::LANES_PER * 4, top.part[t]);
+}
+
+template <class V, class A>
+void unit_tile(const char *const *rows, size_t ahead, const Query &query, const Unit &unit, Stage stage,
+               char *scratch, char *best) {
+    switch (unit.group) {
+        case 1: return tile<V, A, 1>(rows, ahead, query, unit, stage, scratch, best);
+        case 2: return tile<V, A, 2>(rows, ahead, query, unit, stage, scratch, best);
+        case 4: return tile<V, A, 4>(rows, ahead, query, unit, stage, scratch, best);
+        case 8: return tile<V, A, 8>(rows, ahead, query, unit, stage, scratch, best);
+        default: return tile<V, A, 16>(rows, ahead, query, unit, stage, scratch, best);
+    }
+}
+
+// A page whose rows are `stride` bytes. `top` is [units, WIDTH], `best` [num].
+template <class V, class A>
+void page_of(const Query &query, const char *page, int rows, size_t stride, Stage stage, char *scratch, void *best) {
+    using Value = decltype(V::component_sum(A()));
+    const int units = int(query.units.size());
+    char *top = scratch + V::TILE * CHUNK;
+    for (int t = 0; t < units * V::WIDTH / V::LANES_PER; ++t) V::store(top + t * V::LANES_PER * 4, V::lowest(A()));
+    const char *tile_rows[V::TILE];
+    for (int first = 0; first < rows; first += V::TILE) {
+        for (int r = 0; r < V::TILE; ++r) tile_rows[r] = page + smaller(first + r, rows - 1) * stride;
+        for (int u = 0; u < units; ++u) {
+            const size_t ahead = u == 0 ? V::TILE * stride : 0;
+            unit_tile<V, A>(tile_rows, ahead, query, query.units[u], stage, scratch, top + u * V::WIDTH * 4);
+        }
+    }
+    for (int u = 0; u < units; ++u) {
+        const Unit &unit = query.units[u];
+        const Value *values = reinterpret_cast<const Value *>(top) + u * V::WIDTH;
+        for (int i = 0; i < unit.count; ++i) static_cast<Value *>(best)[unit.first + i] = values[i * unit.group];
+    }
+}
+
+template <class V> void page_f32(const Query &query, const char *page, int rows, char *scratch, void *best) {
+    const Stage stage = query.dim == query.padded ? nullptr : stage_copy<4>;
+    page_of<V, typename V::F>(query, page, rows, size_t(query.dim) * 4, stage, scratch, best);
+}
+
+template <class V> void page_f16(const Query &query, const char *page, int rows, char *scratch, void *best) {
+    page_of<V, typename V::F>(query, page, rows, size_t(query.dim) * 2, stage_half<V>, scratch, best);
+}
+
+template <class V> void page_u8(const Query &query, const char *page, int rows, char *scratch, void *best) {
+    const Stage stage = query.dim == query.padded ? nullptr : stage_copy<1>;
+    page_of<V, typename V::I>(query, page, rows, query.dim, stage, scratch, best);
+    if constexpr (V::UNSIGNED) {
+        for (int i = 0; i < query.num; ++i) static_cast<int32_t *>(best)[i] -= query.zeros[i];
+    }
+}
+
+}  // namespace
+}  // namespace maxsim
