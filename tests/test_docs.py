@@ -21,7 +21,7 @@ def test_help_texts_are_current() -> None:
 
 def test_the_python_of_the_readme_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```"
-    first, second = re.findall(block, README.read_text(), re.DOTALL)
+    first, second, third = re.findall(block, README.read_text(), re.DOTALL)
     shutil.copytree(causal_bundle, tmp_path / "bundle")
     shutil.copy(GOLDEN / "colqwen2" / "page.png", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -30,6 +30,8 @@ def test_the_python_of_the_readme_runs(causal_bundle: Path, tmp_path: Path, monk
     assert getattr(names["scores"], "shape", None) == (1, 1)
     exec(second, names)
     assert getattr(names["fine"], "shape", (0, 0))[0] == 32
+    exec(third, names)
+    assert [hit.id for hit in getattr(names["found"], "hits", ())] == ["page.png#1"]
 
 
 def test_the_documented_test_command_is_what_ci_runs() -> None:

@@ -1,0 +1,140 @@
+"""What `cembed search` ranks: the pages of a vector file, or those of an index."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cembed.runtime.documents import Page, PageReader
+from cembed.runtime.embedder import Budget, Embedder
+from cembed.runtime.errors import CembedError
+from cembed.runtime.index import Index
+from cembed.runtime.scoring import maxsim
+from cembed.runtime.search import Stage
+from cembed.runtime.vectors import VectorFile, Vectors
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Options that only an index has."""
+
+    where: tuple[str, ...]
+    source: str | None
+    candidates: int | None
+    exact: bool
+    explain: bool
+
+    @property
+    def given(self) -> bool:
+        return any(vars(self).values())
+
+
+class RankedPages(Protocol):
+    """Pages, and the bundle and dim of their vectors."""
+
+    @property
+    def bundle(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    def __len__(self) -> int: ...
+    def rank(self, query: Vectors, top: int, threads: int | None) -> tuple[list[Row], list[Row]]:
+        """The best pages, and the stages that found them."""
+
+
+def open_pages(path: Path, tuning: Tuning) -> RankedPages:
+    """Raises CembedError: neither a vector file nor an index, options of an index for a vector file."""
+    if path.is_dir():
+        return IndexPages(path, tuning)
+    if tuning.given:
+        raise CembedError(f"{path} is no index: leave out --where, --source, --candidates, --exact and --explain")
+    return FilePages(path)
+
+
+class FilePages:
+    def __init__(self, path: Path) -> None:
+        self._content = VectorFile.load(path)
+        self.bundle, self.dim = self._content.bundle, self._content.vectors.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def rank(self, query: Vectors, top: int, threads: int | None) -> tuple[list[Row], list[Row]]:
+        content = self._content
+        scores = maxsim([query], content.documents())[0]
+        best = np.argsort(-scores, kind="stable")[:top]
+        rows = [
+            {"rank": rank, "score": float(scores[i]), "path": content.paths[i], "page": int(content.pages[i])}
+            for rank, i in enumerate(best, 1)
+        ]
+        return rows, []
+
+
+class IndexPages:
+    def __init__(self, path: Path, tuning: Tuning) -> None:
+        self._where = parse_pairs("--where", tuning.where)
+        self._tuning, self._index = tuning, Index.open(path)
+        self.bundle, self.dim = self._index.bundle, self._index.dim
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def rank(self, query: Vectors, top: int, threads: int | None) -> tuple[list[Row], list[Row]]:
+        tuning = self._tuning
+        found = self._index.search(
+            query,
+            top,
+            where=self._where,
+            source=tuning.source,
+            candidates=tuning.candidates,
+            plan=(Stage(self._index.tiers[0], top),) if tuning.exact else None,
+            threads=threads,
+        )
+        rows = [
+            {
+                "rank": rank,
+                "score": hit.score,
+                "id": hit.id,
+                "path": hit.source,
+                "page": hit.page,
+                "metadata": hit.metadata,
+            }
+            for rank, hit in enumerate(found.hits, 1)
+        ]
+        stages = [
+            {"stage": stage.tier, "pages": stage.pages, "kept": stage.kept, "ms": stage.ms, "bytes": stage.bytes}
+            for stage in found.stages
+        ]
+        return rows, stages
+
+
+def parse_pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Metadata from the command line: values are JSON where they can be, text otherwise. Raises CembedError.
+
+    >>> parse_pairs("--where", ("year=2024", "lang=de", "title=a=b"))
+    {'year': 2024, 'lang': 'de', 'title': 'a=b'}
+    """
+    metadata = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise CembedError(f"{option} {pair!r}: wanted KEY=VALUE")
+        try:
+            metadata[key] = json.loads(value)
+        except ValueError:
+            metadata[key] = value
+    return metadata
+
+
+def embed_image(embedder: Embedder, path: Path, budget: Budget) -> Vectors:
+    """The vectors of the first page of a file. Raises CembedError: it cannot be read."""
+    with PageReader() as reader:
+        page = next(iter(reader.read([path])))
+    if not isinstance(page, Page):
+        raise CembedError(f"{path} cannot be read: {page.reason}")
+    return embedder.embed_image(page.image, budget)

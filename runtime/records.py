@@ -1,0 +1,278 @@
+"""The log of a segment: records that make pages count, or no longer count.
+
+A record starts at a multiple of 64 bytes. Its header, 64 bytes, little-endian:
+
+    magic 8s, kind u32, pages n u32, removed m u32, payload CRC u32, number u64, bytes u64, 20 zeros,
+    header CRC u32
+
+CRCs are zlib's CRC-32, seeded by the index and the segment, so that a record of another file is no record here. The
+payload of `COMMIT`, with T tiers:
+
+    bases int64 [T], serials int64 [n], removed int64 [m], rows int32 [n], numbers int32 [n], source int32 [n],
+    metadata int32 [n], scales float32 [n], crcs uint32 [T, n], contents uint8 [n, 16]
+    ids, sources, metadata: each count uint32, ends uint32 [count], and the text in UTF-8
+
+`CLOSE` has none: a writer that ends well leaves it behind, so that damage in front of it cannot pass for a torn write.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+COMMIT, CLOSE = 1, 2
+ALIGNMENT = 64
+CONTENT_BYTES = 16
+MAX_PAYLOAD = 1 << 28
+MAX_GAPS = 64  # a log with more has nothing left to read
+
+_MAGIC = b"\x8ecembed\n"
+_HEADER = struct.Struct("<8sIIIIQQ20s")
+_CRC = struct.Struct("<I")
+_CHUNK = 1 << 20
+
+
+class MalformedError(Exception):
+    """Bytes that are no record of this version, whatever their CRC says."""
+
+
+@dataclass(frozen=True)
+class Header:
+    kind: int
+    pages: int
+    removed: int
+    crc: int
+    sequence: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A record that was read whole: its place in the log, and its payload."""
+
+    header: Header
+    offset: int
+    payload: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + ALIGNMENT + aligned(self.header.length)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Bytes of the log that are no records; the `tail` has no record behind it: a write that was cut off."""
+
+    offset: int
+    end: int
+    tail: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Commit:
+    """What a COMMIT says; shapes as in the module. Texts are bytes until asked for."""
+
+    bases: NDArray[np.int64]
+    serials: NDArray[np.int64]
+    removed: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    numbers: NDArray[np.int32]
+    source: NDArray[np.int32]
+    metadatum: NDArray[np.int32]
+    scales: NDArray[np.float32]
+    crcs: NDArray[np.uint32]
+    contents: NDArray[np.uint8]
+    ids: Sequence[str]
+    sources: Sequence[str]
+    metadata: Sequence[str]
+
+
+class Texts(Sequence[str]):
+    """Strings in one piece of memory, decoded one at a time."""
+
+    def __init__(self, ends: NDArray[np.uint32], text: bytes) -> None:
+        self._ends, self._text = ends, text
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        first = int(self._ends[index - 1]) if index else 0
+        return self._text[first : int(self._ends[index])].decode("utf-8", "surrogatepass")
+
+    def check(self) -> None:
+        """Raises MalformedError: not UTF-8."""
+        text = np.frombuffer(self._text + b"\0", np.uint8)
+        try:
+            self._text.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise MalformedError(f"its texts are not UTF-8: {error}") from error
+        if (text[self._ends] & 0xC0 == 0x80).any():
+            raise MalformedError("its texts are not UTF-8: one ends within a character")
+
+
+def aligned(size: int) -> int:
+    """
+    >>> [aligned(size) for size in (0, 1, 64, 65)]
+    [0, 64, 64, 128]
+    """
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def seed_of(index: str, segment: int) -> int:
+    """What the CRCs of a segment's records start from."""
+    return zlib.crc32(f"{index}/{segment}".encode())
+
+
+def encode_record(seed: int, sequence: int, kind: int, pages: int = 0, removed: int = 0, payload: bytes = b"") -> bytes:
+    """A record, ready to be appended."""
+    padded = payload.ljust(aligned(len(payload)), b"\0")
+    crc = zlib.crc32(padded, seed)
+    header = _HEADER.pack(_MAGIC, kind, pages, removed, crc, sequence, len(payload), bytes(20))
+    return header + _CRC.pack(zlib.crc32(header, seed)) + padded
+
+
+def encode_commit(seed: int, sequence: int, commit: Commit) -> bytes:
+    """The record of a commit."""
+    arrays = [getattr(commit, name) for name, _ in _COLUMNS]
+    columns = b"".join(np.ascontiguousarray(a, d).tobytes() for a, (_, d) in zip(arrays, _COLUMNS, strict=True))
+    payload = columns + b"".join(map(_encode_texts, (commit.ids, commit.sources, commit.metadata)))
+    return encode_record(seed, sequence, COMMIT, len(commit.serials), len(commit.removed), payload)
+
+
+_COLUMNS = (
+    ("bases", "<i8"),
+    ("serials", "<i8"),
+    ("removed", "<i8"),
+    ("rows", "<i4"),
+    ("numbers", "<i4"),
+    ("source", "<i4"),
+    ("metadatum", "<i4"),
+    ("scales", "<f4"),
+    ("crcs", "<u4"),
+    ("contents", "u1"),
+)
+
+
+def _encode_texts(texts: Sequence[str]) -> bytes:
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64).astype("<u4")
+    return _CRC.pack(len(parts)) + ends.tobytes() + b"".join(parts)
+
+
+def decode_commit(record: Record, tiers: int) -> Commit:
+    """The commit in a record with a good CRC, checked as if there were none. Raises MalformedError."""
+    n, m = record.header.pages, record.header.removed
+    shapes = {"bases": (tiers,), "removed": (m,), "crcs": (tiers, n), "contents": (n, CONTENT_BYTES)}
+    rest = _Payload(record.payload)
+    columns = {name: rest.array(dtype, shapes.get(name, (n,))) for name, dtype in _COLUMNS}
+    commit = Commit(**columns, ids=rest.texts(), sources=rest.texts(), metadata=rest.texts())
+    rest.finish()
+    _check(commit, n)
+    return commit
+
+
+def _check(commit: Commit, n: int) -> None:
+    rising = bool((np.diff(commit.serials) > 0).all())
+    named = len(commit.ids) == n and all(
+        n == 0 or 0 <= int(which.min()) <= int(which.max()) < len(texts)
+        for which, texts in ((commit.source, commit.sources), (commit.metadatum, commit.metadata))
+    )
+    sane = bool((commit.rows > 0).all() and (commit.serials >= 0).all() and (commit.bases >= 0).all())
+    if not (rising and named and sane and np.isfinite(commit.scales).all()):
+        raise MalformedError("its columns do not fit each other")
+
+
+class _Payload:
+    """Takes arrays from the front of a payload, and never more than there is."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def array(self, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        count, size = math.prod(shape), np.dtype(dtype).itemsize
+        if count * size > len(self._data) - self._at:
+            raise MalformedError("it is shorter than its counts say")
+        array = np.frombuffer(self._data, dtype, count, self._at).reshape(shape)
+        self._at += count * size
+        return array
+
+    def texts(self) -> Texts:
+        ends = self.array("<u4", (int(self.array("<u4", (1,))[0]),))
+        size = int(ends[-1]) if len(ends) else 0
+        if (ends[1:] < ends[:-1]).any():
+            raise MalformedError("its texts do not follow each other")
+        texts = Texts(ends, self.array("u1", (size,)).tobytes())
+        texts.check()
+        return texts
+
+    def finish(self) -> None:
+        if self._at != len(self._data):
+            raise MalformedError("it is longer than its counts say")
+
+
+def read_record(handle: int, seed: int, offset: int, size: int) -> Record | None:
+    """The record at `offset` of a log of `size` bytes, None if there is no whole one with good CRCs."""
+    header = _read_header(handle, seed, offset, size)
+    if header is None or offset + ALIGNMENT + aligned(header.length) > size:
+        return None
+    padded = os.pread(handle, aligned(header.length), offset + ALIGNMENT)
+    if len(padded) != aligned(header.length) or zlib.crc32(padded, seed) != header.crc:
+        return None
+    return Record(header, offset, padded[: header.length])
+
+
+def _read_header(handle: int, seed: int, offset: int, size: int) -> Header | None:
+    raw = os.pread(handle, ALIGNMENT, offset) if offset + ALIGNMENT <= size else b""
+    if len(raw) != ALIGNMENT or _CRC.unpack(raw[-4:])[0] != zlib.crc32(raw[:-4], seed):
+        return None
+    magic, kind, pages, removed, crc, sequence, length, zeros = _HEADER.unpack(raw[:-4])
+    known = magic == _MAGIC and kind in (COMMIT, CLOSE) and zeros == bytes(20)
+    return Header(kind, pages, removed, crc, sequence, length) if known and length <= MAX_PAYLOAD else None
+
+
+def read_log(handle: int, seed: int, offset: int, sequence: int) -> Iterator[Record | Gap]:
+    """The records of a log from `offset` on, the first of which has number `sequence`, and what is between them.
+
+    Only what the log held when the first was asked for is looked at, and another process may append meanwhile.
+    Raises MalformedError: hardly anything in it can be read.
+    """
+    size, gaps = os.fstat(handle).st_size, 0
+    while offset < size:
+        record = read_record(handle, seed, offset, size)
+        if record is not None and record.header.sequence == sequence:
+            yield record
+            offset, sequence = record.end, sequence + 1
+            continue
+        found = _find_record(handle, seed, offset + ALIGNMENT, size, sequence)
+        gaps += 1
+        if gaps > MAX_GAPS:
+            raise MalformedError(f"more than {MAX_GAPS} places of it are damaged")
+        yield Gap(offset, size if found is None else found.offset, found is None)
+        if found is None:
+            return
+        offset, sequence = found.offset, found.header.sequence
+
+
+def _find_record(handle: int, seed: int, offset: int, size: int, sequence: int) -> Record | None:
+    """The first whole record behind `offset` and `sequence`. Raises MalformedError: there are too many fragments."""
+    magic, fragments = np.frombuffer(_MAGIC, np.uint64)[0], 0
+    for start in range(offset, size, _CHUNK):
+        chunk = os.pread(handle, min(_CHUNK, size - start), start)
+        words = np.frombuffer(chunk, np.uint64, len(chunk) // ALIGNMENT * ALIGNMENT // 8)[:: ALIGNMENT // 8]
+        for place in np.flatnonzero(words == magic):
+            record = read_record(handle, seed, start + int(place) * ALIGNMENT, size)
+            if record is not None and record.header.sequence > sequence:
+                return record
+            fragments += 1
+            if fragments > MAX_GAPS:
+                raise MalformedError(f"more than {MAX_GAPS} fragments of records are in it")
+    return None

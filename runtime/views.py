@@ -1,0 +1,208 @@
+"""The pages of a segment at one moment, as searches see them.
+
+Letters: n pages, T storage types (tiers), K vectors of a page, D dim. A page's vectors in a tier are compared with
+their CRC when they are first used in this process, and are never used before.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cembed.runtime.errors import CembedError
+from cembed.runtime.index_files import segment_path
+from cembed.runtime.kernels import Pages
+from cembed.runtime.records import ALIGNMENT, Commit, MalformedError
+from cembed.runtime.storage import STORAGE
+
+if TYPE_CHECKING:
+    from cembed.runtime.segments import Segment
+
+REPAIR = (
+    "take the file from a copy, or drop what is damaged with `cembed index compact --drop-damaged` and add it again"
+)
+
+
+@dataclass(frozen=True)
+class PageInfo:
+    """A page of an index but its vectors: `page` counts from 1 in its source; `vectors` says how many it has."""
+
+    id: str
+    source: str
+    page: int
+    metadata: Mapping[str, Any]
+    vectors: int
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What the log says of pages: serials, rows and scales [n], starts and crcs [T, n]; and where it says so: the
+    offset of the record, and the page's place in it."""
+
+    serials: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    scales: NDArray[np.float32]
+    starts: NDArray[np.int64]
+    crcs: NDArray[np.uint32]
+    records: NDArray[np.int64]
+    places: NDArray[np.int32]
+
+    @classmethod
+    def join(cls, parts: list[Columns]) -> Columns:
+        if len(parts) == 1:
+            return parts[0]
+        names = cls.__dataclass_fields__
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names})
+
+    @classmethod
+    def empty(cls, tiers: int) -> Columns:
+        wide, none = (tiers, 0), np.empty(0, np.int64)
+        thin = np.empty(0, np.int32), np.empty(0, np.float32)
+        return cls(none, *thin, np.empty(wide, np.int64), np.empty(wide, np.uint32), none, thin[0])
+
+
+def page_sizes(tier: str, rows: NDArray[np.int32], dim: int) -> NDArray[np.int64]:
+    """Bytes int64 [n] of pages of `rows` vectors in a tier."""
+    return rows.astype(np.int64) * STORAGE[tier].vector_bytes(dim)
+
+
+def place_pages(base: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Offsets int64 [n + 1] of pages that follow each other from `base` on, and of what comes behind them.
+
+    >>> place_pages(128, np.array([64, 70, 1]))
+    array([128, 192, 320, 384])
+    """
+    return base + np.cumsum(np.concatenate([[0], -(-sizes // ALIGNMENT) * ALIGNMENT]), dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TierMap:
+    """A file, or the part of it that counts, as bytes that are read when they are used."""
+
+    data: NDArray[np.uint8]
+    memory: mmap.mmap | None = None
+
+    def release(self) -> None:
+        """Gives back the memory that was used so far; the bytes can be read again."""
+        if self.memory is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A segment at one moment; `alive` [n] are the pages that were not removed. May be used by several threads."""
+
+    segment: Segment
+    columns: Columns
+    maps: Mapping[str, TierMap]
+    checked: Mapping[str, NDArray[np.bool_]]
+    alive: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    @property
+    def dim(self) -> int:
+        return self.segment.dim
+
+    def records(self) -> Iterator[tuple[int, slice]]:
+        """The offset of each record in the log, and the pages it brought."""
+        offsets, firsts = np.unique(self.columns.records, return_index=True)
+        edges = [*firsts.tolist(), len(self)]
+        for offset, pages in zip(offsets.tolist(), pairwise(edges), strict=True):
+            yield offset, slice(*pages)
+
+    @cached_property
+    def live(self) -> NDArray[np.int64] | None:
+        """Numbers of the live pages, None for all."""
+        return None if self.alive.all() else np.flatnonzero(self.alive)
+
+    @cached_property
+    def _pages(self) -> Mapping[str, Pages]:
+        ones, columns = np.ones(len(self), np.float32), self.columns
+        return {
+            tier: Pages(tier, self.dim, data, columns.starts[i], columns.rows, columns.scales if tier == "u8" else ones)
+            for i, (tier, data) in enumerate((tier, mapping.data) for tier, mapping in self.maps.items())
+        }
+
+    def pages(self, tier: str, which: NDArray[np.int64] | None) -> Pages:
+        """The pages as the kernels take them, once the CRCs of `which` (None: all) were compared.
+
+        Raises CembedError: the vectors of one are damaged.
+        """
+        for page in self.damaged(tier, which):
+            raise CembedError(f"{self.describe(tier, page)}: {REPAIR}")
+        return self._pages[tier]
+
+    def damaged(self, tier: str, which: NDArray[np.int64] | None) -> Iterator[int]:
+        """Those of `which` whose bytes in a tier are not what was written; others are not looked at again."""
+        checked, index = self.checked[tier], list(self.maps).index(tier)
+        todo = np.flatnonzero(~checked) if which is None else which[~checked[which]]
+        starts, crcs, data = self.columns.starts[index], self.columns.crcs[index], self.maps[tier].data.data
+        sizes = page_sizes(tier, self.columns.rows[todo], self.dim)
+        crc32, size_of_file = zlib.crc32, len(data)
+        for page, start, size, crc in zip(
+            todo.tolist(), starts[todo].tolist(), sizes.tolist(), crcs[todo].tolist(), strict=True
+        ):
+            if start + size <= size_of_file and crc32(data[start : start + size]) == crc:
+                checked[page] = True
+            else:
+                yield page
+
+    def describe(self, tier: str, page: int) -> str:
+        """Names a page whose vectors are damaged."""
+        columns = self.columns
+        start = int(columns.starts[list(self.maps).index(tier), page])
+        end = start + int(page_sizes(tier, columns.rows[page : page + 1], self.dim)[0])
+        name = segment_path(self.segment.folder, self.segment.number, tier)
+        if end > len(self.maps[tier].data):
+            return f"{name} ends before byte {end}: {self.info(page).id!r} has lost its vectors"
+        return f"{name} is damaged between bytes {start} and {end}: the vectors of {self.info(page).id!r}"
+
+    def vectors(self, page: int) -> NDArray[np.float32]:
+        """What the most exact tier keeps of a page, float32 [K, D]. Raises CembedError: damaged."""
+        tier = next(iter(self.maps))
+        self.pages(tier, np.array([page]))
+        rows, columns = int(self.columns.rows[page]), self.columns
+        return STORAGE[tier].decode(self.stored(tier, page), rows, self.dim, float(columns.scales[page]))
+
+    def stored(self, tier: str, page: int) -> NDArray[np.uint8]:
+        """A page's bytes in a tier; compare the CRC first."""
+        start = int(self.columns.starts[list(self.maps).index(tier), page])
+        return self.maps[tier].data[start : start + int(page_sizes(tier, self.columns.rows[[page]], self.dim)[0])]
+
+    def commit(self, page: int) -> tuple[Commit, int]:
+        """The record of a page, and its place in it. Raises CembedError: damaged since it was first read."""
+        return self.segment.commit(int(self.columns.records[page])), int(self.columns.places[page])
+
+    def info(self, page: int) -> PageInfo:
+        """Raises CembedError: the record is damaged."""
+        commit, place = self.commit(page)
+        with self.segment.malformed():
+            source, metadata = (
+                commit.sources[commit.source[place]],
+                parse_metadata(commit, int(commit.metadatum[place])),
+            )
+            return PageInfo(
+                commit.ids[place], source, int(commit.numbers[place]), metadata, int(self.columns.rows[page])
+            )
+
+
+def parse_metadata(commit: Commit, which: int) -> Mapping[str, Any]:
+    """One of a record's texts of metadata. Raises MalformedError: not a JSON object."""
+    try:
+        value = json.loads(commit.metadata[which])
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"metadata is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise MalformedError("metadata is no JSON object")
+    return value

@@ -1,0 +1,185 @@
+"""A fuzz target for the reader of indexes: whatever the files hold, an index gives a CembedError or an answer.
+
+python tests/fuzz_index.py --seconds 60 --seed 1
+
+Bytes are changed at random, and texts and numbers in places where they hurt; then all CRCs are made good again, so that
+the checks behind them are what is tested. `one_input(data)` is there for coverage-guided fuzzers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import struct
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from cembed.runtime import segments
+from cembed.runtime.errors import CembedError
+from cembed.runtime.index import Index
+from cembed.runtime.index_files import CURRENT
+from cembed.runtime.index_verify import verify_index
+from cembed.runtime.new_pages import NewPage
+from cembed.runtime.records import aligned, seed_of
+from cembed.runtime.search import Stage
+
+DIM = 8
+MEMORY = 1 << 30  # more than it takes, and far less than a number in a header can ask for
+WORDS = (0, 1, 2, 63, 64, 127, 128, 255, 1 << 15, (1 << 16) - 1, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
+LONG_WORDS = (*WORDS, 1 << 40, 1 << 60, (1 << 62) - 64, (1 << 63) - 1, (1 << 64) - 1)
+
+
+def make_index(folder: Path) -> None:
+    """Two commits and a removal, with all tiers."""
+    rng = np.random.default_rng(0)
+    with Index.create(folder, dim=DIM, bundle="b", store=("f32", "f16", "u8", "bits")) as index:
+        for first in (0, 3):
+            pages = [
+                NewPage(f"p{i}", rng.standard_normal((i + 1, DIM)).astype(np.float32), f"s{i}", i, {"k": i})
+                for i in range(first, first + 3)
+            ]
+            index.add(pages, bundle="b")
+        index.remove(["p1"])
+
+
+@cache
+def template() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        make_index(Path(folder) / "index")
+        return {path.name: path.read_bytes() for path in (Path(folder) / "index").iterdir()}
+
+
+def one_input(data: bytes) -> str:
+    """Uses an index changed as `data` says. Anything but a CembedError that comes out of it is a bug."""
+    files, rng = {name: bytearray(content) for name, content in template().items()}, random.Random(data)
+    log = next(name for name in files if name.endswith(".log"))
+    kind = rng.choice(("log", "log", "log", "current", "raw"))
+    if kind == "log":
+        change_log(files[log], rng, seed_of(json.loads(template()[CURRENT].rpartition(b" ")[0])["index"], 1))
+    elif kind == "current":
+        files[CURRENT] = change_current(bytes(files[CURRENT]), rng)
+    else:
+        change_raw(files[rng.choice(sorted(files))], rng)
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="cembed-fuzz-", dir=memory if memory.is_dir() else None))
+    try:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return use(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def change_raw(content: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.randint(1, 8)):
+        if content:
+            content[rng.randrange(len(content))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+    if rng.random() < 0.3:
+        del content[rng.randint(0, len(content)) :]
+    if rng.random() < 0.2:
+        content.extend(rng.randbytes(rng.randint(1, 300)))
+
+
+def change_log(log: bytearray, rng: random.Random, seed: int) -> None:
+    """Changes words of headers and payloads, and makes the CRCs good."""
+    records = list(split(log))
+    for _ in range(rng.randint(1, 4)):
+        offset, length = rng.choice(records)
+        first, last = rng.choice(((offset + 8, offset + 40), (offset + 64, offset + 64 + length)))
+        if last - first >= 8:
+            size = rng.choice((1, 4, 8))
+            place = rng.randrange(first, last - size + 1)
+            place -= place % size
+            word = rng.choice(LONG_WORDS if size == 8 else WORDS) + rng.choice((-1, 0, 0, 1))
+            log[place : place + size] = (word % (1 << 8 * size)).to_bytes(size, "little")
+    for offset, length in records:
+        end = offset + 64 + aligned(length)
+        log[offset + 20 : offset + 24] = struct.pack("<I", zlib.crc32(log[offset + 64 : end], seed))
+        log[offset + 60 : offset + 64] = struct.pack("<I", zlib.crc32(log[offset : offset + 60], seed))
+
+
+def split(log: bytes | bytearray) -> list[tuple[int, int]]:
+    """Offset and payload length of each record."""
+    records, offset = [], 0
+    while offset < len(log):
+        length = struct.unpack_from("<Q", log, offset + 32)[0]
+        records.append((offset, length))
+        offset += 64 + aligned(length)
+    return records
+
+
+def change_current(raw: bytes, rng: random.Random) -> bytearray:
+    fields = json.loads(raw.rpartition(b" ")[0])
+    values = [None, -1, 0, 1, 7, 1 << 70, 1.5, "x", "", "../x", [], [1, 1], [0, 1, 2], ["f32"], ["x"], {}, True, [[]]]
+    for _ in range(rng.randint(1, 2)):
+        fields[rng.choice([*fields, "more"])] = rng.choice(values)
+    if rng.random() < 0.2:
+        fields.pop(rng.choice(list(fields)))
+    text = json.dumps(fields).encode()
+    return bytearray(text + b" %08x\n" % zlib.crc32(text))
+
+
+def use(folder: Path) -> str:
+    return " ".join(outcome(action, folder) for action in (read_all, check_all, mend, read_all))
+
+
+def outcome(action: Callable[[Path], None], folder: Path) -> str:
+    try:
+        action(folder)
+    except CembedError:
+        return "refused"
+    return "ok"
+
+
+def read_all(folder: Path) -> None:
+    index = Index.open(folder)
+    index.stats()
+    for tier in index.tiers:
+        found = index.search(np.ones((2, index.dim), np.float32), 100, plan=(Stage(tier, 100),))
+        assert all(np.isfinite(hit.score) for hit in found.hits)
+    for page in index.find(where={"k": 1}) + index.find():
+        assert index.vectors(page.id).shape[1] == index.dim
+
+
+def check_all(folder: Path) -> None:
+    list(verify_index(folder))
+
+
+def mend(folder: Path) -> None:
+    with Index.open(folder, write=True, damaged=True) as index:
+        index.compact(drop_damaged=True)
+
+
+def fuzz(seconds: float, seed: int, most: int | None = None) -> Counter[str]:
+    segments._RETRY_SECONDS = 0
+    counts, end, number = Counter[str](), time.monotonic() + seconds, 0
+    while time.monotonic() < end and number != most:
+        data = f"{seed}/{number}".encode()
+        try:
+            counts[one_input(data)] += 1
+        except BaseException:
+            print(f"input {data!r} does it")
+            raise
+        number += 1
+    return counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    result = fuzz(given.seconds, given.seed)
+    print(sum(result.values()), "inputs:", dict(result.most_common()))

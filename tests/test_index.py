@@ -1,0 +1,568 @@
+"""The index: what goes in comes out, searches are MaxSim's, nothing wrong is ever given. Crashes: tests/crash."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fuzz_index
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cembed.runtime import CembedError, index, maxsim, new_pages, segments
+from cembed.runtime.index import Added, Index
+from cembed.runtime.index_verify import verify_index
+from cembed.runtime.new_pages import NewPage
+from cembed.runtime.search import Stage, make_plan
+from cembed.runtime.storage import STORAGE
+
+BUNDLE = "b" * 64
+DIM = 32
+Vectors = NDArray[np.float32]
+
+
+def unit(rows: NDArray[Any]) -> Vectors:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def some_pages(count: int, dim: int = DIM, rows: int | None = None, seed: int = 0) -> list[NewPage]:
+    rng = np.random.default_rng(seed)
+    return [
+        NewPage(
+            f"{seed}/{i}",
+            unit(rng.standard_normal((rows or int(rng.integers(1, 40)), dim))),
+            f"scans/{i // 4}.pdf",
+            i % 4 + 1,
+            {"even": i % 2 == 0, "number": i},
+            f"{seed}-{i}".encode(),
+        )
+        for i in range(count)
+    ]
+
+
+PAGES = some_pages(50)
+QUERY = unit(np.random.default_rng(1).standard_normal((5, DIM)))
+
+
+def make(folder: Path, pages: Sequence[NewPage] = PAGES, store: str = "f16,u8,bits") -> Index:
+    """An index with pages, open for writing."""
+    made = Index.create(folder, dim=pages[0].vectors.shape[1], bundle=BUNDLE, store=store.split(","))
+    assert made.add(pages, bundle=BUNDLE) == Added(len(pages), 0, 0)
+    return made
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Index]:
+    with make(tmp_path / "index") as made:
+        yield made
+
+
+@pytest.fixture
+def many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "SEGMENT_BYTES", 10_000)
+    monkeypatch.setattr(new_pages, "BATCH_PAGES", 4)
+
+
+def refusal(call: Any) -> str:
+    with pytest.raises(CembedError) as caught:
+        call()
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def ids(found: Any) -> list[str]:
+    return [hit.id for hit in found.hits]
+
+
+def best(pages: Sequence[NewPage], tier: str, top: int) -> list[str]:
+    """By MaxSim over what the tier keeps."""
+    scores = maxsim([QUERY], [STORAGE[tier].restore(page.vectors) for page in pages])[0]
+    return [pages[i].id for i in np.argsort(-scores, kind="stable")[:top]]
+
+
+# What goes in comes out.
+
+
+@pytest.mark.parametrize("store", ["f32", "f16", "u8", "bits", "f16,u8,bits", "f32,bits"])
+def test_pages_come_back(tmp_path: Path, store: str) -> None:
+    make(tmp_path / "index", store=store).close()
+    opened, tier = Index.open(tmp_path / "index"), store.split(",")[0]
+    assert (len(opened), opened.dim, opened.bundle, opened.tiers) == (50, DIM, BUNDLE, tuple(store.split(",")))
+    for info, page in zip(opened.find(), PAGES, strict=True):
+        assert (info.id, info.source, info.page, info.metadata) == (page.id, page.source, page.page, page.metadata)
+        assert info.vectors == len(page.vectors)
+        assert np.array_equal(opened.vectors(page.id), STORAGE[tier].restore(page.vectors))
+
+
+def test_bytes_are_those_of_the_arithmetic(tmp_path: Path) -> None:
+    pages = some_pages(600, 128, 32)
+    with make(tmp_path / "index", pages) as made:
+        stats = made.stats()
+    arithmetic = 32 * 128 * (2 + 1 + 1 / 8)
+    assert stats.bytes_per_page == pytest.approx(arithmetic, rel=0.03)
+    assert stats.bytes_per_page >= arithmetic
+    assert {name: size / 600 for name, size in stats.bytes.items() if name != "log"} == {
+        "f16": 8192,
+        "u8": 4096,
+        "bits": 512,
+    }
+    size = sum(path.stat().st_size for path in (tmp_path / "index").iterdir() if path.suffix)
+    assert size == pytest.approx(sum(stats.bytes.values()), abs=64)  # and the mark of a writer that ended well
+
+
+def test_names_of_any_kind(tmp_path: Path) -> None:
+    names = ["写真", "a\nb", "x" * 5000, "\udcff", "🦊#1", "'\";--"]
+    pages = [NewPage(name, PAGES[0].vectors, name, 0, {name: [None, {"deep": name}]}) for name in names]
+    with make(tmp_path / "index", pages) as made:
+        assert [page.id for page in made.find()] == names
+        assert [page.source for page in made.find()] == names
+        assert [page.metadata for page in made.find()] == [page.metadata for page in pages]
+        assert all(name in made for name in names)
+
+
+def test_an_index_of_nothing(tmp_path: Path) -> None:
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as empty:
+        assert (len(empty), empty.search(QUERY).hits, empty.find()) == (0, (), [])
+        assert empty.add([], bundle=BUNDLE) == Added(0, 0, 0)
+        assert empty.compact().pages == 0
+        empty.add(PAGES, bundle=BUNDLE)
+        empty.remove([page.id for page in PAGES])
+        assert (len(empty), empty.search(QUERY).hits) == (0, ())
+        assert empty.compact().bytes_after == 0
+
+
+# Adding.
+
+
+def test_what_is_there_is_skipped(small: Index) -> None:
+    assert small.knows(PAGES[3].id, PAGES[3].content)
+    assert small.add([*PAGES[:10], *some_pages(5, seed=1)], bundle=BUNDLE) == Added(5, 0, 10)
+    assert not small.knows(PAGES[3].id, PAGES[4].content)
+    renamed = NewPage("another name", PAGES[0].vectors, content=PAGES[0].content)
+    assert small.add([renamed], bundle=BUNDLE) == Added(0, 0, 1)
+    assert len(small) == 55
+
+
+def test_an_id_that_is_there_is_replaced(small: Index) -> None:
+    new = [NewPage(page.id, -page.vectors, page.source) for page in PAGES[:7]]
+    assert small.add(new, bundle=BUNDLE) == Added(7, 7, 0)
+    assert len(small) == 50
+    assert np.allclose(small.vectors(PAGES[3].id), -PAGES[3].vectors, atol=1e-3)
+    assert not small.knows(PAGES[3].id, PAGES[3].content)
+    assert small.add(PAGES[:7], bundle=BUNDLE) == Added(7, 7, 0)
+    assert small.stats().removed == 14
+
+
+def test_the_same_page_twice_in_one_call(small: Index) -> None:
+    first, second = (NewPage("twice", vectors) for vectors in (PAGES[0].vectors, PAGES[1].vectors))
+    assert small.add([first, second], bundle=BUNDLE) == Added(2, 1, 0)
+    assert small.vectors("twice").shape == PAGES[1].vectors.shape
+    same = NewPage("once", PAGES[0].vectors, content=b"same")
+    assert small.add([same, same], bundle=BUNDLE) == Added(1, 0, 1)
+
+
+def test_memory_of_a_page_may_be_used_again(tmp_path: Path) -> None:
+    buffer = np.zeros((4, DIM), np.float32)
+
+    def pages() -> Iterator[NewPage]:
+        for i in range(5000):
+            buffer[:] = i
+            yield NewPage(str(i), buffer)
+
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE, store=["f32"]) as made:
+        made.add(pages(), bundle=BUNDLE)
+        assert all((made.vectors(str(i)) == i).all() for i in range(0, 5000, 100))
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        (NewPage("x", np.ones((2, DIM + 1), np.float32)), "shape (2, 33)"),
+        (NewPage("x", np.ones((0, DIM), np.float32)), "shape (0, 32)"),
+        (NewPage("x", np.ones(DIM, np.float32)), "shape (32,)"),
+        (NewPage("x", np.full((2, DIM), np.nan, np.float32)), "NaN"),
+        (NewPage("x", np.full((2, DIM), -np.inf, np.float32)), "infinity"),
+        (NewPage("x", np.full((2, DIM), 1e39)), "infinity"),
+        (NewPage("x", np.full((2, DIM), 70000, np.float32)), "f16"),
+        (NewPage("", np.ones((2, DIM), np.float32)), "not empty"),
+        (NewPage("x", np.ones((2, DIM), np.float32), metadata={"a": object()}), "JSON"),
+        (NewPage("x", np.ones((2, DIM), np.float32), metadata={"a": float("nan")}), "JSON"),
+        (NewPage("x", np.ones((2, DIM), np.float32), page=-1), "page number -1"),
+        (NewPage("x", np.ones((2, DIM), np.float32), content=b"x" * 17), "17 bytes"),
+    ],
+)
+def test_pages_that_cannot_be_kept(small: Index, page: NewPage, words: str) -> None:
+    assert words in refusal(lambda: small.add([NewPage("good", QUERY), page], bundle=BUNDLE))
+    assert len(small) == 50
+    assert small.add([NewPage("good", QUERY)], bundle=BUNDLE) == Added(1, 0, 0)
+
+
+def test_batches_before_an_error_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(new_pages, "BATCH_PAGES", 10)
+
+    def pages() -> Iterator[NewPage]:
+        yield from PAGES[:35]
+        raise KeyboardInterrupt
+
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made:
+        with pytest.raises(KeyboardInterrupt):
+            made.add(pages(), bundle=BUNDLE)
+        assert len(made) == 30
+        assert made.add(PAGES, bundle=BUNDLE) == Added(20, 0, 30)
+
+
+def test_vectors_of_another_bundle(small: Index) -> None:
+    assert "bundle bbbbbbbbbbbb, these are of cccccccccccc" in refusal(lambda: small.add(PAGES, bundle="c" * 64))
+
+
+# Searching.
+
+
+@pytest.mark.parametrize("store", ["f32", "f16", "u8", "bits", "f16,u8,bits"])
+def test_a_search_is_maxsim(tmp_path: Path, store: str) -> None:
+    tier = store.split(",")[0]
+    with make(tmp_path / "index", store=store) as made:
+        found = made.search(QUERY, 7)
+        coarse = tier in ("u8", "bits")  # their kernels round the query too
+        assert coarse or ids(found) == best(PAGES, tier, 7)
+        scores = maxsim([QUERY], [STORAGE[tier].restore(made_of(hit.id).vectors) for hit in found.hits])[0]
+        assert [hit.score for hit in found.hits] == pytest.approx(scores.tolist(), abs=0.02 if coarse else 1e-4)
+        assert set(ids(made.search(QUERY, 1000))) == {page.id for page in PAGES}
+
+
+def made_of(name: str) -> NewPage:
+    return next(page for page in PAGES if page.id == name)
+
+
+@pytest.mark.usefixtures("many_segments")
+def test_stages_over_segments(tmp_path: Path) -> None:
+    with make(tmp_path / "index") as made:
+        assert made.stats().segments > 3
+        found = made.search(QUERY, 5, candidates=20)
+        assert [(stage.tier, stage.pages, stage.kept) for stage in found.stages] == [
+            ("bits", 50, 20),
+            ("u8", 20, 20),
+            ("f16", 20, 5),
+        ]
+        rows = sum(len(page.vectors) for page in PAGES)
+        assert found.stages[0].bytes == rows * DIM // 8
+        first = made.search(QUERY, plan=(Stage("bits", 20),))
+        left = [page for page in PAGES if page.id in ids(first)]
+        assert ids(found) == best(left, "f16", 5)
+        assert ids(made.search(QUERY, 5, candidates=50)) == best(PAGES, "f16", 5)
+        plan = (Stage("u8", 6), Stage("bits", 3))
+        assert len(made.search(QUERY, plan=plan).hits) == 3
+
+
+def test_equal_pages_come_in_the_order_they_were_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "SEGMENT_BYTES", 5000)
+    monkeypatch.setattr(new_pages, "BATCH_PAGES", 3)
+    pages = [NewPage(f"{i}", PAGES[i % 2].vectors) for i in range(40)]
+    with make(tmp_path / "index", pages) as made:
+        for candidates in (None, 40, 10):
+            even = ids(made.search(PAGES[0].vectors, 5, candidates=candidates))
+            assert even == ["0", "2", "4", "6", "8"]
+        made.remove(["2"])
+        made.compact()
+        assert ids(made.search(PAGES[0].vectors, 3)) == ["0", "4", "6"]
+
+
+def test_filters_come_before_ranks(small: Index) -> None:
+    even = [page for page in PAGES if page.metadata["even"]]
+    for candidates in (None, 10):
+        assert len(ids(small.search(QUERY, 9, where={"even": True}, candidates=candidates))) == 9
+    assert ids(small.search(QUERY, 9, where={"even": True})) == best(even, "f16", 9)
+    assert ids(small.search(QUERY, 9, where={"even": True, "number": 4})) == ["0/4"]
+    assert ids(small.search(QUERY, source="scans/2.pdf")) == best(PAGES[8:12], "f16", 10)
+    assert ids(small.search(QUERY, source="scans/2.pdf", where={"number": 9})) == ["0/9"]
+    assert small.search(QUERY, where={"even": "True"}).hits == ()
+    assert small.search(QUERY, where={"nothing": None}).hits == ()
+    assert [page.id for page in small.find(source="scans/1?.pdf", where={"even": False})][:2] == ["0/41", "0/43"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"query": QUERY[:, :5]}, "shape (5, 5)"),
+        ({"query": QUERY[0]}, "shape (32,)"),
+        ({"query": QUERY[:0]}, "shape (0, 32)"),
+        ({"query": QUERY * np.nan}, "NaN"),
+        ({"query": QUERY, "top": 0}, "top is 0"),
+        ({"query": QUERY, "candidates": 0}, "candidates 0"),
+        ({"query": QUERY, "plan": (Stage("f32", 5),)}, "does not store f32"),
+        ({"query": QUERY, "plan": ()}, "one stage or more"),
+    ],
+)
+def test_searches_that_cannot_be(small: Index, arguments: dict[str, Any], words: str) -> None:
+    assert words in refusal(lambda: small.search(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("tiers", "size", "top", "candidates", "plan"),
+    [
+        ("f16 u8 bits", 1 << 20, 10, None, "f16:10"),
+        ("f16 u8 bits", 1 << 30, 10, None, "bits:1000 u8:100 f16:10"),
+        ("f16 u8 bits", 1 << 30, 100, None, "bits:2000 u8:500 f16:100"),
+        ("f16 u8 bits", 1 << 20, 10, 50, "bits:50 u8:50 f16:10"),
+        ("f32 u8", 1 << 30, 10, None, "u8:1000 f32:10"),
+        ("f16 bits", 1 << 30, 10, 5000, "bits:5000 f16:10"),
+        ("f32 f16", 1 << 30, 10, None, "f32:10"),
+        ("bits", 1 << 30, 10, None, "bits:10"),
+        ("f16 u8 bits", 1 << 30, 10, 3, "bits:10 u8:10 f16:10"),
+    ],
+)
+def test_plans(tiers: str, size: int, top: int, candidates: int | None, plan: str) -> None:
+    made = make_plan(tiers.split(), size, top, candidates)
+    assert " ".join(f"{stage.tier}:{stage.keep}" for stage in made) == plan
+
+
+# Removing and compacting.
+
+
+@pytest.mark.usefixtures("many_segments")
+def test_removed_pages_are_gone_and_their_bytes_after_compaction(tmp_path: Path) -> None:
+    with make(tmp_path / "index") as made:
+        gone = [page.id for page in PAGES[5:30]]
+        assert made.remove(gone) == 25
+        left = [page for page in PAGES if page.id not in gone]
+        for _ in range(2):
+            assert [page.id for page in made.find()] == [page.id for page in left]
+            assert ids(made.search(QUERY, 10)) == best(left, "f16", 10)
+            assert ids(made.search(QUERY, 10, candidates=25)) == best(left, "f16", 10)
+            done = made.compact()
+            assert done.pages == 25
+        assert made.stats().removed == 0
+        assert made.add(PAGES, bundle=BUNDLE) == Added(25, 0, 25)
+    assert {path.name.partition(".")[0] for path in (tmp_path / "index").iterdir()} > {"LOCK", "CURRENT"}
+    assert all(check.passed for check in verify_index(tmp_path / "index"))
+    assert len(Index.open(tmp_path / "index")) == 50
+
+
+def test_removing_what_is_not_there_removes_nothing(small: Index) -> None:
+    assert "no page 'nothing'" in refusal(lambda: small.remove([PAGES[0].id, "nothing"]))
+    assert PAGES[0].id in small
+    assert small.remove([PAGES[0].id, PAGES[0].id]) == 1
+    assert PAGES[0].id not in small
+
+
+def test_many_small_records_become_few(tmp_path: Path) -> None:
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made:
+        for page in PAGES:
+            made.add([page], bundle=BUNDLE)
+        assert made.stats().records == 50
+        made.compact()
+        assert made.stats().records == 1
+        before = sorted(os.listdir(tmp_path / "index"))
+        made.compact()
+        assert sorted(os.listdir(tmp_path / "index")) == before  # nothing to do
+
+
+# One writer, many readers.
+
+
+def test_a_reader_sees_more_after_refresh(small: Index) -> None:
+    reader = Index.open(small.folder)
+    small.add(some_pages(5, seed=1), bundle=BUNDLE)
+    small.remove([PAGES[0].id])
+    assert len(reader) == 50
+    reader.refresh()
+    assert len(reader) == 54
+    assert PAGES[0].id not in ids(reader.search(PAGES[0].vectors, 54))
+
+
+@pytest.mark.usefixtures("many_segments")
+def test_a_reader_goes_on_while_the_index_is_compacted(tmp_path: Path) -> None:
+    with make(tmp_path / "index") as made:
+        reader = Index.open(made.folder)
+        made.remove([page.id for page in PAGES[::2]])
+        made.compact()
+        made.add(some_pages(30, seed=1), bundle=BUNDLE)
+        assert ids(reader.search(QUERY, 50)) == best(PAGES, "f16", 50)
+        reader.refresh()
+        assert len(reader) == 55
+
+
+def test_one_writer(small: Index) -> None:
+    assert "another process is writing" in refusal(lambda: Index.open(small.folder, write=True))
+    reader = Index.open(small.folder)
+    assert "write=True" in refusal(lambda: reader.add([], bundle=BUNDLE))
+    small.close()
+    with Index.open(small.folder, write=True) as other:
+        assert "write=True" in refusal(lambda: small.remove([]))
+        other.add(some_pages(1, seed=2), bundle=BUNDLE)
+
+
+def test_readers_in_other_processes(small: Index) -> None:
+    code = (
+        "import sys; from cembed.runtime.index import Index; index = Index.open(sys.argv[1])\n"
+        "for line in sys.stdin:\n"
+        "    index.refresh(); print(len(index), len(index.find()), flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, small.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        for seed in range(1, 6):
+            small.add(some_pages(10, seed=seed), bundle=BUNDLE)
+            if seed == 3:
+                small.remove([page.id for page in PAGES])
+                small.compact()
+            print("refresh", file=reader.stdin, flush=True)
+            count = len(small)
+            assert reader.stdout.readline().split() == [str(count)] * 2
+
+
+def test_searches_while_another_thread_adds(small: Index) -> None:
+    small.search(QUERY)
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def search() -> None:
+        try:
+            while not done.is_set():
+                assert len(small.search(QUERY, 5).hits) == 5
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for seed in range(1, 10):
+        small.add(some_pages(20, seed=seed), bundle=BUNDLE)
+    small.compact()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(small) == 230
+
+
+# What is no index, and what is damaged.
+
+
+def test_places_where_no_index_can_be_made(small: Index, tmp_path: Path) -> None:
+    def create(name: str, **options: Any) -> str:
+        return refusal(lambda: Index.create(tmp_path / name, **({"dim": DIM, "bundle": BUNDLE} | options)))
+
+    assert "is an index already" in create("index")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    assert "no index" in create("full")
+    (tmp_path / "file").touch()
+    assert "file" in create("file")
+    assert "No such file" in create("no/where")
+    assert "unknown storage 'f8'" in create("new", store=["f8"])
+    assert "unknown storage" in create("new", store=[])
+    assert "multiple of 8" in create("new", dim=12)
+    assert "dim is 0" in create("new", dim=0, store=["f32"])
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_is_no_index(tmp_path: Path) -> None:
+    for write in (False, True):
+        assert "no index" in refusal(lambda w=write: Index.open(tmp_path / "nothing", write=w))
+        assert "no index" in refusal(lambda w=write: Index.open(tmp_path, write=w))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "missing"])
+@pytest.mark.parametrize("name", ["CURRENT", "00000001.log", "00000001.u8"])
+def test_files_of_another_kind(small: Index, name: str, kind: str) -> None:
+    small.close()
+    path = small.folder / name
+    path.rename(path.with_name("moved"))
+    if kind == "link":
+        path.symlink_to("moved")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    assert name in refusal(lambda: Index.open(small.folder))
+
+
+def damage(path: Path, place: int, size: int = 1) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        changed = bytes(byte ^ 0xFF for byte in file.read(size))
+        file.seek(place)
+        file.write(changed)
+
+
+@pytest.mark.parametrize("tier", ["f16", "u8", "bits"])
+def test_damaged_vectors_are_named(small: Index, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_RETRY_SECONDS", 0)
+    small.close()
+    whole = Index.open(small.folder)
+    start = int(whole._snapshot()[0].columns.starts[whole.tiers.index(tier)][7])
+    damage(small.folder / f"00000001.{tier}", start + 3)
+    opened = Index.open(small.folder)
+    plan = (Stage(tier, 50),)
+    line = refusal(lambda: opened.search(QUERY, plan=plan))
+    assert f"00000001.{tier} is damaged between bytes {start} and" in line
+    assert "the vectors of '0/7'" in line
+    assert "--drop-damaged" in line
+    failed = [check for check in verify_index(small.folder) if not check.passed]
+    assert [check.name for check in failed] == [f"00000001.{tier}"]
+    assert "'0/7'" in failed[0].detail
+    with Index.open(small.folder, write=True, damaged=True) as mended:
+        assert "'0/7'" in refusal(lambda: mended.search(QUERY, plan=plan))
+        assert mended.compact(drop_damaged=True).dropped == ("0/7",)
+        assert mended.add(PAGES, bundle=BUNDLE) == Added(1, 0, 49)
+    assert all(check.passed for check in verify_index(small.folder))
+
+
+def test_a_damaged_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_RETRY_SECONDS", 0)
+    with make(tmp_path / "index", PAGES[:10]) as made:
+        end = made.stats().bytes["log"]
+        made.add(PAGES[10:20], bundle=BUNDLE)
+    damage(made.folder / "00000001.log", 200)
+    line = refusal(lambda: Index.open(made.folder))
+    assert f"00000001.log is damaged between bytes 0 and {end}" in line
+    assert [check.name for check in verify_index(made.folder) if not check.passed] == ["00000001.log"]
+    refusal(lambda: Index.open(made.folder, write=True))
+    with Index.open(made.folder, write=True, damaged=True) as mended:
+        assert len(mended) == 10
+        refusal(lambda: mended.add(PAGES, bundle=BUNDLE))
+        assert mended.compact(drop_damaged=True).pages == 10
+        assert mended.add(PAGES[:20], bundle=BUNDLE) == Added(10, 0, 10)
+
+
+def test_a_torn_tail_is_cut_off_and_reported(small: Index) -> None:
+    small.close()
+    for suffix, size in (("log", 100), ("f16", 5000)):
+        with (small.folder / f"00000001.{suffix}").open("ab") as file:
+            file.write(os.urandom(size))
+    assert len(Index.open(small.folder)) == 50
+    assert all(check.passed for check in verify_index(small.folder))
+    with Index.open(small.folder, write=True) as opened:
+        assert [note.partition(": ")[2].split()[2] for note in opened.notes] == ["100", "5000"]
+        assert len(opened) == 50
+    with Index.open(small.folder, write=True) as opened:
+        assert opened.notes == []
+    assert len(Index.open(small.folder)) == 50
+
+
+def test_hostile_files() -> None:
+    assert sum(fuzz_index.fuzz(60, 0, 100).values()) == 100
+
+
+def test_a_full_disk(small: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*arguments: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", write)
+        assert "No space left on device; nothing was added" in refusal(
+            lambda: small.add([NewPage("x", QUERY)], bundle=BUNDLE)
+        )
+    assert small.add([NewPage("x", QUERY)], bundle=BUNDLE) == Added(1, 0, 0)
+    assert len(small) == 51
