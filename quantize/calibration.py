@@ -104,7 +104,10 @@ class Embedded:
         """With the bundle at `root`, whose files were verified when they were read before."""
         embedder = Embedder(Bundle(root, verify=False), EngineSettings(threads=threads, prepack=False))
         name = root.name.lstrip(".").split(".")[0]
-        return cls.of(embedder, calibration, lambda n: progress(f"page {n} of {len(calibration.pages)} with {name}"))
+        found = cls.of(embedder, calibration, lambda n: progress(f"page {n} of {len(calibration.pages)} with {name}"))
+        for graph in embedder.manifest.graphs:
+            embedder.release(graph)
+        return found
 
     @classmethod
     def of(

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from cembed.runtime.bundle import Bundle
     from cembed.runtime.embedder import Embedder
     from cembed.runtime.errors import CembedError
+    from cembed.runtime.index import Index
+    from cembed.runtime.new_pages import NewPage
     from cembed.runtime.scoring import maxsim
     from cembed.runtime.vectors import VectorFile
 
@@ -18,11 +20,13 @@ _MODULES = {
     "Bundle": "bundle",
     "CembedError": "errors",
     "Embedder": "embedder",
+    "Index": "index",
+    "NewPage": "new_pages",
     "VectorFile": "vectors",
     "maxsim": "scoring",
 }
 
-__all__ = ["Bundle", "CembedError", "Embedder", "VectorFile", "maxsim"]
+__all__ = ["Bundle", "CembedError", "Embedder", "Index", "NewPage", "VectorFile", "maxsim"]
 
 
 def __getattr__(name: str) -> Any:

@@ -145,7 +145,7 @@ def read_all(folder: Path) -> None:
     index = Index.open(folder)
     index.stats()
     for tier in index.tiers:
-        found = index.search(np.ones((2, index.dim), np.float32), 100, plan=(Stage(tier, 100),))
+        found = index.search(np.ones((2, index.dim), np.float32), 100, plan=(Stage(tier, 100),), threads=1)
         assert all(np.isfinite(hit.score) for hit in found.hits)
     for page in index.find(where={"k": 1}) + index.find():
         assert index.vectors(page.id).shape[1] == index.dim

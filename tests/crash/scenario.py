@@ -122,7 +122,7 @@ def state_of(index: Index) -> State:
         state[page.id] = version
     assert len(pages) == len(state) == len(index)
     for tier in index.tiers:
-        found = index.search(query, max(1, len(pages)), plan=(Stage(tier, max(1, len(pages))),))
+        found = index.search(query, max(1, len(pages)), plan=(Stage(tier, max(1, len(pages))),), threads=1)
         assert {hit.id for hit in found.hits} == set(state)
         if tier == "f16":
             for hit in found.hits:
