@@ -143,7 +143,10 @@ def measure(root: Path, threads: int, rounds: int) -> dict[str, Any]:
     sizes = {name: sum(file.size for file in e.manifest.files.values()) for name, e in embedders.items()}
     embedders["ort dynamic"] = dynamic(bundles["fp32"], root / "dynamic", threads)
     if find_spec("openvino") and find_spec("nncf"):
-        embedders["openvino nncf int8"] = openvino_int8(root, threads)
+        try:
+            embedders["openvino nncf int8"] = openvino_int8(root, threads)
+        except RuntimeError as error:  # 2026.4 quantises these graphs, and does not compile what comes out
+            print(f"without OpenVINO: {str(error).strip().splitlines()[-1]}")
     else:
         print("without OpenVINO: openvino and nncf are not installed")
     image = pages.draw_page()
