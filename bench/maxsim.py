@@ -296,9 +296,9 @@ def roofline_rounds(case: Case, threads: int, runs: Mapping[str, Run], found: Nu
 
 
 def error(scores: Floats, exact: Floats) -> float:
-    """The largest difference to float64, relative to the score; where a contender gives the best only, of those."""
+    """The largest difference to float64, relative to the scores' mean size; of the pages that a contender names."""
     known = np.isfinite(scores)
-    return float(np.max(np.abs(scores[known] - exact[known]) / np.abs(exact[known])))
+    return float(np.abs(scores[known] - exact[known]).max() / np.abs(exact).mean())
 
 
 def quality(case: Case) -> Numbers:
@@ -310,7 +310,7 @@ def quality(case: Case) -> Numbers:
         best = {*top(query, stored["f32"], 10)[0].tolist()}
         for name, depth in depths.items():
             kept[name].append(len(best & {*top(query, stored[name], depth)[0].tolist()}) / 10)
-    return {name: float(np.mean(values)) for name, values in kept.items()}
+    return {name: round(float(np.mean(values)), 6) for name, values in kept.items()}
 
 
 def in_process(threads: int, name: str, rounds: int, shrink: int) -> Numbers:

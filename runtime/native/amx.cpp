@@ -3,7 +3,8 @@
 // Instructions are written out: the compilers' own functions for them do not say that they read and write memory.
 #include "query.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __has_include(<amxtileintrin.h>)
+// The headers, gcc's and clang's, say that the assembler knows them.
+#if defined(__x86_64__) && defined(__linux__) && (__has_include(<amxtileintrin.h>) || __has_include(<amxintrin.h>))
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -77,6 +78,8 @@ void levels_block(const char *rows, size_t stride, const Query &query, const Uni
     for (int at = 0; at < query.padded; at += 64) {
         load<4>(rows + at, stride);
         if (BLOCKS == 2) load<5>(rows + LANES * stride + at, stride);
+        const char *next = rows + BLOCKS * LANES * stride + at;
+        for (int r = 0; r < BLOCKS * LANES; ++r) __builtin_prefetch(next + r * stride);
         load<6>(units[0].data + size_t(at) * LANES, 64);
         if (UNITS == 2) load<7>(units[1].data + size_t(at) * LANES, 64);
         multiply_levels<0, 4, 6>();
@@ -144,16 +147,23 @@ INLINE void widen_signs(const char *block, char *out) {
 }
 
 // top[UNITS * 16 query vectors][16] = max(top, what the tiles of both halves of the rows of a block summed up).
+INLINE void raise(const char *sum, char *top) {
+    const __m512i most = _mm512_max_epi32(lanes(sum), lanes(sum + 1024));
+    _mm512_store_si512(top, _mm512_max_epi32(most, lanes(top)));
+}
+
 template <int UNITS> INLINE void take_sums(int count, char *sums, char *top) {
     store<0>(sums);
     store<1>(sums + 1024);
     if (UNITS == 2) store<2>(sums + 2048);
     if (UNITS == 2) store<3>(sums + 3072);
-    for (int q = 0; q < count; ++q) {
-        const char *sum = sums + q / LANES * 2048 + q % LANES * 64;
-        const __m512i most = _mm512_max_epi32(lanes(sum), lanes(sum + 1024));
-        _mm512_store_si512(top + q * 64, _mm512_max_epi32(most, lanes(top + q * 64)));
+    if (UNITS == 2) {
+#pragma GCC unroll 16
+        for (int q = 0; q < LANES; ++q) raise(sums + q * 64, top + q * 64);
+        count -= LANES, sums += 2048, top += 1024;
     }
+#pragma GCC unroll 4
+    for (int q = 0; q < count; ++q) raise(sums + q * 64, top + q * 64);
 }
 
 // `vectors` is a tile of the query's unit, the next unit's is `apart` bytes from it.

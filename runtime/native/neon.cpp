@@ -1,7 +1,8 @@
 // 64-bit ARM. Dot products of bytes, which came with ARMv8.2, are compiled for and asked for at run time.
 #include "query.h"
 
-#if defined(__aarch64__) && defined(__GNUC__)
+// Before version 16 clang has the dot products only where the whole file may use them.
+#if defined(__aarch64__) && (defined(__ARM_FEATURE_DOTPROD) || __clang_major__ >= 16 || !defined(__clang__))
 #include <arm_neon.h>
 
 #include <cstring>

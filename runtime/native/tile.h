@@ -23,18 +23,29 @@ namespace {
 
 INLINE int smaller(int a, int b) { return a < b ? a : b; }
 
-// Components first … first + count of a row as the units want them, filled up with zeros to a cache line.
-using Stage = void (*)(const char *row, int first, int count, char *out);
+// Components first to first + count of a tile's rows as the units want them, filled up with zeros to a cache line. A
+// row takes CHUNK bytes.
+using Stage = void (*)(const char *const *rows, int first, int count, char *out);
 
-template <class V> void stage_half(const char *row, int first, int count, char *out) {
-    V::widen(row + size_t(first) * 2, count, reinterpret_cast<float *>(out));
-    std::memset(out + size_t(count) * 4, 0, -(size_t(count) * 4) % 64);
+template <class V> void stage_half(const char *const *rows, int first, int count, char *out) {
+    for (int r = 0; r < V::TILE; ++r, out += CHUNK) {
+        V::widen(rows[r] + size_t(first) * 2, count, reinterpret_cast<float *>(out));
+        std::memset(out + size_t(count) * 4, 0, -(size_t(count) * 4) % 64);
+    }
 }
 
-template <int BYTES> void stage_copy(const char *row, int first, int count, char *out) {
-    std::memcpy(out, row + size_t(first) * BYTES, size_t(count) * BYTES);
-    std::memset(out + size_t(count) * BYTES, 0, -(size_t(count) * BYTES) % 64);
+template <class V, int BYTES> void stage_copy(const char *const *rows, int first, int count, char *out) {
+    for (int r = 0; r < V::TILE; ++r, out += CHUNK) {
+        std::memcpy(out, rows[r] + size_t(first) * BYTES, size_t(count) * BYTES);
+        std::memset(out + size_t(count) * BYTES, 0, -(size_t(count) * BYTES) % 64);
+    }
 }
+
+// What is fetched while a tile is multiplied: the tile behind it, `advance` bytes of each row with each cache line.
+struct Ahead {
+    const char *next;  // or null
+    size_t stride, advance;
+};
 
 // The vectors of a unit's step.
 template <class V, class A> struct Step {
@@ -71,15 +82,16 @@ template <class V, class A> struct Sums {
     Step<V, A> row[V::TILE];
 };
 
-// `bytes` of each row of a tile, whole cache lines. What is `ahead` of them, if not 0, is fetched meanwhile.
+// `bytes` of each row of a tile, whole cache lines.
 template <class V, class A, int G>
-INLINE void sweep(Sums<V, A> &sums, const char *const *rows, int bytes, size_t ahead, const char *query) {
+INLINE void sweep(Sums<V, A> &sums, const char *const *rows, int bytes, Ahead ahead, const char *query) {
     Sums<V, A> local = sums;
     const char *from[V::TILE];
     for (int r = 0; r < V::TILE; ++r) from[r] = rows[r];
     for (int at = 0; at < bytes; at += 64) {
-        if (ahead != 0) {
-            for (int r = 0; r < V::TILE; ++r) __builtin_prefetch(from[r] + ahead);
+        if (ahead.next != nullptr) {
+            for (int r = 0; r < V::TILE; ++r) __builtin_prefetch(ahead.next + r * ahead.stride);
+            ahead.next += ahead.advance;
         }
 #pragma GCC unroll 16
         for (int s = 0; s < 16 / G; ++s, query += V::WIDTH * 4) {
@@ -100,7 +112,7 @@ INLINE void sweep(Sums<V, A> &sums, const char *const *rows, int bytes, size_t a
 
 // A tile of rows and a unit: best[WIDTH] = max(best, dot products).
 template <class V, class A, int G>
-void tile(const char *const *rows, size_t ahead, const Query &query, const Unit &unit, Stage stage, char *scratch,
+void tile(const char *const *rows, Ahead ahead, const Query &query, const Unit &unit, Stage stage, char *scratch,
           char *best) {
     constexpr int BYTES = sizeof(V::component(A()));  // of a component in a lane
     Sums<V, A> sums;
@@ -115,8 +127,10 @@ void tile(const char *const *rows, size_t ahead, const Query &query, const Unit 
         for (int r = 0; r < V::TILE; ++r) staged[r] = scratch + r * CHUNK;
         for (int start = 0; start < total; start += CHUNK) {
             const int first = start / BYTES, count = smaller(CHUNK / BYTES, query.dim - first);
-            for (int r = 0; r < V::TILE; ++r) stage(rows[r], first, count, scratch + r * CHUNK);
-            sweep<V, A, G>(sums, staged, smaller(CHUNK, total - start), 0, unit.data + size_t(start) * (V::WIDTH / G));
+            stage(rows, first, count, scratch);
+            const char *lanes = unit.data + size_t(start) * (V::WIDTH / G);
+            sweep<V, A, G>(sums, staged, smaller(CHUNK, total - start), ahead, lanes);
+            if (ahead.next != nullptr) ahead.next += CHUNK / 64 * ahead.advance;
         }
     }
     Step<V, A> top;
@@ -129,7 +143,7 @@ void tile(const char *const *rows, size_t ahead, const Query &query, const Unit 
 }
 
 template <class V, class A>
-void unit_tile(const char *const *rows, size_t ahead, const Query &query, const Unit &unit, Stage stage,
+void unit_tile(const char *const *rows, Ahead ahead, const Query &query, const Unit &unit, Stage stage,
                char *scratch, char *best) {
     switch (unit.group) {
         case 1: return tile<V, A, 1>(rows, ahead, query, unit, stage, scratch, best);
@@ -144,15 +158,21 @@ void unit_tile(const char *const *rows, size_t ahead, const Query &query, const 
 template <class V, class A>
 void page_of(const Query &query, const char *page, int rows, size_t stride, Stage stage, char *scratch, void *best) {
     using Value = decltype(V::component_sum(A()));
-    const int units = int(query.units.size());
+    const int units = int(query.units.size()), bytes = query.padded * int(sizeof(V::component(A())));
+    const bool once = stage != nullptr && bytes <= CHUNK;  // all units have the same staged rows
     char *top = scratch + V::TILE * CHUNK;
     for (int t = 0; t < units * V::WIDTH / V::LANES_PER; ++t) V::store(top + t * V::LANES_PER * 4, V::lowest(A()));
-    const char *tile_rows[V::TILE];
     for (int first = 0; first < rows; first += V::TILE) {
+        const char *tile_rows[V::TILE];
         for (int r = 0; r < V::TILE; ++r) tile_rows[r] = page + smaller(first + r, rows - 1) * stride;
-        for (int u = 0; u < units; ++u) {
-            const size_t ahead = u == 0 ? V::TILE * stride : 0;
-            unit_tile<V, A>(tile_rows, ahead, query, query.units[u], stage, scratch, top + u * V::WIDTH * 4);
+        if (once) {
+            stage(tile_rows, 0, query.dim, scratch);
+            for (int r = 0; r < V::TILE; ++r) tile_rows[r] = scratch + r * CHUNK;
+        }
+        Ahead ahead{page + size_t(first + V::TILE) * stride, stride, 64 * stride / bytes};
+        for (int u = 0; u < units; ++u, ahead.next = nullptr) {
+            unit_tile<V, A>(tile_rows, ahead, query, query.units[u], once ? nullptr : stage, scratch,
+                            top + u * V::WIDTH * 4);
         }
     }
     for (int u = 0; u < units; ++u) {
@@ -163,7 +183,7 @@ void page_of(const Query &query, const char *page, int rows, size_t stride, Stag
 }
 
 template <class V> void page_f32(const Query &query, const char *page, int rows, char *scratch, void *best) {
-    const Stage stage = query.dim == query.padded ? nullptr : stage_copy<4>;
+    const Stage stage = query.dim == query.padded ? nullptr : stage_copy<V, 4>;
     page_of<V, typename V::F>(query, page, rows, size_t(query.dim) * 4, stage, scratch, best);
 }
 
@@ -172,7 +192,7 @@ template <class V> void page_f16(const Query &query, const char *page, int rows,
 }
 
 template <class V> void page_u8(const Query &query, const char *page, int rows, char *scratch, void *best) {
-    const Stage stage = query.dim == query.padded ? nullptr : stage_copy<1>;
+    const Stage stage = query.dim == query.padded ? nullptr : stage_copy<V, 1>;
     page_of<V, typename V::I>(query, page, rows, query.dim, stage, scratch, best);
     if constexpr (V::UNSIGNED) {
         for (int i = 0; i < query.num; ++i) static_cast<int32_t *>(best)[i] -= query.zeros[i];
