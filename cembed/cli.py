@@ -13,7 +13,7 @@ import typer
 from cembed import __version__
 from cembed.display import progress_bar, show_manifest, show_table
 from cembed.export import choices
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, Check
 
 if TYPE_CHECKING:
     from cembed.runtime.documents import Page, PageError
@@ -42,6 +42,18 @@ Providers = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads per operator; by default all cores.")]
 
 
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="PDF and image files, or folders of them.")]
+NumVectors = Annotated[int | None, typer.Option(min=1, help="Vectors of a page; the bundle's full budget by default.")]
+MaxVisualTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Visual tokens a page may take, at most the bundle's limit: fewer are faster."),
+]
+Dpi = Annotated[float, typer.Option(min=1, max=2400, help="Resolution at which PDF pages are drawn.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds that reading one page may take.")]
+VectorDim = Annotated[int | None, typer.Option(min=1, help="Keep the first components of vectors, normalised again.")]
+PoolFactor = Annotated[
+    int, typer.Option(min=1, help="Merge the vectors of a bundle with one for every token to a part of them.")
+]
 DecodeOption = Annotated[
     str | None,
     typer.Option(metavar="{single-pass,loop}", help="Latent slots in one pass, or one by one; the former if possible."),
@@ -285,8 +297,13 @@ def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
     from cembed.runtime.bundle import Bundle
     from cembed.runtime.verify import verify as run
 
+    show_checks(run(Bundle(bundle)), as_json)
+
+
+def show_checks(found: Iterable[Check], as_json: bool) -> None:
+    """Each check as it is done, or all of them as JSON; exits with 1 if one failed."""
     checks = []
-    for check in run(Bundle(bundle)):
+    for check in found:
         checks.append(check)
         if not as_json:
             typer.echo(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")
@@ -299,24 +316,15 @@ def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
 @app.command()
 def embed(
     bundle: BundlePath,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="PDF and image files, or folders of them.")],
+    paths: Paths,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Vector file to write: .npz or .safetensors.")],
-    num_vectors: Annotated[
-        int | None, typer.Option(min=1, help="Vectors of a page; the bundle's full budget by default.")
-    ] = None,
-    max_visual_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Visual tokens a page may take, at most the bundle's limit: fewer are faster."),
-    ] = None,
-    dpi: Annotated[float, typer.Option(min=1, max=2400, help="Resolution at which PDF pages are drawn.")] = 144,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that reading one page may take.")] = 60,
-    dim: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first components of vectors, normalised again.")
-    ] = None,
+    num_vectors: NumVectors = None,
+    max_visual_tokens: MaxVisualTokens = None,
+    dpi: Dpi = 144,
+    timeout: Timeout = 60,
+    dim: VectorDim = None,
     decode: DecodeOption = None,
-    pool_factor: Annotated[
-        int, typer.Option(min=1, help="Merge the vectors of a bundle with one for every token to a part of them.")
-    ] = 1,
+    pool_factor: PoolFactor = 1,
     provider: Providers = None,
     threads: Threads = None,
     force: Force = False,

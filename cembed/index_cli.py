@@ -13,14 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cembed.cli import (
-    EXIT_FAILED,
     EXIT_INCOMPLETE,
     AsJson,
     DecodeOption,
+    Dpi,
+    MaxVisualTokens,
+    NumVectors,
+    Paths,
+    PoolFactor,
     Providers,
     Threads,
+    Timeout,
+    VectorDim,
     as_decode,
     complain,
+    show_checks,
 )
 from cembed.display import progress_bar, show_table
 from cembed.runtime.errors import CembedError
@@ -44,7 +51,7 @@ IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder made by
 @index_app.command()
 def add(
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder to add to; made if it is not there.")],
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="PDF and image files, or folders of them.")],
+    paths: Paths,
     bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory made by `cembed export`.")],
     store: Annotated[
         str,
@@ -53,22 +60,13 @@ def add(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Goes with every page, for filters; may be repeated.")
     ] = None,
-    num_vectors: Annotated[
-        int | None, typer.Option(min=1, help="Vectors of a page; the bundle's full budget by default.")
-    ] = None,
-    max_visual_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Visual tokens a page may take, at most the bundle's limit: fewer are faster."),
-    ] = None,
-    dpi: Annotated[float, typer.Option(min=1, max=2400, help="Resolution at which PDF pages are drawn.")] = 144,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that reading one page may take.")] = 60,
-    dim: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first components of vectors, normalised again.")
-    ] = None,
+    num_vectors: NumVectors = None,
+    max_visual_tokens: MaxVisualTokens = None,
+    dpi: Dpi = 144,
+    timeout: Timeout = 60,
+    dim: VectorDim = None,
     decode: DecodeOption = None,
-    pool_factor: Annotated[
-        int, typer.Option(min=1, help="Merge the vectors of a bundle with one for every token to a part of them.")
-    ] = 1,
+    pool_factor: PoolFactor = 1,
     provider: Providers = None,
     threads: Threads = None,
 ) -> None:
@@ -267,15 +265,7 @@ def verify(index: IndexPath, as_json: AsJson = False) -> None:
     """Check every CRC of an index, and say exactly what is damaged."""
     from cembed.runtime.index_verify import verify_index
 
-    checks = []
-    for check in verify_index(index):
-        checks.append(check)
-        if not as_json:
-            typer.echo(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")
-    if as_json:
-        typer.echo(json.dumps([vars(check) for check in checks], indent=1))
-    if not all(check.passed for check in checks):
-        raise typer.Exit(EXIT_FAILED)
+    show_checks(verify_index(index), as_json)
 
 
 @index_app.command()

@@ -1,4 +1,8 @@
-"""The one exception type whose message is written for the person at the keyboard."""
+"""What is told to the person at the keyboard: the one exception type, and the findings of a verification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class CembedError(Exception):
@@ -6,3 +10,12 @@ class CembedError(Exception):
 
     The command line prints the message without a traceback and exits with status 1.
     """
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was verified: `detail` is what there is, or what is damaged."""
+
+    name: str
+    passed: bool
+    detail: str

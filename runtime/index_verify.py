@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, Check
 from cembed.runtime.index_files import CURRENT, orphans, read_current, segment_path
 from cembed.runtime.segments import Segment
 from cembed.runtime.views import View
-
-
-@dataclass(frozen=True)
-class Check:
-    """`detail` is what there is, or what is damaged."""
-
-    name: str
-    passed: bool
-    detail: str
-
 
 _MANY = 20  # damaged pages of a tier that are named
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,7 @@ from safetensors.numpy import load_file
 
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.embedder import Budget, Embedder
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, Check
 from cembed.runtime.manifest import Graph
 from cembed.runtime.session import EngineSettings, OrtSession
 
@@ -23,13 +22,6 @@ _ONNX_TYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool
-    detail: str
 
 
 def verify(bundle: Bundle) -> Iterator[Check]:

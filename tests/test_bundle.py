@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from cembed.runtime import Bundle, CembedError, Embedder
+from cembed.runtime.errors import Check
 from cembed.runtime.manifest import MANIFEST, SCHEMA_VERSION, Manifest
-from cembed.runtime.verify import Check, verify
+from cembed.runtime.verify import verify
 
 FILES = (
     "self_test.png",
