@@ -107,7 +107,7 @@ class Decoder(nn.Module):
     def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, D / 2]. With M-RoPE each frequency belongs to one of the axes (arXiv 2409.12191, 2.1)."""
         sections = self.config.mrope_section or (self.config.head_dim // 2,)
-        axis = torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
+        axis = torch.tensor([axis for axis, count in enumerate(sections) for _ in range(count)])
         positions = position_ids.permute(1, 2, 0).index_select(-1, axis)  # B S D/2
         return rotary_tables(positions, inverse_frequencies(self.config.rope_theta, self.config.head_dim), dtype)
 
