@@ -1,6 +1,7 @@
 """An index of synthetic pages: how fast it is built, searched and opened, what it takes on disk and in memory.
 
     python bench/index.py --pages 100000 --threads 2
+    python bench/index.py --pages 1000000 --store u8,bits --rounds 5    # 5 GB of disk
 
 Pages are correlated: each is one of some topics with noise. The writing speed of the disk is measured in the same run,
 with the same bytes in pieces of the same size, each waited for. Searches run in a process of their own, whose memory is
@@ -9,6 +10,7 @@ looked at before and after. The index must fit the disk: 12.9 kB a page.
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -89,6 +91,7 @@ def build(folder: Path, count: int, rows: int, dim: int, store: tuple[str, ...])
         "arithmetic bytes": arithmetic,
         "over arithmetic": stats.bytes_per_page / arithmetic - 1,
         "scanned tier bytes": stats.bytes[store[-1]],
+        "peak rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
@@ -153,6 +156,7 @@ def report(result: Numbers) -> None:
         "pages a second, built": f"{built['pages a second']:,.0f}",
         "  making the pages takes of that": f"{built['seconds of making pages'] / built['seconds']:.0%}",
         "  the disk alone would take": f"{built['disk pages a second']:,.0f}",
+        "peak RSS while building, MB": f"{built['peak rss'] / 1e6:.0f}",
         "bytes a page": f"{built['bytes a page']:,.1f}, {built['over arithmetic']:.2%} over the arithmetic",
         "opened in ms": f"{found['open ms']:.1f}",
         "first search, CRCs of its bytes included, ms": f"{found['first search ms']:.1f}",
@@ -180,7 +184,7 @@ def main(
     pages: Annotated[int, typer.Option(min=1)] = 100_000,
     rows: Annotated[int, typer.Option(min=1)] = 32,
     dim: Annotated[int, typer.Option(min=8)] = 128,
-    store: str = "f16,u8,bits",
+    store: Annotated[str, typer.Option(help="Storage types, the most exact first.")] = "f16,u8,bits",
     threads: Annotated[int, typer.Option(min=1)] = 2,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     workdir: Annotated[Path | None, typer.Option(help="Where the index is made, and removed again.")] = None,

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
@@ -32,80 +31,29 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cembed.runtime.kernels import Pages, kernel_sets, score, top
+from cembed.runtime.kernels import kernel_sets, score, top
 from cembed.runtime.storage import STORAGE
+from cembed.runtime.trial import CACHE_ROWS, Case, Floats, Run, Shape, numpy_way, time_round
 
-Floats = NDArray[np.floating[Any]]
-Run = Callable[[], Floats]
 Numbers = dict[str, Any]
 EXACT = ("numpy", "torch einsum", "maxsim-cpu", "qdrant-edge")
 ERROR = 1e-5
 RECALL = 0.99
 ROOFLINE = 0.75
-CACHE_ROWS = 65536  # rows of a product that numpy keeps at once
-JUDGED = 20  # queries that recall is measured with
-TOPICS = 50
 
 
 class SkipError(Exception):
     """Why a peer cannot take part."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    query_rows: int
-    dim: int
-    pages: int
-    rows: int
-
-    def products(self) -> int:
-        return self.query_rows * self.dim * self.pages * self.rows
-
-
 SHAPES = {"a": Shape(16, 128, 10_000, 32), "b": Shape(16, 2048, 2_000, 32), "c": Shape(20, 128, 1_000, 1030)}
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Pages [N, K, D] of unit vectors, which share a direction in a page and a topic, and queries [JUDGED, Q, D] that
-    each resemble a page."""
-
-    shape: Shape
-    queries: Floats
-    documents: Floats
-
-    @classmethod
-    def draw(cls, shape: Shape) -> "Case":
-        generator = np.random.default_rng(0)
-        centres = generator.standard_normal((shape.pages, 1, shape.dim), dtype=np.float32)
-        centres += generator.standard_normal((TOPICS, 1, shape.dim), dtype=np.float32)[np.arange(shape.pages) % TOPICS]
-        documents = generator.standard_normal((shape.pages, shape.rows, shape.dim), dtype=np.float32)
-        documents += centres
-        documents /= np.linalg.norm(documents, axis=2, keepdims=True)
-        chosen = generator.integers(shape.pages, size=JUDGED)
-        queries = documents[chosen][:, generator.integers(shape.rows, size=shape.query_rows)]
-        noise = generator.standard_normal(queries.shape, dtype=np.float32) / np.float32(np.sqrt(shape.dim))
-        queries = queries + 2 * noise
-        return cls(shape, queries / np.linalg.norm(queries, axis=2, keepdims=True), documents)
-
-    @property
-    def query(self) -> Floats:
-        query: Floats = self.queries[0]
-        return query
-
-    def stored(self, storage: str) -> Pages:
-        encoded = [STORAGE[storage].encode(page) for page in self.documents]
-        data = np.concatenate([page for page, _ in encoded])
-        size = len(data) // len(encoded)
-        scales = np.array([scale for _, scale in encoded], np.float32)
-        starts = np.arange(len(encoded), dtype=np.int64) * size
-        return Pages(storage, self.shape.dim, data, starts, np.full(len(encoded), self.shape.rows, np.int32), scales)
-
-    def exact(self) -> NDArray[np.float64]:
-        """The definition in float64, some pages at a time."""
-        query, step = self.query.astype(np.float64), max(1, CACHE_ROWS // self.shape.rows)
-        parts = [self.documents[first : first + step].astype(np.float64) for first in range(0, self.shape.pages, step)]
-        return np.concatenate([(part @ query.T).max(axis=1).sum(axis=1) for part in parts])
+def exact_scores(case: Case) -> NDArray[np.float64]:
+    """The definition in float64, some pages at a time."""
+    query, step = case.query.astype(np.float64), max(1, CACHE_ROWS // case.shape.rows)
+    parts = [case.documents[first : first + step].astype(np.float64) for first in range(0, case.shape.pages, step)]
+    return np.concatenate([(part @ query.T).max(axis=1).sum(axis=1) for part in parts])
 
 
 # Contenders: each makes ready what it needs, and returns what is timed ------------------------------------------------
@@ -113,18 +61,6 @@ class Case:
 
 def ours(case: Case, threads: int, storage: str) -> Run:
     return partial(score, case.query, case.stored(storage), threads=threads)
-
-
-def numpy_way(case: Case, threads: int) -> Run:
-    rows = case.documents.reshape(-1, case.shape.dim)
-    step = max(1, CACHE_ROWS // case.shape.rows) * case.shape.rows
-
-    def run() -> Floats:
-        parts = [case.query @ rows[first : first + step].T for first in range(0, len(rows), step)]
-        best = [part.reshape(len(part), -1, case.shape.rows).max(axis=2).sum(axis=0) for part in parts]
-        return np.concatenate(best)
-
-    return run
 
 
 def torch_way(case: Case, threads: int) -> Run:
@@ -204,7 +140,7 @@ def needed(module: str) -> Any:
 
 CONTENDERS: Mapping[str, Callable[[Case, int], Run]] = {
     **{f"cembed {name}": partial(ours, storage=name) for name in STORAGE},
-    "numpy": numpy_way,
+    "numpy": lambda case, threads: numpy_way(case),
     "torch einsum": torch_way,
     "maxsim-cpu": maxsim_cpu_way,
     "NumKong": numkong_way,
@@ -257,7 +193,7 @@ def measure(threads: int, name: str, rounds: int, shrink: int) -> Numbers:
     made = {contender: ready(make, case, threads) for contender, make in CONTENDERS.items()}
     runs = {contender: run for contender, run in made.items() if not isinstance(run, SkipError)}
     skipped = {contender: str(run) for contender, run in made.items() if isinstance(run, SkipError)}
-    exact = case.exact()
+    exact = exact_scores(case)
     found = {contender: {"ms": [], "error": error(run(), exact)} for contender, run in runs.items()}
     machine = roofline_rounds(case, threads, runs, found, rounds)
     return {"shape": name, "threads": threads, "pages": case.shape.pages, "products": case.shape.products()} | {
@@ -284,11 +220,7 @@ def roofline_rounds(case: Case, threads: int, runs: Mapping[str, Run], found: Nu
         except (OSError, subprocess.CalledProcessError):
             machine = None
         for number in range(rounds):
-            names = list(runs)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                start = time.perf_counter()
-                runs[name]()
-                found[name]["ms"].append((time.perf_counter() - start) * 1000)
+            time_round(runs, number, {name: found[name]["ms"] for name in runs})
             if machine:
                 speeds["flops"].append(machine.flops())
                 speeds["bandwidth"].append(machine.bandwidth(case.documents))

@@ -482,9 +482,11 @@ def complain(message: str) -> None:
     typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message), err=True)
 
 
-from cembed.index_cli import index_app  # noqa: E402 it uses what is above
+from cembed.bench_cli import bench_app  # noqa: E402 they use what is above
+from cembed.index_cli import index_app  # noqa: E402
 
 app.add_typer(index_app)
+app.add_typer(bench_app)
 
 
 def main() -> None:

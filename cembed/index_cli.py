@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 2.0  # of embedding, at most, are lost when the process is killed
 FLUSH_PAGES = 64
-MANY_RECORDS = 2000  # take about a third of a second to read
+MANY_RECORDS = 5000  # take about a third of a second to read on a busy machine
 
 index_app = typer.Typer(
     name="index", help="Keep the vectors of many pages on disk, and search them.", no_args_is_help=True

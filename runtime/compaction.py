@@ -66,9 +66,9 @@ def _latest(views: Sequence[View]) -> Mapping[str, int]:
 
 
 def _live(view: View) -> Iterator[tuple[Commit, list[int], int]]:
-    """Each record, the places in it of pages that are there, and the number of its first page."""
-    for offset, pages in view.records():
-        yield view.segment.commit(offset), np.flatnonzero(view.alive[pages]).tolist(), pages.start
+    """Some records as one, the places in it of pages that are there, and the number of its first page."""
+    for commit, pages in view.commits():
+        yield commit, np.flatnonzero(view.alive[pages]).tolist(), pages.start
 
 
 def _pages(view: View, latest: Mapping[str, int] | None, dropped: list[str]) -> Iterator[StoredPage]:

@@ -153,7 +153,7 @@ def commit_of(pages: Sequence[StoredPage], removed: Sequence[int], ends: Mapping
     crcs = [[page.crcs[tier] for page in pages] for tier in ends]
     contents = b"".join(page.content.ljust(CONTENT_BYTES, b"\0") for page in pages)
     return Commit(
-        bases=np.array(list(ends.values()), np.int64),
+        bases=np.array([list(ends.values())], np.int64),
         serials=np.array([page.serial for page in pages], np.int64),
         removed=np.sort(np.array(removed, np.int64)),
         rows=np.array([page.rows for page in pages], np.int32),

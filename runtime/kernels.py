@@ -90,7 +90,7 @@ def score(query: Vectors, pages: Pages, which: Numbers | None = None, threads: i
         return _score_with_numpy(query, pages, which)
     found = np.empty(len(which), np.float32)
     arguments = _arguments(query, pages, which)
-    _enough(library.maxsim_score(*arguments, _threads(threads), _pointer(found)))
+    _enough(library.maxsim_score(*arguments, thread_count(threads), _pointer(found)))
     return found
 
 
@@ -106,7 +106,7 @@ def top(
         return which[order], found[order]
     numbers, scores = np.empty(max(0, min(k, len(which))), np.int64), np.empty(max(0, min(k, len(which))), np.float32)
     arguments = _arguments(query, pages, which)
-    _enough(library.maxsim_top(*arguments, len(numbers), _threads(threads), _pointer(numbers), _pointer(scores)))
+    _enough(library.maxsim_top(*arguments, len(numbers), thread_count(threads), _pointer(numbers), _pointer(scores)))
     return numbers, scores
 
 
@@ -199,7 +199,8 @@ def _pointer(array: NDArray[Any]) -> int:
     return int(array.ctypes.data)
 
 
-def _threads(threads: int | None) -> int:
+def thread_count(threads: int | None) -> int:
+    """What is used where so many were asked for (None: one for each core). Raises CembedError: fewer than one."""
     if threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads < 1:
@@ -225,7 +226,18 @@ def _score_with_numpy(query: Vectors, pages: Pages, which: Numbers) -> Scores:
     return found
 
 
-def _similarity(query: Vectors, pages: Pages, page: int) -> tuple[NDArray[np.floating[Any]], Scores]:
+def exact_scores(query: Vectors, pages: Pages, which: Numbers) -> NDArray[np.float64]:
+    """What score() is an approximation of, by numpy in float64. For levels and signs the query is rounded as there."""
+    found = np.empty(len(which))
+    unit = 1 / np.sqrt(pages.dim) if pages.storage == "bits" else 1.0
+    wide = query.astype(np.float64) if pages.storage not in _LIMITS else query
+    for index, page in enumerate(which):
+        similarity, scales = _similarity(wide, pages, page)
+        found[index] = (similarity.max(axis=1) * scales.astype(np.float64)).sum() * unit * float(pages.scales[page])
+    return found
+
+
+def _similarity(query: NDArray[np.floating[Any]], pages: Pages, page: int) -> tuple[NDArray[np.floating[Any]], Scores]:
     """Products [Q, K] of query vectors with a page's, and what each query vector's are multiplied with [Q]."""
     limit = _LIMITS.get(pages.storage)
     if limit is None:

@@ -21,8 +21,7 @@ class KnownPages:
         self._contents: dict[bytes, str] = {}
         self._content_of: dict[str, bytes] = {}
         for view in views:
-            for offset, pages in view.records():
-                commit = view.segment.commit(offset)
+            for commit, pages in view.commits():
                 for place in np.flatnonzero(view.alive[pages]).tolist():
                     self.put(commit.ids[place], int(commit.serials[place]), commit.contents[place].tobytes())
 

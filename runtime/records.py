@@ -17,7 +17,6 @@ payload of `COMMIT`, with T tiers:
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 import zlib
@@ -78,15 +77,16 @@ class Gap:
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """What a COMMIT says; shapes as in the module. Texts are bytes until asked for."""
+    """What a COMMIT says, or several do; shapes as in the module, `bases` [commits, T]. Texts are bytes until asked
+    for."""
 
     bases: NDArray[np.int64]
     serials: NDArray[np.int64]
     removed: NDArray[np.int64]
     rows: NDArray[np.int32]
     numbers: NDArray[np.int32]
-    source: NDArray[np.int32]
-    metadatum: NDArray[np.int32]
+    source: NDArray[np.integer[Any]]
+    metadatum: NDArray[np.integer[Any]]
     scales: NDArray[np.float32]
     crcs: NDArray[np.uint32]
     contents: NDArray[np.uint8]
@@ -98,7 +98,7 @@ class Commit:
 class Texts(Sequence[str]):
     """Strings in one piece of memory, decoded one at a time."""
 
-    def __init__(self, ends: NDArray[np.uint32], text: bytes) -> None:
+    def __init__(self, ends: NDArray[np.int64], text: bytes) -> None:
         self._ends, self._text = ends, text
 
     def __len__(self) -> int:
@@ -168,55 +168,67 @@ def _encode_texts(texts: Sequence[str]) -> bytes:
     return _CRC.pack(len(parts)) + ends.tobytes() + b"".join(parts)
 
 
-def decode_commit(record: Record, tiers: int) -> Commit:
-    """The commit in a record with a good CRC, checked as if there were none. Raises MalformedError."""
-    n, m = record.header.pages, record.header.removed
-    shapes = {"bases": (tiers,), "removed": (m,), "crcs": (tiers, n), "contents": (n, CONTENT_BYTES)}
-    rest = _Payload(record.payload)
-    columns = {name: rest.array(dtype, shapes.get(name, (n,))) for name, dtype in _COLUMNS}
-    commit = Commit(**columns, ids=rest.texts(), sources=rest.texts(), metadata=rest.texts())
-    rest.finish()
-    _check(commit, n)
+def decode_commits(records: Sequence[Record], tiers: int) -> Commit:
+    """The commits in records with good CRCs as one, checked as if there were none. Raises MalformedError: one of them
+    makes no sense; which, is found out one by one."""
+    pages = np.array([record.header.pages for record in records], np.int64)
+    parts = list(zip(*(_split(record, tiers) for record in records), strict=True))
+    columns: dict[str, Any] = {}  # and texts
+    for name, dtype in _COLUMNS:
+        count = tiers if name == "crcs" else 1
+        taken, parts = [np.frombuffer(b"".join(part), dtype) for part in parts[:count]], parts[count:]
+        columns[name] = np.stack(taken) if name == "crcs" else taken[0]
+    columns["bases"] = columns["bases"].reshape(-1, tiers)
+    columns["contents"] = columns["contents"].reshape(-1, CONTENT_BYTES)
+    columns |= {name: _join_texts(*parts[i : i + 2]) for name, i in (("ids", 0), ("sources", 2), ("metadata", 4))}
+    if any(len(ends) != 4 * n for ends, n in zip(parts[0], pages.tolist(), strict=True)):
+        raise MalformedError("it has more or fewer ids than pages")
+    for name, i in (("source", 2), ("metadatum", 4)):
+        columns[name] = _shifted(columns[name], np.array([len(ends) // 4 for ends in parts[i]]), pages)
+    _check(commit := Commit(**columns))
     return commit
 
 
-def _check(commit: Commit, n: int) -> None:
+def _split(record: Record, tiers: int) -> list[bytes]:
+    """The columns of a payload, one for each tier of `crcs`, and ends and text of each kind of texts."""
+    n, m, data, at, parts = record.header.pages, record.header.removed, record.payload, 0, list[bytes]()
+    for size in (8 * tiers, 8 * n, 8 * m, *(4 * n for _ in range(5 + tiers)), CONTENT_BYTES * n):
+        parts.append(data[at : at + size])
+        at += size
+    for _ in range(3):
+        first = at + _CRC.size
+        at = first + 4 * _CRC.unpack_from(data, at)[0] if first <= len(data) else first
+        size = _CRC.unpack_from(data, at - 4)[0] if first < at <= len(data) else 0
+        parts += data[first:at], data[at : at + size]
+        at += size
+    if at != len(data):
+        raise MalformedError("it is shorter or longer than its counts say")
+    return parts
+
+
+def _join_texts(ends: Sequence[bytes], texts: Sequence[bytes]) -> Texts:
+    bases = np.cumsum([0, *map(len, texts[:-1])])
+    joined = np.frombuffer(b"".join(ends), "<u4") + np.repeat(bases, [len(part) // 4 for part in ends])
+    if (joined[1:] < joined[:-1]).any():
+        raise MalformedError("its texts do not follow each other")
+    found = Texts(joined, b"".join(texts))
+    found.check()
+    return found
+
+
+def _shifted(which: NDArray[np.int32], counts: NDArray[np.int64], pages: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of a record's texts, of which there are `counts`, as numbers of all records' texts."""
+    if (which < 0).any() or (which >= np.repeat(counts, pages)).any():
+        raise MalformedError("its pages name texts that are not there")
+    bases: NDArray[np.int64] = np.repeat(np.cumsum(counts) - counts, pages)
+    return which + bases
+
+
+def _check(commit: Commit) -> None:
     rising = bool((np.diff(commit.serials) > 0).all())
-    named = len(commit.ids) == n and all(
-        n == 0 or 0 <= int(which.min()) <= int(which.max()) < len(texts)
-        for which, texts in ((commit.source, commit.sources), (commit.metadatum, commit.metadata))
-    )
     sane = bool((commit.rows > 0).all() and (commit.serials >= 0).all() and (commit.bases >= 0).all())
-    if not (rising and named and sane and np.isfinite(commit.scales).all()):
+    if not (rising and sane and np.isfinite(commit.scales).all()):
         raise MalformedError("its columns do not fit each other")
-
-
-class _Payload:
-    """Takes arrays from the front of a payload, and never more than there is."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def array(self, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        count, size = math.prod(shape), np.dtype(dtype).itemsize
-        if count * size > len(self._data) - self._at:
-            raise MalformedError("it is shorter than its counts say")
-        array = np.frombuffer(self._data, dtype, count, self._at).reshape(shape)
-        self._at += count * size
-        return array
-
-    def texts(self) -> Texts:
-        ends = self.array("<u4", (int(self.array("<u4", (1,))[0]),))
-        size = int(ends[-1]) if len(ends) else 0
-        if (ends[1:] < ends[:-1]).any():
-            raise MalformedError("its texts do not follow each other")
-        texts = Texts(ends, self.array("u1", (size,)).tobytes())
-        texts.check()
-        return texts
-
-    def finish(self) -> None:
-        if self._at != len(self._data):
-            raise MalformedError("it is longer than its counts say")
 
 
 def read_record(handle: int, seed: int, offset: int, size: int) -> Record | None:

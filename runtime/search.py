@@ -152,10 +152,9 @@ def choose(view: View, where: Mapping[str, Any] | None, source: str | None) -> N
     if not where and source is None:
         return view.live
     chosen = np.zeros(len(view), np.bool_)
-    for offset, pages in view.records():
-        commit = view.segment.commit(offset)
+    for commit, pages in view.commits():
         with view.segment.malformed():
-            chosen[pages] = _fits(commit, where or {}, source)[view.columns.places[pages]]
+            chosen[pages] = _fits(commit, where or {}, source)
     return np.flatnonzero(chosen & view.alive)
 
 

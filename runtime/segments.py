@@ -21,7 +21,7 @@ from cembed.runtime.records import (
     Gap,
     MalformedError,
     Record,
-    decode_commit,
+    decode_commits,
     read_log,
     read_record,
     seed_of,
@@ -92,17 +92,21 @@ class Segment:
         except MalformedError as error:
             self.damage.append(f"{self.path} is damaged: {error}")
             return
-        self.torn = 0
+        self.torn, commits = 0, list[Record]()
         for item in items:
             if isinstance(item, Record):
-                self._take(item)
-            elif item.tail:
+                commits += self._passed(item)
+                continue
+            self._add_all(commits)
+            commits = []
+            if item.tail:
                 self.torn = item.end - item.offset
             else:
                 self.damage.append(
                     f"{self.path} is damaged between bytes {item.offset} and {item.end}: pages it "
                     "added there are lost, and pages it removed there are back"
                 )
+        self._add_all(commits)
         self._check_sizes()
 
     def _read(self) -> Sequence[Record | Gap]:
@@ -113,43 +117,55 @@ class Segment:
             items = list(read_log(self._log, self.seed, self.log_end, self.sequence))
         return items
 
-    def _take(self, record: Record) -> None:
+    def _passed(self, record: Record) -> list[Record]:
+        """The record, if it is a commit."""
         self.log_end, self.sequence = record.end, record.header.sequence + 1
         if record.header.kind == CLOSE:
             self.clean_end = record.end
-            return
-        try:
-            self._add(decode_commit(record, len(self.ends)), record.offset)
-        except MalformedError as error:
-            self.damage.append(f"{self.path}: the record at byte {record.offset} makes no sense: {error}")
+            return []
+        return [record]
 
-    def _add(self, commit: Commit, offset: int) -> None:
-        starts, ends = [], []
-        n = len(commit.serials)
+    def _add_all(self, records: Sequence[Record]) -> None:
+        """At once, or one by one where something is wrong with one of them."""
+        try:
+            self._add(records)
+            return
+        except MalformedError:
+            pass
+        for record in records:
+            try:
+                self._add([record])
+            except MalformedError as error:  # noqa: PERF203 only where there is damage
+                self.damage.append(f"{self.path}: the record at byte {record.offset} makes no sense: {error}")
+
+    def _add(self, records: Sequence[Record]) -> None:
+        """All or none. Raises MalformedError."""
+        if not records:
+            return
+        commit, counts = decode_commits(records, len(self.ends)), np.array([record.header.pages for record in records])
+        n, firsts = len(commit.serials), np.cumsum(counts) - counts
         if n and (commit.serials[0] <= self.last_serial or commit.rows.max() > MAX_ROWS):
             raise MalformedError("its pages are impossible")
-        for base, (tier, end) in zip(commit.bases.tolist(), self.ends.items(), strict=True):
+        starts, ends = list[NDArray[np.int64]](), dict[str, int]()
+        for bases, (tier, end) in zip(commit.bases.T, self.ends.items(), strict=True):
             sizes = page_sizes(tier, commit.rows, self.dim)
-            if not end <= base < _MAX_END or sizes.sum(dtype=np.float64) > _MAX_END:
+            if bases.max() >= _MAX_END or sizes.sum(dtype=np.float64) > _MAX_END:
+                raise MalformedError("its pages are impossible")
+            places = place_pages(0, sizes)
+            shifts = bases - places[firsts]
+            tails = places[firsts + counts] + shifts
+            if (bases < [end, *tails[:-1]]).any():
                 raise MalformedError("its pages lie on others")
-            offsets = place_pages(base, sizes)
-            starts.append(offsets[:-1])
-            ends.append(int(offsets[-1]))
-        self.ends = dict(zip(self.ends, ends, strict=True))
-        self.removed += [commit.removed.copy()] if len(commit.removed) else []
-        self.records += 1
+            starts.append(places[:-1] + np.repeat(shifts, counts))
+            ends[tier] = int(tails[-1])
+        self.ends, self.records = ends, self.records + len(records)
+        self.removed += [commit.removed] if len(commit.removed) else []
         if n:
             self.count, self.last_serial = self.count + n, int(commit.serials[-1])
+            offsets = np.repeat(np.array([record.offset for record in records]), counts)
+            within = (np.arange(n) - np.repeat(firsts, counts)).astype(np.int32)
             self._chunks.append(
-                Columns(
-                    commit.serials.copy(),
-                    commit.rows.copy(),
-                    commit.scales.copy(),
-                    np.stack(starts),
-                    commit.crcs.copy(),
-                    np.full(n, offset, np.int64),
-                    np.arange(n, dtype=np.int32),
-                )
+                Columns(commit.serials, commit.rows, commit.scales, np.stack(starts), commit.crcs, offsets, within)
             )
 
     def _check_sizes(self) -> None:
@@ -188,13 +204,20 @@ class Segment:
         cached = self._last_commit
         if cached is not None and cached[0] == offset:
             return cached[1]
-        record = read_record(self._log, self.seed, offset, os.fstat(self._log).st_size)
-        if record is None:
-            raise CembedError(f"{self.path} is damaged at byte {offset}: {REPAIR}")
-        with self.malformed():
-            commit = decode_commit(record, len(self.ends))
+        commit = self.commits([offset])
         self._last_commit = offset, commit
         return commit
+
+    def commits(self, offsets: Sequence[int]) -> Commit:
+        """Those in the records at `offsets` as one. Raises as commit()."""
+        size, records = os.fstat(self._log).st_size, list[Record]()
+        for offset in offsets:
+            record = read_record(self._log, self.seed, offset, size)
+            if record is None:
+                raise CembedError(f"{self.path} is damaged at byte {offset}: {REPAIR}")
+            records.append(record)
+        with self.malformed():
+            return decode_commits(records, len(self.ends))
 
     @contextlib.contextmanager
     def malformed(self) -> Iterator[None]:

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 REPAIR = (
     "take the file from a copy, or drop what is damaged with `cembed index compact --drop-damaged` and add it again"
 )
+
+_AT_ONCE = 256  # pages of small records that are read together
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,14 @@ class View:
     def dim(self) -> int:
         return self.segment.dim
 
-    def records(self) -> Iterator[tuple[int, slice]]:
-        """The offset of each record in the log, and the pages it brought."""
+    def commits(self) -> Iterator[tuple[Commit, slice]]:
+        """What the log says of all pages, some records at a time, and which pages these are. Raises CembedError."""
         offsets, firsts = np.unique(self.columns.records, return_index=True)
-        edges = [*firsts.tolist(), len(self)]
-        for offset, pages in zip(offsets.tolist(), pairwise(edges), strict=True):
-            yield offset, slice(*pages)
+        edges, first = np.append(firsts, len(self)), 0
+        while first < len(offsets):
+            last = max(first + 1, int(np.searchsorted(edges, edges[first] + _AT_ONCE, "right")) - 1)
+            yield self.segment.commits(offsets[first:last].tolist()), slice(int(edges[first]), int(edges[last]))
+            first = last
 
     @cached_property
     def live(self) -> NDArray[np.int64] | None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cembed.runtime import CembedError, index, maxsim, new_pages, segments
+from cembed.runtime import CembedError, index, maxsim, new_pages, records, segments
 from cembed.runtime.index import Added, Index
 from cembed.runtime.index_verify import verify_index
 from cembed.runtime.new_pages import NewPage
@@ -135,6 +136,25 @@ def test_an_index_of_nothing(tmp_path: Path) -> None:
         empty.remove([page.id for page in PAGES])
         assert (len(empty), empty.search(QUERY).hits) == (0, ())
         assert empty.compact().bytes_after == 0
+
+
+def test_a_record_that_makes_no_sense_costs_only_its_own_pages(tmp_path: Path) -> None:
+    """Records are decoded together. This one has a good CRC, and pages of no vectors."""
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made:
+        for page in PAGES[:5]:
+            made.add([page], bundle=BUNDLE)
+    log = tmp_path / "index" / "00000001.log"
+    content, seed = bytearray(log.read_bytes()), records.seed_of(made._current.index, 1)
+    offset, length = fuzz_index.split(content)[2]
+    end = offset + 64 + records.aligned(length)
+    rows = offset + 64 + 8 * len(made.tiers) + 8
+    content[rows : rows + 4] = bytes(4)
+    content[offset + 20 : offset + 24] = zlib.crc32(content[offset + 64 : end], seed).to_bytes(4, "little")
+    content[offset + 60 : offset + 64] = zlib.crc32(content[offset : offset + 60], seed).to_bytes(4, "little")
+    log.write_bytes(content)
+    assert f"record at byte {offset} makes no sense" in refusal(lambda: Index.open(tmp_path / "index"))
+    left = Index.open(tmp_path / "index", damaged=True)
+    assert [page.id for page in left.find()] == [page.id for page in PAGES[:5] if page is not PAGES[2]]
 
 
 # Adding.

@@ -102,7 +102,7 @@ def test_dims(name: str, dim: int, fastest: None) -> None:
 @pytest.mark.parametrize("name", STORAGE)
 def test_neither_threads_nor_other_pages_change_a_score(name: str, fastest: None) -> None:
     """Bit for bit. The pages are enough work for several threads."""
-    query = unit(0, 20, 512)
+    query = unit(0, 60, 512)
     pages = store(name, [unit(i, 1 + i * 7 % 40, 512) for i in range(100)])
     for kernel_set in kernel_sets() or [None]:
         if kernel_set:

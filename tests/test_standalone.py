@@ -125,6 +125,7 @@ def test_embed_and_search_load_nothing_heavy(causal_bundle: Path, documents: Pat
         ("import cembed.runtime", ("onnxruntime", "tokenizers", *HEAVY)),
         ("import cembed.runtime.documents", ("onnxruntime", "tokenizers", "safetensors", "typer", "rich", *HEAVY)),
         ("from cembed.runtime import maxsim", ("onnxruntime", "PIL", *HEAVY)),
+        ("from cembed.runtime import trial", ("onnxruntime", "PIL", "typer", *HEAVY)),
         ("import cembed.cli", ("onnxruntime", "tokenizers", "PIL", "numpy", "rich.table", *HEAVY)),
         ("from cembed.runtime import Embedder", ("typer", "rich", *HEAVY)),
     ],

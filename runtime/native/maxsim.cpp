@@ -251,12 +251,12 @@ void score_all(const float *from, int num, const maxsim_pages &pages, const int6
     for (auto &other : others) other.join();
 }
 
-// No more threads than are worth their start, which takes as long as some millions of products.
+// No more threads than are worth their start, which takes as long as some millions of products, more of faster kernels.
 int enough(int threads, int num, const maxsim_pages &pages, const int64_t *which, int64_t count) {
-    constexpr int64_t WORTH = 4'000'000;
+    constexpr int64_t WORTH[] = {8'000'000, 8'000'000, 12'000'000, 20'000'000};  // by storage
     int64_t rows = 0;
     for (int64_t i = 0; i < count; ++i) rows += pages.rows[which[i]];
-    return int(std::max<int64_t>(1, std::min<int64_t>(threads, rows * num * pages.dim / WORTH)));
+    return int(std::max<int64_t>(1, std::min<int64_t>(threads, rows * num * pages.dim / WORTH[pages.storage])));
 }
 
 }  // namespace

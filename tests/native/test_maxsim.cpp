@@ -198,7 +198,7 @@ int main(int count, char **) {
                 if (all) check_shape(storage, dim, num);
             }
         }
-        if (all) check_shape(storage, 4096, 17);  // enough work for several threads
+        if (all) check_shape(storage, 4096, 34);  // enough work for several threads
     }
     for (const int dim : {1, 3, 65}) {
         for (const int32_t storage : {MAXSIM_F32, MAXSIM_F16, MAXSIM_U8}) {

@@ -1,0 +1,80 @@
+"""`cembed bench`: how fast this machine is."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cembed.cli import AsJson
+from cembed.display import show_table
+from cembed.runtime.errors import CembedError
+
+if TYPE_CHECKING:
+    from cembed.runtime.trial import Timing
+
+TOLERANCE = 1e-5
+
+bench_app: typer.Typer = typer.Typer(name="bench", help="Time this machine.", no_args_is_help=True)
+
+
+@bench_app.callback()
+def options() -> None:
+    pass  # else the only command would be `cembed bench`
+
+
+@bench_app.command()
+def maxsim(
+    pages: Annotated[int, typer.Option(min=1, help="Pages that are scored.")] = 10_000,
+    vectors: Annotated[int, typer.Option(min=1, help="Vectors of a page.")] = 32,
+    dim: Annotated[int, typer.Option(min=1, help="Components of a vector.")] = 128,
+    query_vectors: Annotated[int, typer.Option(min=1, help="Vectors of a query.")] = 16,
+    storage: Annotated[
+        str, typer.Option(metavar="TYPE,TYPE,…", help="How vectors are kept: f32, f16, u8, bits, one or more.")
+    ] = "f32,f16,u8,bits",
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are of so many.")] = 9,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of numpy too; by default all cores.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the scoring of synthetic pages beside numpy's in float32, and compare scores with float64."""
+    if threads is not None:
+        limit_threads(threads)
+    from cembed.runtime.kernels import kernel_sets, thread_count
+    from cembed.runtime.trial import Shape, try_out
+
+    used, shape = thread_count(threads), Shape(query_vectors, dim, pages, vectors)
+    found = try_out(shape, storage.split(","), used, rounds)
+    kernels = next(iter(kernel_sets()), "numpy")
+    if as_json:
+        timings = [asdict(timing) for timing in found]
+        typer.echo(json.dumps({"kernels": kernels, "threads": used, "shape": asdict(shape), "timings": timings}))
+    else:
+        title = f"{pages:,} pages of {vectors} x {dim}, query {query_vectors} x {dim}; {kernels}, {used} threads"
+        show_table(title, COLUMNS, [row(timing, pages) for timing in found])
+    if wrong := [timing.storage for timing in found if not timing.error <= TOLERANCE]:
+        raise CembedError(f"scores of {', '.join(wrong)} are not those of float64: please report it, with the table")
+
+
+COLUMNS = ("storage", "bytes a page", "ms", "GB/s", "pages/s", "times numpy", "error")
+
+
+def row(timing: Timing, pages: int) -> dict[str, str | int | float]:
+    seconds = timing.ms / 1000
+    return {
+        "storage": timing.storage,
+        "bytes a page": timing.bytes // pages,
+        "ms": f"{timing.ms:.2f}",
+        "GB/s": f"{timing.bytes / seconds / 1e9:.2f}",
+        "pages/s": f"{pages / seconds:,.0f}",
+        "times numpy": f"{timing.times_numpy:.1f}",
+        "error": f"{timing.error:.0e}",
+    }
+
+
+def limit_threads(threads: int) -> None:
+    """Of the libraries that multiply matrices; to be called before numpy is imported."""
+    for variable in ("OMP", "OPENBLAS", "MKL"):
+        os.environ[f"{variable}_NUM_THREADS"] = str(threads)
