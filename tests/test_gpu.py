@@ -218,6 +218,31 @@ def test_the_structs_and_numbers_are_those_of_the_kernels(library: ctypes.CDLL) 
         assert eval(value) == getattr(gpu, f"_{name.upper()}")
 
 
+@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize(("num", "dim"), [(1, 16), (20, 128), (50, 64), (70, 1024)])
+def test_what_the_tensorrt_plugin_launches(device: Gpu, library: ctypes.CDLL, levels: bool, num: int, dim: int) -> None:
+    """Its query is in half floats, its levels have zero point 0; the same sums follow."""
+    rows, query = [3, 0, 40, 1, 32, 7], unit(0, num, dim).astype(np.float16)
+    vectors = [unit(i, count, dim) for i, count in enumerate(rows, 1) if count]
+    pages = gpu._store(vectors, "u8" if levels else "f16")
+    matrix = gpu._matrix(pages, sum(rows)) ^ np.uint8(128 * levels)
+    offsets, scales = np.cumsum([0, *rows], dtype=np.int64), np.insert(pages.scales, 1, 1)
+    there = [device.driver.upload(array) for array in (query, matrix, offsets, scales)]
+    scores, work = device.driver.allocate(6 * 4), device.driver.allocate(library.plugin_workspace(levels, num, dim))
+    places = [ctypes.c_uint64(part.address) for part in (*there, scores, work)]
+    sizes = ctypes.c_longlong(6), ctypes.c_longlong(sum(rows))
+    assert (
+        library.plugin(
+            int(levels), places[0], num, dim, *places[1:3], places[3] if levels else None, *sizes, *places[4:]
+        )
+        == 0
+    )
+    found, wide = scores.read(6, np.float32), query.astype(np.float32)
+    wanted = kernels.score(wide, pages) if levels else exact(wide, pages)
+    np.testing.assert_allclose(np.delete(found, 1), wanted, rtol=2e-6)
+    assert np.isneginf(found[1])
+
+
 # What users are told -------------------------------------------------------------------------------------------------
 
 

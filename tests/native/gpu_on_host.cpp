@@ -1,7 +1,7 @@
 // runtime/native/cuda/maxsim.cu compiled for the CPU, behind what looks like libcuda: a device of two processors.
 #include "warp_on_host.h"
 
-#include "../../runtime/native/cuda/maxsim.cu"
+#include "../../runtime/native/cuda/launch.cu"
 
 #include <map>
 #include <string>
@@ -20,8 +20,13 @@ std::function<void(void **)> launchable(void (*kernel)(Arguments...)) {
     return [kernel](void **arguments) { call(kernel, arguments, std::index_sequence_for<Arguments...>{}); };
 }
 
-#define KERNEL(name) {#name, launchable(name)}
-const std::map<std::string, std::function<void(void **)>> kKernels = {
+struct Known {
+    const void *pointer;
+    std::function<void(void **)> run;
+};
+
+#define KERNEL(name) {#name, {reinterpret_cast<const void *>(name), launchable(name)}}
+const std::map<std::string, Known> kKernels = {
     KERNEL(maxsim_f16_1),       KERNEL(maxsim_f16_2),
     KERNEL(maxsim_f16_4),       KERNEL(maxsim_u8_1),
     KERNEL(maxsim_u8_2),        KERNEL(maxsim_u8_4),
@@ -48,10 +53,13 @@ enum { kOk = 0, kInvalid = 1, kMemory = 2, kMissing = 500 };
 
 // A kernel may read only what was allocated, and write only the shared memory that it was given.
 static int launch(const std::string &name, unsigned grid, unsigned size, unsigned shared_bytes, void **arguments) {
+    launches += name + "\n";
+    mistakes = 0;
+    may_read = readable;
     blockDim.x = size;
     for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
         std::memset(static_cast<void *>(shared), 255, sizeof(shared));
-        run_block(size, [&] { kKernels.at(name)(arguments); });
+        run_block(size, [&] { kKernels.at(name).run(arguments); });
         const auto *bytes = reinterpret_cast<const unsigned char *>(shared);
         for (std::size_t i = shared_bytes; i < sizeof(shared); ++i)
             mistakes += bytes[i] != 255;
@@ -59,7 +67,30 @@ static int launch(const std::string &name, unsigned grid, unsigned size, unsigne
     return mistakes ? kInvalid : kOk;
 }
 
+static cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments,
+                                    std::size_t shared_bytes, cudaStream_t) {
+    for (const auto &[name, known] : kKernels)
+        if (known.pointer == kernel)
+            return launch(name, grid.x, block.x, shared_bytes, arguments) ? cudaErrorInvalidValue : cudaSuccess;
+    return cudaErrorInvalidValue;
+}
+
 extern "C" {
+// What the TensorRT plugin does.
+int plugin(int levels, uint64_t query, int num, int dim, uint64_t rows, uint64_t offsets, uint64_t scales,
+           long long pages, long long total, uint64_t scores, uint64_t workspace) {
+    const MaxSimPages given{reinterpret_cast<const unsigned char *>(rows),
+                            reinterpret_cast<const long long *>(offsets),
+                            reinterpret_cast<const float *>(scales),
+                            pages,
+                            dim * (levels ? 1 : 2),
+                            0};
+    return maxsim_launch({levels != 0, reinterpret_cast<const void *>(query), num, dim, given, total,
+                          reinterpret_cast<float *>(scores), reinterpret_cast<void *>(workspace)},
+                         nullptr);
+}
+size_t plugin_workspace(int levels, int num, int dim) { return maxsim_workspace(levels != 0, num, dim); }
+
 const char *launched() { return launches.c_str(); }
 size_t allocations() { return memory.size(); }
 size_t size_of_pages() { return sizeof(MaxSimPages); }
@@ -109,9 +140,6 @@ int cuMemsetD8_v2(uint64_t address, unsigned char value, size_t size) {
 }
 int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
                    unsigned shared_bytes, void *, void **arguments, void **) {
-    launches += std::string(static_cast<const char *>(function)) + "\n";
-    mistakes = 0;
-    may_read = readable;
     return launch(static_cast<const char *>(function), grid, block, shared_bytes, arguments);
 }
 int cuGetErrorString(int status, const char **text) {

@@ -230,4 +230,40 @@ T min(T a, T b) {
     return a < b ? a : b;
 }
 
+// What launch.cu calls of the CUDA runtime; gpu_on_host.cpp has it -----------------------------------------------------
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+using cudaStream_t = struct CUstream_st *;
+
+struct dim3 {
+    unsigned x;
+    explicit dim3(int x) : x(x) {}
+};
+
+static cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, std::size_t shared_bytes,
+                                    cudaStream_t);
+
+static cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+
+static cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int) {
+    static const int values[] = {2, 166912, 167936};
+    return *value = values[attribute], cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int value) {
+    return value <= 166912 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Kernel, int, int shared_bytes) {
+    return *blocks = 167936 / (shared_bytes + 1024), cudaSuccess;
+}
+
+static cudaError_t cudaMemsetAsync(void *address, int value, std::size_t size, cudaStream_t) {
+    return std::memset(address, value, size), cudaSuccess;
+}
+
 #endif
