@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -66,22 +68,31 @@ def exact(query: Floats, pages: kernels.Pages) -> NDArray[np.float64]:
     return np.array([(rounded @ pages.vectors(i).T).max(axis=1).sum() for i in range(len(pages))])
 
 
+@contextmanager
+def units(pages: int) -> Iterator[None]:
+    """A warp takes so many pages at once; few pages are planned one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "unit", lambda plan, *sizes: pages)
+        yield
+
+
+UNITS = st.integers(1, 9)
 ROWS = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 70), st.sampled_from([31, 32, 33])), min_size=1, max_size=9)
 
 
 @settings(max_examples=15, deadline=None)
-@given(num=st.integers(1, 40), dim=st.integers(1, 150), rows=ROWS)
-def test_half_floats_equal_float64(device: Gpu, num: int, dim: int, rows: list[int]) -> None:
+@given(num=st.integers(1, 40), dim=st.integers(1, 150), rows=ROWS, pages_at_once=UNITS)
+def test_half_floats_equal_float64(device: Gpu, num: int, dim: int, rows: list[int], pages_at_once: int) -> None:
     query, pages = unit(0, num, dim), stored("f16", rows, dim)
-    with GpuPages.upload(pages, device=device) as there:
+    with GpuPages.upload(pages, device=device) as there, units(pages_at_once):
         np.testing.assert_allclose(there.score(query), exact(query, pages), rtol=0, atol=2e-6 * num)
 
 
 @settings(max_examples=15, deadline=None)
-@given(num=st.integers(1, 64), dim=st.integers(1, 150), rows=ROWS)
-def test_levels_equal_the_cpu_bit_for_bit(device: Gpu, num: int, dim: int, rows: list[int]) -> None:
+@given(num=st.integers(1, 64), dim=st.integers(1, 150), rows=ROWS, pages_at_once=UNITS)
+def test_levels_equal_the_cpu_bit_for_bit(device: Gpu, num: int, dim: int, rows: list[int], pages_at_once: int) -> None:
     query, pages = unit(0, num, dim), stored("u8", rows, dim)
-    with GpuPages.upload(pages, device=device) as there:
+    with GpuPages.upload(pages, device=device) as there, units(pages_at_once):
         assert np.array_equal(there.score(query), kernels.score(query, pages))
 
 
@@ -93,7 +104,7 @@ def test_large_shapes(device: Gpu, storage: str, num: int, dim: int, rows: list[
     """Long rows, and queries that take several passes; the largest do not fit into shared memory."""
     query, pages = unit(0, num, dim), stored(storage, rows, dim)
     wanted = exact(query, pages) if storage == "f16" else kernels.score(query, pages)
-    with GpuPages.upload(pages, device=device) as there:
+    with GpuPages.upload(pages, device=device) as there, units(2):
         np.testing.assert_allclose(there.score(query), wanted, rtol=2e-6)
 
 
@@ -101,20 +112,23 @@ def test_large_shapes(device: Gpu, storage: str, num: int, dim: int, rows: list[
 def test_a_score_depends_on_nothing_else(device: Gpu, storage: str) -> None:
     query, rows = unit(0, 20, 96), [3, 32, 40, 1, 1, 7, 100, 32]
     vectors = [unit(i, count, 96) for i, count in enumerate(rows)]
-    with GpuPages.upload(vectors, storage, device) as together:
+    with GpuPages.upload(vectors, storage, device) as together, units(5):
         scores = together.score(query)
     for index, page in enumerate(vectors):
         with GpuPages.upload([page], storage, device) as alone:
             assert alone.score(query)[0] == scores[index]
 
 
-def test_pages_without_vectors(device: Gpu) -> None:
+@pytest.mark.parametrize("pages_at_once", [1, 2, 6])
+def test_pages_without_vectors(device: Gpu, pages_at_once: int) -> None:
     """At the start, between others, at the end, and nothing else in a unit: minus infinity, also without any rows."""
     rows, query = [0, 0, 3, 0, 40, 0], unit(0, 5, 64)
     vectors = np.concatenate([unit(i, count, 64) for i, count in enumerate(rows)]).astype(np.float16)
     memory = [device.driver.upload(array) for array in (vectors, np.cumsum([0, *rows], dtype=np.int64))]
     there = GpuPages(device, "f16", 64, (6, 43), [part.address for part in memory], memory)
-    scores = there.score(query)
+    with units(pages_at_once):
+        scores = there.score(query)
+    np.testing.assert_allclose(scores[[2, 4]], exact(query, gpu._store([unit(2, 3, 64), unit(4, 40, 64)], "f16")), 2e-6)
     assert np.isneginf(scores).tolist() == [True, True, False, True, False, True]
     assert there.search(query, 6)[0].tolist()[2:] == [0, 1, 3, 5]
     nothing = device.driver.upload(np.zeros(3, np.int64))
@@ -157,6 +171,7 @@ def test_search_among_many(device: Gpu) -> None:
     with GpuPages.upload(pages, "u8", device) as there:
         scores = there.score(query)
         numbers, found = there.search(query, 1000)
+        assert np.array_equal(scores, kernels.score(query, gpu._store(pages, "u8")))
     assert numbers.tolist() == np.argsort(-scores, kind="stable")[:1000].tolist()
     assert np.array_equal(found, scores[numbers])
 
