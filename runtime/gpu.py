@@ -32,7 +32,7 @@ from cembed.runtime.vectors import Vectors
 
 SOURCES = Path(__file__).parent / "native" / "cuda"
 STORED = ("f16", "u8")
-_FILES = ("maxsim.cu", "maxsim.h", "warp.cuh")
+FILES = ("maxsim.cu", "maxsim.h", "warp.cuh")
 _WARPS, _RING, _STEP, _SORTED = 8, 1 << 16, 64, 2048  # of native/cuda/maxsim.h
 _ALIGNED = 16  # bytes, to which rows are filled up
 _UNIT = 1 << 16  # bytes that a warp takes at once
@@ -132,11 +132,11 @@ def cubin(limits: Limits) -> bytes:
     """The kernels for a device of sm_80 or later, compiled once on a machine. Raises CembedError as compile_kernels."""
     if limits.architecture < 80:
         raise CembedError(f"{limits.name} is sm_{limits.architecture}: the kernels need sm_80 or later")
-    source, *headers = ((SOURCES / name).read_text(encoding="utf-8") for name in _FILES)
+    source, *headers = ((SOURCES / name).read_text(encoding="utf-8") for name in FILES)
     key = hashlib.sha256("\0".join([source, *headers]).encode()).hexdigest()[:16]
     cached = cache_folder() / f"maxsim-{key}-cuda{limits.cuda}-sm{limits.architecture}.cubin"
     if not cached.exists():
-        made = compile_kernels(source, dict(zip(_FILES[1:], headers, strict=True)), limits.architecture, limits.cuda)
+        made = compile_kernels(source, dict(zip(FILES[1:], headers, strict=True)), limits.architecture, limits.cuda)
         cached.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cached.with_suffix(f".{os.getpid()}")
         unfinished.write_bytes(made)

@@ -10,6 +10,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -341,3 +342,14 @@ def test_nvcc_compiles_the_kernels_without_spilling(tmp_path: Path) -> None:
     spills = re.findall("([0-9]+) bytes spill stores", done.stderr)
     assert len(spills) == 14 * len(kinds)
     assert {*spills} == {"0"}
+
+
+def test_the_benchmark_finds_the_kernels_exact(device: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    import gpu_maxsim
+
+    monkeypatch.setattr(gpu_maxsim, "RAGGED", gpu_maxsim.RAGGED[:2])
+    found = gpu_maxsim.errors(device, most=20)
+    assert found.pop("f16") < 2e-6
+    assert found == {"u8": 0, "other_pages": 0, "search": 0}
