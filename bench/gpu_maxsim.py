@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where cembed is not ins
 
 from cembed.runtime import CembedError, kernels
 from cembed.runtime.cuda_driver import Driver
-from cembed.runtime.gpu import SOURCES, Gpu, GpuPages
+from cembed.runtime.gpu import SOURCES, Gpu, GpuPages, store
 from cembed.runtime.storage import STORAGE
 
 Run = Callable[[], object]
@@ -133,13 +133,9 @@ def exact(query: NDArray[np.float32], vectors: list[NDArray[np.float32]]) -> NDA
 
 
 def on_cpu(query: NDArray[np.float32], vectors: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    encoded = [STORAGE["u8"].encode(page) for page in vectors]
-    rows, scales = np.array([len(page) for page in vectors], np.int32), np.array([s for _, s in encoded], np.float32)
-    starts = (np.cumsum(rows, dtype=np.int64) - rows) * query.shape[1]
-    data = np.concatenate([levels for levels, _ in encoded])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that numpy takes over where there is no library
-        return kernels.score(query, kernels.Pages("u8", query.shape[1], data, starts, rows, scales))
+        return kernels.score(query, store(vectors, "u8"))
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------
@@ -180,8 +176,11 @@ def copy_bandwidth() -> float:
 
 def times(device: Gpu, case: Case, bandwidth: float) -> dict[str, Any]:
     count = case.pages * case.vectors
-    random = {"f16": random_halves, "u8": random_levels}[case.storage]
-    rows, found = random(count), dict[str, Any]()
+    found = dict[str, Any]()
+    if case.storage == "f16":
+        rows = torch.randn((count, DIM), device="cuda", dtype=torch.float16)
+    else:
+        rows = torch.randint(0, 256, (count, DIM), device="cuda", dtype=torch.uint8)
     offsets = torch.arange(0, count + 1, case.vectors, device="cuda")
     scales = torch.ones(case.pages, device="cuda")
     places = [tensor.data_ptr() for tensor in (rows, offsets, scales)]
@@ -201,14 +200,6 @@ def times(device: Gpu, case: Case, bandwidth: float) -> dict[str, Any]:
             "asked": case.least,
         }
     return found
-
-
-def random_halves(rows: int) -> torch.Tensor:
-    return torch.randn((rows, DIM), device="cuda", dtype=torch.float16)
-
-
-def random_levels(rows: int) -> torch.Tensor:
-    return torch.randint(0, 256, (rows, DIM), device="cuda", dtype=torch.uint8)
 
 
 def with_torch(pages: torch.Tensor, query: NDArray[np.float32]) -> dict[str, float]:

@@ -174,7 +174,7 @@ class GpuPages:
 
         Raises CembedError: a storage type without kernels, no GPU, or too little memory on it.
         """
-        stored = pages if isinstance(pages, Pages) else _store(pages, storage)
+        stored = pages if isinstance(pages, Pages) else store(pages, storage)
         if stored.storage not in STORED:
             raise CembedError(f"pages in {stored.storage} on a GPU: there are kernels for {', '.join(STORED)}")
         device = gpu() if device is None else device
@@ -263,7 +263,8 @@ def _row_bytes(storage: str, dim: int) -> int:
     return -(-STORAGE[storage].vector_bytes(dim) // _ALIGNED) * _ALIGNED
 
 
-def _store(pages: Sequence[Vectors], storage: str) -> Pages:
+def store(pages: Sequence[Vectors], storage: str) -> Pages:
+    """Vectors [K, D] of each page, in a storage type that has kernels."""
     if storage not in STORED:
         raise CembedError(f"pages in {storage!r} on a GPU: there are kernels for {', '.join(STORED)}")
     for number, page in enumerate(pages):

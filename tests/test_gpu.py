@@ -59,7 +59,7 @@ def unit(seed: int, rows: int, dim: int) -> Floats:
 
 
 def stored(storage: str, rows: list[int], dim: int) -> kernels.Pages:
-    return gpu._store([unit(i, count, dim) for i, count in enumerate(rows, 1)], storage)
+    return gpu.store([unit(i, count, dim) for i, count in enumerate(rows, 1)], storage)
 
 
 def exact(query: Floats, pages: kernels.Pages) -> NDArray[np.float64]:
@@ -129,7 +129,7 @@ def test_pages_without_vectors(device: Gpu, pages_at_once: int) -> None:
     there = GpuPages(device, "f16", 64, (6, 43), [part.address for part in memory], memory)
     with units(pages_at_once):
         scores = there.score(query)
-    np.testing.assert_allclose(scores[[2, 4]], exact(query, gpu._store([unit(2, 3, 64), unit(4, 40, 64)], "f16")), 2e-6)
+    np.testing.assert_allclose(scores[[2, 4]], exact(query, gpu.store([unit(2, 3, 64), unit(4, 40, 64)], "f16")), 2e-6)
     assert np.isneginf(scores).tolist() == [True, True, False, True, False, True]
     assert there.search(query, 6)[0].tolist()[2:] == [0, 1, 3, 5]
     nothing = device.driver.upload(np.zeros(3, np.int64))
@@ -172,7 +172,7 @@ def test_search_among_many(device: Gpu) -> None:
     with GpuPages.upload(pages, "u8", device) as there:
         scores = there.score(query)
         numbers, found = there.search(query, 1000)
-        assert np.array_equal(scores, kernels.score(query, gpu._store(pages, "u8")))
+        assert np.array_equal(scores, kernels.score(query, gpu.store(pages, "u8")))
     assert numbers.tolist() == np.argsort(-scores, kind="stable")[:1000].tolist()
     assert np.array_equal(found, scores[numbers])
 
@@ -240,7 +240,7 @@ def test_what_the_tensorrt_plugin_launches(device: Gpu, library: ctypes.CDLL, le
     """Its query is in half floats, its levels have zero point 0; the same sums follow."""
     rows, query = [3, 0, 40, 1, 32, 7], unit(0, num, dim).astype(np.float16)
     vectors = [unit(i, count, dim) for i, count in enumerate(rows, 1) if count]
-    pages = gpu._store(vectors, "u8" if levels else "f16")
+    pages = gpu.store(vectors, "u8" if levels else "f16")
     matrix = gpu._matrix(pages, sum(rows)) ^ np.uint8(128 * levels)
     offsets, scales = np.cumsum([0, *rows], dtype=np.int64), np.insert(pages.scales, 1, 1)
     there = [device.driver.upload(array) for array in (query, matrix, offsets, scales)]

@@ -1,15 +1,23 @@
-#include "plugin.h"
-
-#include "../cuda/launch.h"
-
+// cembed::MaxSim for TensorRT 10.3 and later: scores of one query with many pages.
+//
+// inputs   query    half    [Q, D]
+//          pages    half    [N, D]     rows of all pages, one page after the other
+//                   or int8 [N, D]     levels, zero point 0
+//          offsets  int64   [P + 1]    first row of each page, and N
+//          scales   float   [P]        with int8 only: what a page's levels are multiplied with
+// output   scores   float   [P]        minus infinity for a page without rows
+//
+// D is a multiple of 8, with int8 of 16. It has no attributes: nothing is serialised.
+#include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
 #include <new>
 #include <string>
 
+#include "../cuda/launch.h"
+
 using namespace nvinfer1;
 
-namespace cembed {
 namespace {
 
 constexpr char kName[] = "MaxSim", kVersion[] = "1", kNamespace[] = "cembed";
@@ -26,6 +34,7 @@ int32_t fail(const std::string &what) {
 }
 
 bool has_levels(int32_t inputs) { return inputs > kScales; }
+bool takes(int32_t inputs, int32_t outputs) { return outputs == 1 && (inputs == kScales || inputs == kScales + 1); }
 
 struct Form {
     DataType type;
@@ -53,116 +62,116 @@ int32_t check(const Dims &query, const Dims &pages, int32_t inputs) {
     return query.d[0] == 0 ? fail("a query without vectors") : 0;
 }
 
-} // namespace
-
-IPluginCapability *MaxSim::getCapabilityInterface(PluginCapabilityType type) noexcept {
-    switch (type) {
-    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore *>(this);
-    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild *>(this);
-    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime *>(this);
+class MaxSim final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+  public:
+    IPluginCapability *getCapabilityInterface(PluginCapabilityType type) noexcept override {
+        switch (type) {
+        case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore *>(this);
+        case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild *>(this);
+        case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime *>(this);
+        }
+        return nullptr;
     }
-    return nullptr;
-}
 
-IPluginV3 *MaxSim::clone() noexcept { return new (std::nothrow) MaxSim(*this); }
+    IPluginV3 *clone() noexcept override { return new (std::nothrow) MaxSim(*this); }
+    const char *getPluginName() const noexcept override { return kName; }
+    const char *getPluginVersion() const noexcept override { return kVersion; }
+    const char *getPluginNamespace() const noexcept override { return kNamespace; }
 
-const char *MaxSim::getPluginName() const noexcept { return kName; }
-const char *MaxSim::getPluginVersion() const noexcept { return kVersion; }
-const char *MaxSim::getPluginNamespace() const noexcept { return kNamespace; }
+    // Building
 
-// Building -----------------------------------------------------------------------------------------------------------
+    int32_t getNbOutputs() const noexcept override { return 1; }
 
-int32_t MaxSim::getNbOutputs() const noexcept { return 1; }
+    int32_t getOutputDataTypes(DataType *types, int32_t outputs, const DataType *, int32_t) const noexcept override {
+        types[0] = DataType::kFLOAT;
+        return outputs != 1;
+    }
 
-int32_t MaxSim::getOutputDataTypes(DataType *types, int32_t outputs, const DataType *, int32_t) const noexcept {
-    if (outputs != 1)
-        return 1;
-    types[0] = DataType::kFLOAT;
-    return 0;
-}
+    int32_t getOutputShapes(const DimsExprs *given, int32_t inputs, const DimsExprs *, int32_t, DimsExprs *shapes,
+                            int32_t outputs, IExprBuilder &builder) noexcept override {
+        if (!takes(inputs, outputs))
+            return fail("query, pages and offsets are wanted, and scales with int8 pages; " + std::to_string(inputs) +
+                        " inputs were given");
+        shapes[0].nbDims = 1;
+        shapes[0].d[0] = builder.operation(DimensionOperation::kSUB, *given[kOffsets].d[0], *builder.constant(1));
+        return 0;
+    }
 
-int32_t MaxSim::getOutputShapes(const DimsExprs *given, int32_t inputs, const DimsExprs *, int32_t, DimsExprs *shapes,
-                                int32_t outputs, IExprBuilder &builder) noexcept {
-    if (outputs != 1 || inputs < kScales || inputs > kScales + 1)
-        return fail(std::to_string(inputs) + " inputs: query, pages, offsets are wanted, and scales with int8 pages");
-    shapes[0].nbDims = 1;
-    shapes[0].d[0] = builder.operation(DimensionOperation::kSUB, *given[kOffsets].d[0], *builder.constant(1));
-    return 0;
-}
+    bool supportsFormatCombination(int32_t at, const DynamicPluginTensorDesc *tensors, int32_t inputs,
+                                   int32_t outputs) noexcept override {
+        if (!takes(inputs, outputs) || at > inputs)
+            return false;
+        const PluginTensorDesc &tensor = tensors[at].desc;
+        const Form form = wanted(at, inputs);
+        return tensor.format == TensorFormat::kLINEAR && tensor.type == form.type && tensor.dims.nbDims == form.axes;
+    }
 
-bool MaxSim::supportsFormatCombination(int32_t at, const DynamicPluginTensorDesc *tensors, int32_t inputs,
-                                       int32_t outputs) noexcept {
-    if (outputs != 1 || inputs < kScales || inputs > kScales + 1 || at > inputs)
-        return false;
-    const PluginTensorDesc &tensor = tensors[at].desc;
-    const Form form = wanted(at, inputs);
-    return tensor.format == TensorFormat::kLINEAR && tensor.type == form.type && tensor.dims.nbDims == form.axes;
-}
+    int32_t configurePlugin(const DynamicPluginTensorDesc *given, int32_t inputs, const DynamicPluginTensorDesc *,
+                            int32_t) noexcept override {
+        return check(given[kQuery].desc.dims, given[kPages].desc.dims, inputs);
+    }
 
-int32_t MaxSim::configurePlugin(const DynamicPluginTensorDesc *given, int32_t inputs, const DynamicPluginTensorDesc *,
-                                int32_t) noexcept {
-    return check(given[kQuery].desc.dims, given[kPages].desc.dims, inputs);
-}
+    size_t getWorkspaceSize(const DynamicPluginTensorDesc *given, int32_t inputs, const DynamicPluginTensorDesc *,
+                            int32_t) const noexcept override {
+        const Dims &most = given[kQuery].max;
+        return maxsim_workspace(has_levels(inputs), static_cast<int32_t>(most.d[0]), static_cast<int32_t>(most.d[1]));
+    }
 
-size_t MaxSim::getWorkspaceSize(const DynamicPluginTensorDesc *given, int32_t inputs, const DynamicPluginTensorDesc *,
-                                int32_t) const noexcept {
-    const Dims &query = given[kQuery].max;
-    return maxsim_workspace(has_levels(inputs), static_cast<int32_t>(query.d[0]), static_cast<int32_t>(query.d[1]));
-}
+    // Running
 
-// Running ------------------------------------------------------------------------------------------------------------
+    int32_t onShapeChange(const PluginTensorDesc *given, int32_t inputs, const PluginTensorDesc *,
+                          int32_t) noexcept override {
+        levels_ = has_levels(inputs);
+        return check(given[kQuery].dims, given[kPages].dims, inputs);
+    }
 
-int32_t MaxSim::onShapeChange(const PluginTensorDesc *given, int32_t inputs, const PluginTensorDesc *,
-                              int32_t) noexcept {
-    levels_ = has_levels(inputs);
-    return check(given[kQuery].dims, given[kPages].dims, inputs);
-}
+    int32_t enqueue(const PluginTensorDesc *given, const PluginTensorDesc *made, const void *const *inputs,
+                    void *const *outputs, void *workspace, cudaStream_t stream) noexcept override {
+        MaxSimCall call{};
+        call.levels = levels_;
+        call.query = inputs[kQuery];
+        call.num = static_cast<int32_t>(given[kQuery].dims.d[0]);
+        call.dim = static_cast<int32_t>(given[kQuery].dims.d[1]);
+        call.pages.rows = static_cast<const unsigned char *>(inputs[kPages]);
+        call.pages.offsets = static_cast<const long long *>(inputs[kOffsets]);
+        call.pages.scales = levels_ ? static_cast<const float *>(inputs[kScales]) : nullptr;
+        call.pages.count = made[0].dims.d[0];
+        call.pages.row_bytes = call.dim * (levels_ ? 1 : 2);
+        call.rows = given[kPages].dims.d[0];
+        call.scores = static_cast<float *>(outputs[0]);
+        call.workspace = workspace;
+        const auto status = static_cast<cudaError_t>(maxsim_launch(call, stream));
+        return status == cudaSuccess ? 0 : fail(cudaGetErrorString(status));
+    }
 
-int32_t MaxSim::enqueue(const PluginTensorDesc *given, const PluginTensorDesc *made, const void *const *inputs,
-                        void *const *outputs, void *workspace, cudaStream_t stream) noexcept {
-    const Dims &query = given[kQuery].dims, &pages = given[kPages].dims;
-    MaxSimCall call{};
-    call.levels = levels_;
-    call.query = inputs[kQuery];
-    call.num = static_cast<int32_t>(query.d[0]);
-    call.dim = static_cast<int32_t>(query.d[1]);
-    call.pages.rows = static_cast<const unsigned char *>(inputs[kPages]);
-    call.pages.offsets = static_cast<const long long *>(inputs[kOffsets]);
-    call.pages.scales = levels_ ? static_cast<const float *>(inputs[kScales]) : nullptr;
-    call.pages.count = made[0].dims.d[0];
-    call.pages.row_bytes = call.dim * (levels_ ? 1 : 2);
-    call.rows = pages.d[0];
-    call.scores = static_cast<float *>(outputs[0]);
-    call.workspace = workspace;
-    const auto status = static_cast<cudaError_t>(maxsim_launch(call, stream));
-    return status == cudaSuccess ? 0 : fail(cudaGetErrorString(status));
-}
+    IPluginV3 *attachToContext(IPluginResourceContext *) noexcept override { return clone(); }
+    const PluginFieldCollection *getFieldsToSerialize() noexcept override { return &kNoFields; }
 
-IPluginV3 *MaxSim::attachToContext(IPluginResourceContext *) noexcept { return clone(); }
+  private:
+    bool levels_ = false; // pages are int8: known once shapes are
+};
 
-const PluginFieldCollection *MaxSim::getFieldsToSerialize() noexcept { return &kNoFields; }
+class MaxSimCreator final : public IPluginCreatorV3One {
+  public:
+    IPluginV3 *createPlugin(const char *, const PluginFieldCollection *, TensorRTPhase) noexcept override {
+        return new (std::nothrow) MaxSim;
+    }
+    const PluginFieldCollection *getFieldNames() noexcept override { return &kNoFields; }
+    const char *getPluginName() const noexcept override { return kName; }
+    const char *getPluginVersion() const noexcept override { return kVersion; }
+    const char *getPluginNamespace() const noexcept override { return kNamespace; }
+};
 
-// Creating -----------------------------------------------------------------------------------------------------------
-
-IPluginV3 *MaxSimCreator::createPlugin(const char *, const PluginFieldCollection *, TensorRTPhase) noexcept {
-    return new (std::nothrow) MaxSim;
-}
-
-const PluginFieldCollection *MaxSimCreator::getFieldNames() noexcept { return &kNoFields; }
-const char *MaxSimCreator::getPluginName() const noexcept { return kName; }
-const char *MaxSimCreator::getPluginVersion() const noexcept { return kVersion; }
-const char *MaxSimCreator::getPluginNamespace() const noexcept { return kNamespace; }
-
-} // namespace cembed
+} // namespace
 
 // What TensorRT looks for in a library of plugins: --staticPlugins, --dynamicPlugins, IPluginRegistry::loadLibrary.
 #define CEMBED_EXPORT extern "C" __attribute__((visibility("default")))
 
 CEMBED_EXPORT IPluginCreatorInterface *const *getCreators(int32_t &count) {
-    static cembed::MaxSimCreator creator;
+    static MaxSimCreator creator;
     static IPluginCreatorInterface *const creators[] = {&creator};
     count = 1;
     return creators;
 }
 
-CEMBED_EXPORT void setLoggerFinder(ILoggerFinder *finder) { cembed::logger_finder = finder; }
+CEMBED_EXPORT void setLoggerFinder(ILoggerFinder *finder) { logger_finder = finder; }
