@@ -117,15 +117,21 @@ def matches(query: Vectors, pages: Pages, page: int) -> NDArray[np.int32]:
     return np.asarray(similarity.argmax(axis=1), np.int32)
 
 
-def _checked(query: Vectors, pages: Pages, which: Numbers | None) -> tuple[Vectors, Numbers]:
+def checked_query(query: Vectors, dim: int, what: str = "the query") -> Vectors:
+    """As float32 [Q, D]. Raises CembedError as score() does; `what` is how the message calls it."""
     with np.errstate(over="ignore"):
         query = np.ascontiguousarray(query, np.float32)
     if query.ndim != 2 or 0 in query.shape:
-        raise CembedError(f"the query has shape {query.shape}: [num_vectors, dim], neither zero, is wanted")
-    if query.shape[1] != pages.dim:
-        raise CembedError(f"the query has dim {query.shape[1]}, the pages have {pages.dim}")
+        raise CembedError(f"{what} has shape {query.shape}: [num_vectors, dim], neither zero, is wanted")
+    if query.shape[1] != dim:
+        raise CembedError(f"{what} has dim {query.shape[1]}, the pages have {dim}")
     if not np.isfinite(query).all():
-        raise CembedError("the query contains NaN, infinity, or values that float32 cannot hold")
+        raise CembedError(f"{what} contains NaN, infinity, or values that float32 cannot hold")
+    return query
+
+
+def _checked(query: Vectors, pages: Pages, which: Numbers | None) -> tuple[Vectors, Numbers]:
+    query = checked_query(query, pages.dim)
     if which is None:
         return query, np.arange(len(pages), dtype=np.int64)
     which = np.ascontiguousarray(which, np.int64)

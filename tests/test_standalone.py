@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 from cembed import runtime
-from cembed.runtime import Embedder, VectorFile
+from cembed.runtime import Embedder, VectorFile, gpu
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "peft", "huggingface_hub")
@@ -224,6 +224,12 @@ def test_every_module_is_in_sdist_and_wheel(tree: Path, sdist: Path, wheel: Path
     assert "__init__.py" in expected
     assert modules(sdist / source) == expected
     assert modules(wheel / package) == expected
+
+
+def test_kernels_for_gpus_are_in_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
+    """As text: they are compiled where they run."""
+    for folder in (sdist / "runtime", wheel / "cembed" / "runtime"):
+        assert {path.name for path in folder.glob("native/cuda/*")} == set(gpu.FILES)
 
 
 def test_type_information_and_licence_are_in_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
