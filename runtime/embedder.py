@@ -262,7 +262,7 @@ class Embedder:
         if max_vectors is not None:
             side.check_budget(max_vectors)
             return max_vectors
-        return side.max_vectors or max(64, 2 * side.num_vectors)
+        return side.room
 
     def _cache(self, capacity: int) -> StaticKVCache:
         inputs = self.manifest.graphs["text_step"].inputs
