@@ -1,7 +1,8 @@
-"""The few calls of the CUDA runtime that engines need: memory, one stream, graphs. Through cuda-python, without torch."""
+"""The few calls of the CUDA runtime that engines need: memory, one stream, graphs. By cuda-python, without torch."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import weakref
@@ -114,16 +115,14 @@ class PinnedArray:
         self.nbytes = prod(shape) * dtype.itemsize
         self.address = int(cuda.call("MallocHost", max(self.nbytes, 1)))
         weakref.finalize(self, cuda.api.cudaFreeHost, self.address)
-        content = (ctypes.c_uint8 * max(self.nbytes, 1)).from_address(self.address)
-        self.array: Array = np.frombuffer(content, dtype, prod(shape)).reshape(shape)
+        content = memoryview((ctypes.c_uint8 * self.nbytes).from_address(self.address))
+        self.array: Array = np.frombuffer(content, dtype).reshape(shape)
 
 
 def load_api() -> Any:
     for name in MODULES:
-        try:
+        with contextlib.suppress(ImportError):
             return importlib.import_module(name)
-        except ImportError:
-            continue
     raise CembedError("GPU memory needs cuda-python: install cembed with its extra 'gpu'")
 
 

@@ -110,19 +110,25 @@ class EngineCache:
         text = json.dumps({**about, "sha256": sha256(path)}, indent=1) + "\n"
         write_whole(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
-    def read(self, graph: str) -> mmap.mmap:
-        """The engine's bytes, mapped. Raises CembedError: there is none for this bundle, TensorRT and GPU; damaged."""
+    def require(self, graph: str) -> Any:
+        """What the engine's description says. Raises CembedError: there is none for this bundle, TensorRT and GPU."""
         path = self.path(graph)
-        loop = " --loop" if graph == "text_step" else ""
-        build = f"run `cembed build-engine {self.bundle.root}{loop}` on this device"
         try:
-            about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            with path.open("rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            path.stat()
+            return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CembedError(f"there is no engine of {graph} for {self.device}: {build}") from error
+            raise CembedError(f"there is no engine of {graph} for {self.device}: {self.advice(graph)}") from error
+
+    def advice(self, graph: str) -> str:
+        return f"run `cembed build-engine {self.bundle.root}{' --loop' if graph == 'text_step' else ''}` on this device"
+
+    def read(self, graph: str) -> mmap.mmap:
+        """The engine's bytes, mapped. Raises CembedError: there is none, or it is damaged."""
+        about, path = self.require(graph), self.path(graph)
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hashlib.sha256(content).hexdigest() != about.get("sha256"):
-            raise CembedError(f"{path} is damaged: {build}")
+            raise CembedError(f"{path} is damaged: {self.advice(graph)}")
         return content
 
 
@@ -145,13 +151,13 @@ def needed_graphs(manifest: Manifest, loop: bool) -> list[str]:
 
 
 def build_engines(
-    cache: EngineCache, graphs: list[str], options: BuildOptions, tell: Callable[[str], None]
+    cache: EngineCache, graphs: list[str], options: BuildOptions, tell: Callable[[str], None], force: bool = False
 ) -> list[Path]:
-    """Builds the engines that are not there yet, and gives the paths of all."""
+    """Builds the engines that are not there yet, or all of them, and gives the paths of all."""
     cache.library.check(cache.bundle.manifest)
     cache.folder.mkdir(exist_ok=True)
     for graph in graphs:
-        if cache.describes(graph, options.key()):
+        if not force and cache.describes(graph, options.key()):
             tell(f"{graph} is there already")
             continue
         tell(f"building {graph}")
