@@ -78,7 +78,7 @@ class Cuda:
 
     def capture(self, record: Callable[[], None]) -> CudaGraph:
         """What `record` puts into the stream, as a graph; it does not run yet."""
-        mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed  # memory may be freed meanwhile
         self.call("StreamBeginCapture", self.stream, mode)
         try:
             record()

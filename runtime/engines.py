@@ -186,13 +186,15 @@ class Build:
             config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, self.options.workspace << 20)
         if not self.options.tf32:
             config.clear_flag(self.trt.BuilderFlag.TF32)
-        timing = self.cache.timing()
-        known = config.create_timing_cache(timing.read_bytes() if timing.exists() else b"")
-        config.set_timing_cache(known, ignore_mismatch=False)
+        timing = self.cache.timing() if self.cache.library.name == "tensorrt" else None  # RTX takes no timings
+        if timing is not None:
+            known = config.create_timing_cache(timing.read_bytes() if timing.exists() else b"")
+            config.set_timing_cache(known, ignore_mismatch=False)
         plan = self.builder.build_serialized_network(network, config)
         if plan is None:
             raise CembedError(f"TensorRT cannot build {self.name}: its reason is above")
-        write_whole(timing, lambda file: file.write(config.get_timing_cache().serialize()))
+        if timing is not None:
+            write_whole(timing, lambda file: file.write(config.get_timing_cache().serialize()))
         return plan
 
     def parse(self) -> Any:
@@ -227,18 +229,14 @@ def tensor_range(shape: tuple[int | str, ...], axes: Mapping[str, Range]) -> lis
 
 
 def profiles(graph: str, limits: Limits, manifest: Manifest) -> list[dict[str, Range]]:
-    """Ranges of a graph's axes, the narrow profile first: queries before pages, a decode step before a prefill."""
-    alone: Range = (1, 1, 1)
+    """Ranges of a graph's axes, the narrow profile first: queries before pages. A step is tuned for one slot."""
     if graph == "vision":
         batch, group = (1, limits.batch, limits.batch), manifest.image.merge_size**2
-        windows = (1, usual_windows(manifest.image), max(1, limits.windows))
+        windows = (1, max(1, usual_windows(manifest.image, limits.visual_tokens)), max(1, limits.windows))
         return [{"batch_size": batch, "num_patches": (group, limits.patches, limits.patches), "num_windows": windows}]
     if graph == "text_step":
-        prompts = min(limits.positions, limits.capacity)
-        return [
-            {"batch_size": alone, "sequence_length": sizes, "num_vectors": alone}
-            for sizes in (alone, (1, min(limits.prompt, prompts), prompts))
-        ]
+        prompts = min(limits.positions, limits.capacity)  # one profile: a second one doubled the engine's weights
+        return [{"batch_size": (1, 1, 1), "sequence_length": (1, 1, prompts), "num_vectors": (1, 1, 1)}]
     pages = text_profile(limits, limits.positions, limits.prompt, limits.batch)
     return [text_profile(limits, SHORT, SHORT // 2, 1), pages] if limits.positions > SHORT else [pages]
 

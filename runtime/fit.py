@@ -73,9 +73,9 @@ def max_windows(image: ImageProcessing) -> int:
     return -(-image.max_visual_tokens * image.factor // image.window_size) if image.window_size else 0
 
 
-def usual_windows(image: ImageProcessing) -> int:
+def usual_windows(image: ImageProcessing, visual_tokens: int) -> int:
     """Windows of a square page."""
-    side = isqrt(image.max_visual_tokens) * image.factor
+    side = isqrt(visual_tokens) * image.factor
     return (-(-side // image.window_size)) ** 2 if image.window_size else 0
 
 
