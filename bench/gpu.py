@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,8 +54,8 @@ class Random:
         self.checkpoint, self.folder, self.grid = folder / f"{size}-checkpoint", folder, GRIDS[size]
         if not (self.checkpoint / "config.json").exists():
             script = [sys.executable, str(ROOT / "samples" / "random_checkpoint.py"), str(self.checkpoint)]
-            options = ["--backbone", "qwen2.5-vl", "--head", "causal", "--size", size, "--dtype", "bfloat16"]
-            subprocess.run([*script, *options], check=True)
+            flags = ["--backbone", "qwen2.5-vl", "--head", "causal", "--size", size, "--dtype", "bfloat16"]
+            subprocess.run([*script, *flags], check=True)
         self.config = json.loads((self.checkpoint / "config.json").read_text())
         options = ExportOptions("qwen2.5-vl", str(self.checkpoint), num_vectors=NUM_VECTORS, dtype=dtype)
         self.plan = Plan.make(options, self.checkpoint)
@@ -121,7 +122,8 @@ class Ours:
 
 
 def normalised(states: Floats) -> Floats:
-    return states / np.linalg.norm(states, axis=-1, keepdims=True)
+    lengths: Floats = np.linalg.norm(states, axis=-1, keepdims=True)
+    return states / lengths
 
 
 class Reference:
@@ -271,7 +273,7 @@ def measure_vectors(folder: Path, provider: str) -> Numbers:
         if not (folder / dtype).exists():
             model = str(ROOT / "samples" / "model")
             export(ExportOptions("qwen2.5-vl", model, slot_positions="continue", dtype=dtype), folder / dtype)
-    images = [Image.open(path) for path in sorted((sample / "pages").glob("*.png"))]
+    images = [Image.open(path) for path in sorted((sample / "pages").iterdir())]
     lines = (sample / "queries.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     found = []
@@ -336,9 +338,7 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = workdir or Path(temporary)
         if find_spec("gpu_maxsim"):
-            import gpu_maxsim
-
-            part("maxsim", gpu_maxsim.measure)
+            part("maxsim", import_module("gpu_maxsim").measure)
         part("vectors", lambda: measure_vectors(folder, CUDA if device == "cuda" else "CPUExecutionProvider"))
         part("pages", lambda: measure_pages(Random(folder, size, dtype), device, dtype, rounds, say))
     say("done")

@@ -16,6 +16,7 @@ from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
 from cembed.runtime.inputs import limit_visual_tokens
 from cembed.runtime.manifest import ImageProcessing, Manifest
+from cembed.runtime.preprocess import MAX_ASPECT_RATIO
 from cembed.runtime.prompts import QUERY_POSITIONS, Prompter, load_tokenizer
 
 ROW_WIDTHS = 32  # values a layer holds for a row, in hidden sizes: Qwen2.5-VL-3B has 18, PaliGemma-3B 26
@@ -62,15 +63,21 @@ class Limits:
             prompt=prompt,
             positions=positions,
             vectors=positions if 0 in room.values() else max(room.values()),
-            patches=image.max_visual_tokens * image.merge_size**2,
+            patches=longest_row(image) * image.merge_size**2,
             windows=max_windows(image),
             capacity=capacity if isinstance(capacity, int) else positions,
         )
 
 
+def longest_row(image: ImageProcessing) -> int:
+    """The most visual tokens: a strip that is one token high may be over the limit, if that is below 200."""
+    most = image.max_visual_tokens
+    return most if image.resize == "fixed" else max(most, isqrt(MAX_ASPECT_RATIO * most) + 1)
+
+
 def max_windows(image: ImageProcessing) -> int:
-    """Windows of the page with the most: one that is a single row of visual tokens."""
-    return -(-image.max_visual_tokens * image.factor // image.window_size) if image.window_size else 0
+    """Windows of the page with the most: a single row of visual tokens."""
+    return -(-longest_row(image) * image.factor // image.window_size) if image.window_size else 0
 
 
 def usual_windows(image: ImageProcessing, visual_tokens: int) -> int:
