@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Gpu:
 
     @property
     def tag(self) -> str:
-        return f"{'-'.join(self.name.split())}-sm{self.capability[0]}{self.capability[1]}"
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.name)}-sm{self.capability[0]}{self.capability[1]}"
 
 
 class Cuda:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BundleMaker
-from fake_gpu import FakeCuda, FakeTrt
+from fake_gpu import FakeContext, FakeCuda, FakeEngine, FakeTrt
 from PIL import Image
 
 from cembed.runtime import CembedError, Embedder
@@ -192,3 +192,14 @@ def test_a_library_that_is_too_old_is_refused(
     monkeypatch.setattr("importlib.import_module", lambda name: Old)
     with pytest.raises(CembedError, match=reason):
         Library.load().check(Bundle(tensorrt_bundle_of("causalqwen2_5")).manifest)
+
+
+def test_the_fakes_have_only_what_the_real_ones_have() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install '.[rtx]'")
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python: pip install '.[gpu]'")
+    calls = ("cuda", "get_", "set_", "create_", "infer", "execute", "Tensor", "Execution", "Logger", "Runtime")
+    pairs = ((runtime, FakeCuda), (trt, FakeTrt), (trt.ICudaEngine, FakeEngine), (trt.IExecutionContext, FakeContext))
+    for real, fake in pairs:
+        used = [name for name in vars(fake) if name.startswith(calls)]
+        assert used
+        assert [name for name in used if not hasattr(real, name)] == []
