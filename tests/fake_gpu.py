@@ -44,7 +44,8 @@ class FakeCuda:
 
     def allocate(self, place: dict[int, Any], size: int) -> tuple[int, int]:
         assert self.captured is None, "memory cannot be allocated during a capture"
-        content = (ctypes.c_uint8 * size)(*([0xFF] * min(size, 64)))  # never cleared by itself
+        content = (ctypes.c_uint8 * size)()
+        ctypes.memset(content, 0xFF, size)  # NaN, in every type of float
         place[ctypes.addressof(content)] = content
         return 0, ctypes.addressof(content)
 
@@ -166,7 +167,9 @@ class FakeEngine:
     ) -> None:
         self.cuda, self.graph, self.profiles, self.aliased = cuda, graph, profiles, aliased
         self.tensors = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
-        self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(profiles)
         self.runs: list[dict[str, tuple[int, ...]]] = []
 
