@@ -36,6 +36,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = "CUDAExecutionProvider"
 PACKAGES = ("cembed", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt")
+PROMPT_OURS = PROMPT.replace("<|image_pad|>", "{image}")
 WANTED = {1: 30.0, 16: 3.0}  # reference seconds over ours, by batch
 MIN_COSINE, SAME_MODEL = 0.9995, 0.9  # of the sample model's vectors; of both sides' with random weights
 GRIDS = {"2b": (48, 64), "mid": (48, 64), "tiny": (16, 24)}  # rows and columns of patches
@@ -92,9 +93,6 @@ class Random:
                 write_graph(model, spec, data, self.plan.loader(spec, stored=True))
                 data.close()
         return paths
-
-
-PROMPT_OURS = PROMPT.replace("<|image_pad|>", "{image}")
 
 
 class Ours:
