@@ -37,7 +37,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Providers = Annotated[
     list[str] | None,
-    typer.Option("--provider", help="ONNX Runtime execution provider, in order of preference.", metavar="NAME"),
+    typer.Option(
+        "--provider",
+        help="'tensorrt' for engines of build-engine, or ONNX Runtime's execution providers, in order of preference.",
+        metavar="NAME",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads per operator; by default all cores.")]
 
@@ -146,10 +150,13 @@ def export(
     target: Annotated[
         str,
         typer.Option(
-            metavar=one_of(choices.TARGETS), help="onnxruntime uses its attention kernels; onnx is standard only."
+            metavar=one_of(choices.TARGETS),
+            help="onnxruntime uses its attention kernels; onnx is standard only; tensorrt is for build-engine.",
         ),
     ] = "onnxruntime",
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 25; below 23 everything is decomposed.")] = 24,
+    opset: Annotated[
+        int, typer.Option(help="ONNX opset, 18 to 25; below 23 everything is decomposed, for JetPack 6 give 20.")
+    ] = 24,
     weights: Annotated[
         str | None, typer.Option(metavar=one_of(choices.WEIGHTS), help="Quantise as `cembed quantize --weights` does.")
     ] = None,
@@ -483,8 +490,10 @@ def complain(message: str) -> None:
 
 
 from cembed.bench_cli import bench_app  # noqa: E402 they use what is above
+from cembed.engine_cli import engine_app  # noqa: E402
 from cembed.index_cli import index_app  # noqa: E402
 
+app.add_typer(engine_app)
 app.add_typer(index_app)
 app.add_typer(bench_app)
 

@@ -30,6 +30,7 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import Graph, Tensor
 
 OPSETS = range(18, 26)  # torch 2.13 writes broken graphs above
+TENSORRT_OPSETS = (*range(18, 21), 24, 25)  # TensorRT from 10.0 on, and from 10.15 on, which has attention and caches
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 EXAMPLE_SIZES = {
     "batch_size": 2,
@@ -44,11 +45,13 @@ EXAMPLE_SIZES = {
 def choose_dialect(target: str, opset: int) -> Dialect:
     """The operators to write for `--target` and `--opset`; those of ONNX Runtime come with opset 24 and later.
 
-    Raises CembedError: an unknown target, an opset that cannot be written.
+    Raises CembedError: an unknown target, an opset that cannot be written or that the target does not read.
     """
     require_choice("target", target, TARGETS)
     if opset not in OPSETS:
         raise CembedError(f"opset {opset} is not supported: {OPSETS.start} to {OPSETS.stop - 1} are")
+    if target == "tensorrt" and opset not in TENSORRT_OPSETS:
+        raise CembedError(f"opset {opset} is not for TensorRT: 24 needs 10.15 or later, 20 is for 10.3 (JetPack 6)")
     if opset < 23:
         return Decomposed()
     if opset < 24:

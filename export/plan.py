@@ -34,7 +34,7 @@ from cembed.runtime.manifest import (
     SlotPositions,
     Tensor,
 )
-from cembed.runtime.prompts import check_prompt, load_tokenizer
+from cembed.runtime.prompts import QUERY_POSITIONS, Prompter, check_prompt, load_tokenizer
 
 SLOT_TABLES = ("slot_embeddings.document", "slot_embeddings.query")
 MADE_WITH = ("torch", "transformers", "onnxruntime")
@@ -107,7 +107,8 @@ class Plan:
         tokenizer = load_tokenizer(find_tokenizer(root, options.adapter))
         tables = slot_tables(checkpoint, head, backbone.decoder.hidden_size)
         document, query = sides(options, backbone, head, tables, tokenizer)
-        specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint))
+        capacity = cache_capacity(options, backbone, tokenizer, (document, query))
+        specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint), capacity)
         names = {name for spec in specs for name in parameter_names(spec)}
         checkpoint.require([checkpoint.embeddings_name, *names, *tables])
         return cls(options, backbone, checkpoint, tokenizer, name, document, query, tuple(tables), specs)
@@ -285,8 +286,20 @@ def attending(prompt_attention: PromptAttention, kinds: set[SlotKind]) -> Attend
     return "bidirectional" if kinds == {"all_tokens"} else "bidirectional-prompt"
 
 
+def cache_capacity(
+    options: ExportOptions, backbone: Backbone, tokenizer: Tokenizer, both: tuple[Side, Side]
+) -> int | str:
+    """Positions of a cache. TensorRT wants a number: the longest page or query, and slots behind it."""
+    if options.target != "tensorrt":
+        return "capacity"
+    prompter = Prompter(tokenizer, backbone.image_token_id)
+    page = prompter.document(both[0].prompt, backbone.image.max_visual_tokens)
+    most = max(length + side.room for length, side in zip((len(page), QUERY_POSITIONS), both, strict=True))
+    return min(-(-most // 64) * 64, backbone.decoder.max_positions)
+
+
 def graph_specs(
-    backbone: Backbone, options: ExportOptions, both: tuple[Side, Side], projection: int | None
+    backbone: Backbone, options: ExportOptions, both: tuple[Side, Side], projection: int | None, capacity: int | str
 ) -> tuple[GraphSpec, ...]:
     """The image encoder; the single pass, unless every slot is fed back; the step, if there are any slots."""
     kinds: set[SlotKind] = {side.slots for side in both}
@@ -296,7 +309,7 @@ def graph_specs(
     if kinds != {"feedback"}:
         specs.append(text)
     if kinds != {"all_tokens"}:
-        specs.append(step_spec(backbone, attends, projection, options.dtype))
+        specs.append(step_spec(backbone, attends, projection, options.dtype, capacity))
     return tuple(specs)
 
 
@@ -322,10 +335,12 @@ def text_spec(backbone: Backbone, attends: Attending, projection: int | None) ->
     return GraphSpec("text", build, "", tuple(inputs), (output,), "text.data")
 
 
-def step_spec(backbone: Backbone, attends: Attending, projection: int | None, dtype: str) -> GraphSpec:
+def step_spec(
+    backbone: Backbone, attends: Attending, projection: int | None, dtype: str, capacity: int | str
+) -> GraphSpec:
     config, text = backbone.decoder, text_spec(backbone, attends, projection)
     cache_type = str(DTYPES[dtype].compute).removeprefix("torch.")
-    shape = ("batch_size", config.num_kv_heads, "capacity", config.head_dim)
+    shape = ("batch_size", config.num_kv_heads, capacity, config.head_dim)
 
     def cache(what: str) -> list[Tensor]:
         names = [f"{what}.{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cembed.quantize.weights import Floats, Quantised, Range, Scheme, pack_nibbles
 
-OPSET = 21  # DequantizeLinear with blocks and INT4
+OPSETS = (19, 21)  # DequantizeLinear in half; with blocks and INT4
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 _INLINE = 256  # bytes up to which a tensor stays in the graph
 _QUANTISED = ("DequantizeLinear", "QuantizeLinear", "MatMulNBits")
@@ -143,7 +143,7 @@ def rewrite(source: SourceGraph, recipe: Recipe, data: DataFile, move: bool = Tr
     model.graph.initializer.extend([*kept, *made.values()])
     for entry in model.opset_import:
         if not entry.domain:
-            entry.version = max(entry.version, OPSET)
+            entry.version = max(entry.version, OPSETS[any(scheme.block for scheme in recipe.schemes.values())])
     return model
 
 

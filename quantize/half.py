@@ -109,7 +109,10 @@ class Halver:
             self._given |= {name: half for name in node.output if name in self._floats}
             self._nodes.append(node)
         self._outputs(model)
-        del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+        for value in model.graph.value_info:  # kept: ONNX Runtime does not find all shapes of Attention by itself
+            if self._given.get(value.name, False):
+                value.type.tensor_type.elem_type = TensorProto.FLOAT16
+        del model.graph.node[:], model.graph.initializer[:]
         model.graph.node.extend(self._nodes)
         model.graph.initializer.extend(self._initializers.values())
         return model

@@ -22,7 +22,8 @@ from cembed.runtime.latent import LatentState, SideName, StateMemory, read_state
 from cembed.runtime.manifest import Side
 from cembed.runtime.pooling import normalise, pool_states, pool_tokens
 from cembed.runtime.positions import slot_positions
-from cembed.runtime.session import Array, EngineSettings, OrtSession, Session, check_providers
+from cembed.runtime.providers import open_sessions
+from cembed.runtime.session import Array, EngineSettings, Session
 from cembed.runtime.vectors import Vectors
 
 Decode = Literal["single-pass", "loop"]
@@ -58,7 +59,7 @@ class Embedder:
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._engine = engine
+        self._open = open_sessions(bundle, engine)
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self.inputs = InputBuilder(bundle, max_visual_tokens, self.session)
@@ -79,13 +80,13 @@ class Embedder:
     ) -> Embedder:
         """Open a bundle.
 
-        `providers` are ONNX Runtime execution providers in order of preference; `threads` is per operator, None for all
+        `providers` are `tensorrt` (see `cembed build-engine`) and ONNX Runtime's execution providers, in order of
+        preference; `threads` is per operator, None for all
         cores; `prepack=False` leaves the weights memory-mapped, which opens at once and is a little slower per page;
         `max_visual_tokens` lowers the bundle's own limit, for speed; `state_memory` bounds, in bytes, what the states
         of `start` hold together; `verify=False` skips the sha256 of files.
         Raises CembedError: no bundle, a damaged one, a provider that is not available.
         """
-        check_providers(providers)
         engine = EngineSettings(tuple(providers), threads, prepack)
         return cls(Bundle(path, verify=verify), engine, max_visual_tokens, state_memory)
 
@@ -184,7 +185,7 @@ class Embedder:
         """The session of a graph, loaded on first use."""
         with self._lock:
             if name not in self._sessions:
-                self._sessions[name] = OrtSession(self.bundle.graph_path(name), self._engine)
+                self._sessions[name] = self._open(name)
             return self._sessions[name]
 
     def replace_sessions(self, sessions: Mapping[str, Session]) -> None:
@@ -262,7 +263,7 @@ class Embedder:
         if max_vectors is not None:
             side.check_budget(max_vectors)
             return max_vectors
-        return side.max_vectors or max(64, 2 * side.num_vectors)
+        return side.room
 
     def _cache(self, capacity: int) -> StaticKVCache:
         inputs = self.manifest.graphs["text_step"].inputs

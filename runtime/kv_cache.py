@@ -18,9 +18,15 @@ class StaticKVCache:
     """
 
     def __init__(self, inputs: Sequence[Tensor], capacity: int) -> None:
-        """`inputs` are the graph's past_key_values tensors; their axis `capacity` gets `capacity` positions."""
+        """`inputs` are the graph's past_key_values tensors; their axis `capacity` gets `capacity` positions.
+
+        Graphs for TensorRT have a number there: raises CembedError if that is less.
+        """
+        fixed = inputs[0].shape[2]
+        if isinstance(fixed, int) and fixed < capacity:
+            raise CembedError(f"{capacity} positions are needed, the bundle's cache has {fixed}: ask for fewer vectors")
+        self.capacity, self.length = fixed if isinstance(fixed, int) else capacity, 0
         sizes = {"batch_size": 1, "capacity": capacity}
-        self.capacity, self.length = capacity, 0
         self.buffers: dict[str, Array] = {
             tensor.name: np.zeros(
                 [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape], tensor.dtype

@@ -130,7 +130,7 @@ class LatentState:
 
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of the cache."""
-        self._open()
+        self._open().pull()
         arrays = {name: np.ascontiguousarray(b[:, :, : self.cache.length]) for name, b in self.cache.buffers.items()}
         arrays |= {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
         arrays |= {"states": np.concatenate(self.states)} if self.states else {}
@@ -142,6 +142,7 @@ class LatentState:
         for name, buffer in self.cache.buffers.items():
             buffer[:, :, : arrays[name].shape[2]] = arrays[name]
             self.cache.length = arrays[name].shape[2]
+        self._open().push()
         self.prompt_end[:], self.hidden = arrays["prompt_end"], arrays["hidden"]
         self.states = list(arrays["states"][:, None]) if "states" in arrays else []
         return self

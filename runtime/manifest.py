@@ -67,6 +67,11 @@ class Side:
         """The largest budget; None where only the length of the model's context limits it."""
         return None if self.slot_rows is None else self.slot_rows[1] + (self.first_vector == "prompt_end")
 
+    @property
+    def room(self) -> int:
+        """Vectors that a cache has room for unless the caller says how many."""
+        return self.max_vectors or max(64, 2 * (self.num_vectors or 0))
+
     def num_slots(self, num_vectors: int) -> int:
         return num_vectors - (self.first_vector == "prompt_end")
 

@@ -11,6 +11,9 @@ from tokenizers import Tokenizer
 
 from cembed.runtime.errors import CembedError
 
+QUERY_POSITIONS = 512
+"""What engines of fixed shapes leave room for in the prompt of a query; a page's prompt is known."""
+
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises CembedError if `path` is not a tokenizer as the `tokenizers` library writes it."""

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from cembed.runtime.errors import CembedError
 
 Array = NDArray[Any]
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+"""Where ONNX Runtime keeps a cache, by provider; others are given the host's memory."""
 
 
 class Session(Protocol):
@@ -29,8 +31,16 @@ class Session(Protocol):
 
 
 class StepSession(Protocol):
+    """Where the cache is the engine's: on a GPU the arrays that were bound are up to date only after `pull`."""
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs other than the cache, by name."""
+
+    def pull(self) -> None:
+        """Brings the cache into the arrays that were bound."""
+
+    def push(self) -> None:
+        """Takes the cache over from the arrays that were bound."""
 
 
 def check_providers(providers: Sequence[str]) -> None:
@@ -93,7 +103,7 @@ class OrtSession:
         return np.asarray(output)
 
     def bind(self, cache: Mapping[str, Array]) -> OrtStep:
-        return OrtStep(self._session, cache)
+        return OrtStep(self._session, cache, DEVICES.get(self.providers[0], "cpu"))
 
     def signature(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
         """Type and shape of every input and output, as the graph itself states them."""
@@ -102,18 +112,30 @@ class OrtSession:
 
 
 class OrtStep:
-    """A session bound to one cache: past and present are the same buffers, so a step copies none of them."""
+    """A session bound to one cache on `device`: past and present are the same buffers, so a step copies none of them.
 
-    def __init__(self, session: ort.InferenceSession, cache: Mapping[str, Array]) -> None:
+    On the CPU these are the arrays of the cache themselves.
+    """
+
+    def __init__(self, session: ort.InferenceSession, cache: Mapping[str, Array], device: str) -> None:
         self._session, self._binding = session, session.io_binding()
         outputs = [output.name for output in session.get_outputs()]
         self._states = [name for name in outputs if not name.startswith("present.")]
         for name in self._states:
             self._binding.bind_output(name, "cpu")
-        for name, buffer in cache.items():
-            place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-            self._binding.bind_input(name, *place)
-            self._binding.bind_output(name.replace("past_key_values.", "present."), *place)
+        self._arrays = {} if device == "cpu" else cache
+        self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in cache.items()}
+        for name, buffer in self._buffers.items():
+            self._binding.bind_ortvalue_input(name, buffer)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffer)
+
+    def pull(self) -> None:
+        for name, array in self._arrays.items():
+            np.copyto(array, self._buffers[name].numpy())
+
+    def push(self) -> None:
+        for name, array in self._arrays.items():
+            self._buffers[name].update_inplace(array)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         for name, feed in feeds.items():

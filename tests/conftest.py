@@ -40,5 +40,21 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
 
 
 @pytest.fixture(scope="session")
+def tensorrt_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+    """The bundle of a golden checkpoint for TensorRT: fp32, opset 24."""
+    root = tmp_path_factory.mktemp("tensorrt")
+
+    def make(name: str) -> Path:
+        if not (root / name).exists():
+            from cembed.export.exporter import export
+            from cembed.export.plan import ExportOptions
+
+            export(ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), target="tensorrt"), root / name)
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def causal_bundle(bundle_of: BundleMaker) -> Path:
     return bundle_of("causalqwen2_5")

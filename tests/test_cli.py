@@ -126,7 +126,7 @@ def test_every_command_has_help(command: str) -> None:
         "{qwen2-vl,qwen2.5-vl,paligemma}",
         "{causal,feedback,metaembed,btoks,colbert}",
         "{fp32,fp16,bf16}",
-        "{onnxruntime,onnx}",
+        "{onnxruntime,onnx,tensorrt}",
     ],
 )
 def test_help_lists_the_values_of_flags(values: str) -> None:

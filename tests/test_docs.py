@@ -19,6 +19,12 @@ def test_help_texts_are_current() -> None:
     subprocess.run([sys.executable, PROJECT / "docs" / "help.py", "--check"], check=True)
 
 
+def test_the_table_of_what_fits_is_current() -> None:
+    folder = PROJECT / "samples" / "jetson"
+    table = subprocess.run([sys.executable, folder / "memory.py"], check=True, capture_output=True, text=True).stdout
+    assert table in (folder / "README.md").read_text()
+
+
 def test_the_python_of_the_readme_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```"
     first, second, third = re.findall(block, README.read_text(), re.DOTALL)
@@ -39,7 +45,7 @@ def test_the_documented_test_command_is_what_ci_runs() -> None:
     assert "\nmake test\n" in (PROJECT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/decisions.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/decisions.md", "samples/jetson/README.md"])
 def test_links_within_the_project_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (PROJECT / document).read_text()):
         assert (PROJECT / document).parent.joinpath(target).exists(), target

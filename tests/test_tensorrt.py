@@ -1,89 +1,213 @@
-"""Graphs for TensorRT: every graph of every precision parses and builds there, which takes no GPU.
+"""Engines: every graph of every backbone and precision parses and builds with TensorRT, which takes no GPU.
 
     pip install '.[rtx]'
 
-brings TensorRT for RTX (370 MB); without it these tests are skipped.
+brings TensorRT for RTX (370 MB); without it those tests are skipped. What is decided before a build is tested anyway.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
-from conftest import GOLDEN
+from conftest import BACKBONE_OF, GOLDEN, BundleMaker
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
 
+from cembed.cli import app
+from cembed.engine_cli import is_tf32
 from cembed.export.exporter import export
+from cembed.export.graph import choose_dialect
 from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
+from cembed.runtime import CembedError, Embedder
+from cembed.runtime.bundle import Bundle
+from cembed.runtime.cuda import Gpu
+from cembed.runtime.engines import (
+    Build,
+    BuildOptions,
+    EngineCache,
+    Library,
+    Range,
+    needed_graphs,
+    profiles,
+    tensor_range,
+)
+from cembed.runtime.fit import Fit, Limits, Model, longest_row, max_windows
+from cembed.runtime.manifest import Graph, ImageProcessing
+from cembed.runtime.positions import window_index
+from cembed.runtime.preprocess import smart_resize
+from cembed.runtime.session import Array, EngineSettings, Session, StepSession
 
-CAPACITY = 64  # TensorRT's KV caches have a fixed length
-PROFILE = {  # least, usual, most
-    "batch_size": (1, 1, 2),
-    "sequence_length": (16, 64, 128),
-    "num_vectors": (1, 8, 32),
-    "num_patches": (64, 128, 256),
-    "num_windows": (1, 2, 4),
-}
-PRECISIONS = ("float", "int8", "int4", "w8a8")
-GRAPHS = ("text", "text_step", "vision")
+NAMES = ("causalqwen2_5", "causalpali", "colqwen2")  # one of each backbone
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "w8a8")
+OPSET_20 = ("causalqwen2_5", "causalpali")
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install '.[rtx]'")
-    root = tmp_path_factory.mktemp("standard")
-    export(ExportOptions("qwen2.5-vl", str(GOLDEN / "causalqwen2_5"), target="onnx"), root / "float")
-    for scheme in PRECISIONS[1:]:
-        quantise(root / "float", QuantiseOptions(scheme, accept_loss=True), root / scheme)
-    return {name: root / name for name in PRECISIONS}
+def library() -> Library:
+    return Library(
+        pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install '.[rtx]'"), "tensorrt_rtx"
+    )
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+def build_all(library: Library, root: Path) -> None:
+    bundle = Bundle(root)
+    cache, options = EngineCache(bundle, library, None), BuildOptions(Limits.of(bundle, batch=2))
+    cache.folder.mkdir(exist_ok=True)
+    for graph in bundle.manifest.graphs:
+        assert Build(cache, graph, options).run().nbytes > (root / bundle.manifest.graphs[graph].file).stat().st_size
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_graph_parses_and_builds(bundles: dict[str, Path], precision: str, graph: str) -> None:
-    import tensorrt_rtx as trt
-
-    path = bundles[precision] / f"{graph}.onnx"
-    model = with_fixed_cache(path)
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse(model.SerializeToString(), str(path))
-    assert parsed, [parser.get_error(index).desc() for index in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.add_optimization_profile(profile(trt, builder, network, model))
-    allow_unfused_attention(trt, network)
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None
-    assert engine.nbytes > path.stat().st_size
+@pytest.mark.parametrize("name", NAMES)
+def test_every_graph_builds(
+    name: str, precision: str, library: Library, tensorrt_bundle_of: BundleMaker, tmp_path: Path
+) -> None:
+    root = tensorrt_bundle_of(name)
+    if precision != "fp32":
+        quantise(root, QuantiseOptions(precision, accept_loss=True), tmp_path / precision)
+        root = tmp_path / precision
+    build_all(library, root)
 
 
-def with_fixed_cache(path: Path) -> onnx.ModelProto:
-    model = onnx.load(str(path), load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param == "capacity":
-                axis.dim_value = CAPACITY
-    return model
+@pytest.mark.parametrize("name", OPSET_20)
+def test_decomposed_graphs_build(name: str, library: Library, tmp_path: Path) -> None:
+    options = ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), target="tensorrt", opset=20)
+    export(options, tmp_path / "float")
+    build_all(library, tmp_path / "float")
+    quantise(tmp_path / "float", QuantiseOptions("int8", accept_loss=True), tmp_path / "int8")
+    model = onnx.load(str(tmp_path / "int8" / "text.onnx"), load_external_data=False)
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [20]
+    build_all(library, tmp_path / "int8")
 
 
-def profile(trt: Any, builder: Any, network: Any, model: onnx.ModelProto) -> Any:
-    found = builder.create_optimization_profile()
-    axes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
-    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
-        if -1 in tuple(tensor.shape):
-            sizes = [PROFILE.get(axis.dim_param, (axis.dim_value,) * 3) for axis in axes[tensor.name]]
-            found.set_shape(tensor.name, *zip(*sizes, strict=True))
-    return found
+def test_the_command_builds_once_for_a_device(library: Library, tensorrt_bundle_of: BundleMaker) -> None:
+    root = tensorrt_bundle_of("causalqwen2_5")
+
+    def run(*options: str) -> str:
+        result = CliRunner().invoke(app, ["build-engine", str(root), *options])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "building vision" in run("--max-visual-tokens", "32", "--loop")
+    assert "there already" not in run("--max-visual-tokens", "64", "--workspace", "64")  # other limits
+    again = run("--max-visual-tokens", "64", "--workspace", "64")
+    assert again.count("is there already") == 2
+    assert "building" not in again
+    assert "building text" in run("--max-visual-tokens", "64", "--workspace", "64", "--force")
+    bundle = Bundle(root)
+    cache = EngineCache(bundle, Library.load(), None)
+    about = json.loads(cache.path("text").with_suffix(".json").read_text())
+    assert about["limits"]["visual_tokens"] == 64
+    assert len(cache.read("text")) == about["bytes"]
+    with pytest.raises(CembedError, match=r"no engine of text for .*-Orin-sm87"):
+        replace(cache, gpu=Gpu("Orin", (8, 7), True)).read("text")
 
 
-def allow_unfused_attention(trt: Any, network: Any) -> None:
-    """The heads of the tiny checkpoints have 16 channels, for which there is no fused kernel."""
-    for layer in (network.get_layer(index) for index in range(network.num_layers)):
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionBoundaryLayer
-            layer.attention.decomposable = True
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000), tokens=st.sampled_from([16, 64, 300, 768]))
+def test_no_page_has_more_windows_than_an_engine_takes(height: int, width: int, tokens: int) -> None:
+    image = ImageProcessing("smart", 14, 2, 784, 784 * tokens, 1.0, (0, 0, 0), (1, 1, 1), window_size=112)
+    assume(max(height, width) <= 200 * min(height, width))
+    rows, columns = smart_resize(height, width, image)
+    windows = window_index((rows // 14, columns // 14), image)
+    assert len(windows) <= max_windows(image)
+    assert windows.max() < longest_row(image) * 4
+
+
+class Watch:
+    """A session that keeps the shapes it is given."""
+
+    def __init__(self, inner: Session) -> None:
+        self.inner, self.shapes = inner, list[dict[str, tuple[int, ...]]]()
+
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        self.shapes.append({name: feed.shape for name, feed in feeds.items()})
+        return self.inner.run(feeds)
+
+    def bind(self, cache: Mapping[str, Array]) -> StepSession:
+        return self.inner.bind(cache)
+
+
+def takes(ranges: Mapping[str, Range], graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    limits = {tensor.name: tensor_range(tensor.shape, ranges) for tensor in graph.inputs}
+    return all(
+        low <= size <= high
+        for name, shape in shapes.items()
+        if name != "prompt_length"
+        for low, size, high in zip(limits[name][0], shape, limits[name][2], strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_pages_and_queries_need_is_within_the_profiles(name: str, tensorrt_bundle_of: BundleMaker) -> None:
+    bundle = Bundle(tensorrt_bundle_of(name))
+    embedder, limits = Embedder.load(bundle.root), Limits.of(bundle, batch=2)
+    watched = {graph: Watch(embedder.session(graph)) for graph in ("vision", "text")}
+    embedder.replace_sessions(watched)
+    embedder.embed_images([Image.new("RGB", size) for size in ((2000, 1500), (30, 30), (2000, 50))])
+    embedder.embed_queries(["x", "what was paid for the long table in the hall " * 8])
+    for graph, session in watched.items():
+        found = profiles(graph, limits, bundle.manifest)
+        assert all(0 < low <= usual <= high for ranges in found for low, usual, high in ranges.values())
+        for shapes in session.shapes:
+            assert any(takes(ranges, bundle.manifest.graphs[graph], shapes) for ranges in found), shapes
+
+
+@pytest.mark.parametrize("name", OPSET_20)
+def test_a_cache_for_tensorrt_holds_a_page_and_all_its_slots(name: str, tensorrt_bundle_of: BundleMaker) -> None:
+    embedder = Embedder.load(tensorrt_bundle_of(name))
+    room = embedder.manifest.document.room
+    state = embedder.start(Image.new("RGB", (2000, 1500)))
+    assert state.extend(room).shape[0] == room
+    with pytest.raises(CembedError, match="positions are needed, the bundle's cache has"):
+        embedder.start(Image.new("RGB", (2000, 1500)), 10 * room)
+
+
+@pytest.mark.parametrize("opset", [21, 22, 23])
+def test_opsets_that_no_tensorrt_reads_well_are_refused(opset: int) -> None:
+    with pytest.raises(CembedError, match=f"opset {opset} is not for TensorRT: 24 needs 10.15 or later"):
+        choose_dialect("tensorrt", opset)
+
+
+def test_memory_is_counted_and_refused(tensorrt_bundle_of: BundleMaker) -> None:
+    bundle = Bundle(tensorrt_bundle_of("causalqwen2_5"))
+    manifest = bundle.manifest
+    small, large = Limits.of(bundle, 1, 16), Limits.of(bundle, 4)
+    model = Model.of(manifest, needed_graphs(manifest, loop=True))
+    assert model.weights["text"] == manifest.files["text.data"].size
+    cache = Embedder(bundle, EngineSettings()).start_query("one").nbytes
+    needs, more = model.needs(small), model.needs(large)
+    assert needs["cache"] == cache
+    assert all(needs[name] <= more[name] for name in needs)
+    assert model.build(large, integrated=True) > model.build(large, integrated=False)
+    fit = Fit(needs, model.build(small, False), None)
+    assert fit.needed == max(sum(needs.values()), fit.build)
+    fit.check()  # nothing is known of the device
+    replace(fit, free=fit.needed).check()
+    with pytest.raises(CembedError, match=r"MiB are needed and .* are free: lower --max-visual-tokens"):
+        replace(fit, free=fit.needed - 1).check()
+    assert needed_graphs(manifest, loop=False) == ["vision", "text"]
+
+
+def test_an_engine_is_as_precise_as_its_bundle(tensorrt_bundle_of: BundleMaker) -> None:
+    manifest = Bundle(tensorrt_bundle_of("causalqwen2_5")).manifest
+    assert not is_tf32(manifest, "fp32")
+    assert is_tf32(manifest, "tf32")
+    with pytest.raises(CembedError, match="this bundle is fp32: for an engine in fp16, make a bundle"):
+        is_tf32(manifest, "fp16")
+
+
+def test_a_bundle_for_another_target_is_refused(causal_bundle: Path) -> None:
+    class Newest:
+        __version__ = "11.4.0"
+
+    with pytest.raises(CembedError, match="this bundle is for onnxruntime: export it with --target tensorrt"):
+        Library(Newest, "tensorrt").check(Bundle(causal_bundle).manifest)
