@@ -81,29 +81,31 @@ struct Avx512 {
     }
 };
 
-constexpr int ROWS_OF_TABLES = 8;  // query vectors that are looked up together
+constexpr int MOST_TABLES = 8;  // query vectors that are looked up together
 
-// top[8][16] of eight query vectors = max(top, sums of the rows of a block). A step is four groups of four components:
+// top[N][16] of N query vectors = max(top, sums of the rows of a block). A step is four groups of four components:
 // bytes are brought into the order of rows, so that each row's four nibbles are one lane of 32 bits and choose in four
 // tables of a register at once; the lane's four sums are added to its sum.
-void bits_block(const char *block, const char *table, size_t table_bytes, int groups, char *top) {
+template <int N> void bits_block(const char *block, const char *table, size_t table_bytes, int groups, char *top) {
     const __m512i low = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), place = _mm512_set1_epi32(0x30201000);
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i by_row = _mm512_or_si512(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101)), place);
-    __m512i even[ROWS_OF_TABLES], odd[ROWS_OF_TABLES];
-    for (auto &sum : even) sum = _mm512_setzero_si512();
-    for (auto &sum : odd) sum = _mm512_setzero_si512();
+    __m512i even[N], odd[N];
+#pragma GCC unroll 8
+    for (int q = 0; q < N; ++q) even[q] = odd[q] = _mm512_setzero_si512();
     for (int g = 0; g < groups; g += 4) {
         const __m512i both = _mm512_permutexvar_epi8(by_row, _mm512_loadu_si512(block + g * 16));
         const __m512i first = _mm512_or_si512(_mm512_and_si512(both, low), place);
         const __m512i second = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(both, 4), low), place);
-        for (int q = 0; q < ROWS_OF_TABLES; ++q) {
+#pragma GCC unroll 8
+        for (int q = 0; q < N; ++q) {
             const __m512i sums = Avx512::load(__m512i(), table + q * table_bytes + g * 16);
-            even[q] = _mm512_dpbusd_epi32(even[q], _mm512_permutexvar_epi8(first, sums), ones);
-            odd[q] = _mm512_dpbusd_epi32(odd[q], _mm512_permutexvar_epi8(second, sums), ones);
+            even[q] = Avx512::step(even[q], _mm512_permutexvar_epi8(first, sums), ones);
+            odd[q] = Avx512::step(odd[q], _mm512_permutexvar_epi8(second, sums), ones);
         }
     }
-    for (int q = 0; q < ROWS_OF_TABLES; ++q) {
+#pragma GCC unroll 8
+    for (int q = 0; q < N; ++q) {
         const __m512i old = Avx512::load(__m512i(), top + q * 64);
         Avx512::store(top + q * 64, _mm512_max_epi32(old, _mm512_max_epi32(even[q], odd[q])));
     }
@@ -113,11 +115,12 @@ void page_bits(const Query &query, const char *page, int rows, char *scratch, vo
     const int groups = query.padded / 4;
     const size_t table_bytes = size_t(groups) * 16;
     char *top = scratch + sign_scratch(query);  // num to 8, 16
-    std::memset(top, 0, size_t(query.num + ROWS_OF_TABLES) * 64);
+    std::memset(top, 0, size_t(query.num + MOST_TABLES) * 64);
     for (int first = 0; first < rows; first += 32) {
         const char *block = sign_block(query, page, first, rows, scratch);
-        for (int q = 0; q < query.num; q += ROWS_OF_TABLES) {
-            bits_block(block, query.packed.as<char>() + q * table_bytes, table_bytes, groups, top + q * 64);
+        for (int q = 0; q < query.num; q += MOST_TABLES) {
+            const auto look_up = query.num - q > MOST_TABLES / 2 ? bits_block<MOST_TABLES> : bits_block<MOST_TABLES / 2>;
+            look_up(block, query.packed.as<char>() + q * table_bytes, table_bytes, groups, top + q * 64);
         }
     }
     for (int q = 0; q < query.num; ++q) {

@@ -41,10 +41,17 @@ template <class V, int BYTES> void stage_copy(const char *const *rows, int first
     }
 }
 
-// What is fetched while a tile is multiplied: the tile behind it, `advance` bytes of each row with each cache line.
+// What is fetched while a tile is multiplied: the tile behind it. With each cache line of the rows as many are fetched,
+// `apart` bytes from one to the next, and the next time `advance` bytes further. A small tile comes as one stream, which
+// is 1.6 times as fast as a stream for each row; a large one would drive the tile at hand out of the nearest cache.
 struct Ahead {
     const char *next;  // or null
-    size_t stride, advance;
+    size_t apart, advance;
+
+    static Ahead of(const char *next, size_t rows, size_t stride, size_t bytes) {
+        const size_t lines = rows * stride <= 8192 ? rows : 1;
+        return {next, lines > 1 ? 64 : stride, lines * 64 * stride / bytes};
+    }
 };
 
 // The vectors of a unit's step.
@@ -90,7 +97,7 @@ INLINE void sweep(Sums<V, A> &sums, const char *const *rows, int bytes, Ahead ah
     for (int r = 0; r < V::TILE; ++r) from[r] = rows[r];
     for (int at = 0; at < bytes; at += 64) {
         if (ahead.next != nullptr) {
-            for (int r = 0; r < V::TILE; ++r) __builtin_prefetch(ahead.next + r * ahead.stride);
+            for (int r = 0; r < V::TILE; ++r) __builtin_prefetch(ahead.next + r * ahead.apart);
             ahead.next += ahead.advance;
         }
 #pragma GCC unroll 16
@@ -169,7 +176,7 @@ void page_of(const Query &query, const char *page, int rows, size_t stride, Stag
             stage(tile_rows, 0, query.dim, scratch);
             for (int r = 0; r < V::TILE; ++r) tile_rows[r] = scratch + r * CHUNK;
         }
-        Ahead ahead{page + size_t(first + V::TILE) * stride, stride, 64 * stride / bytes};
+        Ahead ahead = Ahead::of(page + size_t(first + V::TILE) * stride, V::TILE, stride, size_t(bytes));
         for (int u = 0; u < units; ++u, ahead.next = nullptr) {
             unit_tile<V, A>(tile_rows, ahead, query, query.units[u], once ? nullptr : stage, scratch,
                             top + u * V::WIDTH * 4);
