@@ -6,7 +6,8 @@
 
 namespace cembed {
 
-enum ErrorCode : int { INVALID_ARGUMENT = 1, BUNDLE = 2, ENGINE = 3, IO = 4, MEMORY = 5 };
+// Those of cembed_status in cembed.h.
+enum ErrorCode : int { INVALID_ARGUMENT = 1, BUNDLE, ENGINE, INDEX, MEMORY, CAPACITY, INTERNAL };
 
 struct Error : std::runtime_error {
     int code;

@@ -1,0 +1,189 @@
+"""The C library through ctypes: what cembed.h declares, and little else."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cembed.runtime.vectors import Vectors
+
+ABI_VERSION = 1
+OK, ARGUMENT, BUNDLE, ENGINE, INDEX, MEMORY, CAPACITY = range(7)
+
+
+class Options(ctypes.Structure):
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("threads", ctypes.c_int32),
+        ("provider", ctypes.c_char_p),
+        ("onnxruntime", ctypes.c_char_p),
+        ("max_visual_tokens", ctypes.c_int32),
+        ("mapped_weights", ctypes.c_int32),
+        ("state_memory", ctypes.c_uint64),
+    )
+
+
+class Info(ctypes.Structure):
+    _fields_ = (
+        ("hash", ctypes.c_char_p),
+        ("backbone", ctypes.c_char_p),
+        ("document_vectors", ctypes.c_int32),
+        ("document_dim", ctypes.c_int32),
+        ("query_vectors", ctypes.c_int32),
+        ("query_dim", ctypes.c_int32),
+        ("max_visual_tokens", ctypes.c_int32),
+    )
+
+
+class RgbImage(ctypes.Structure):
+    _fields_ = (
+        ("pixels", ctypes.c_void_p),
+        ("width", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("stride", ctypes.c_int64),
+    )
+
+
+class Budget(ctypes.Structure):
+    _fields_ = (("num_vectors", ctypes.c_int32), ("dim", ctypes.c_int32), ("loop", ctypes.c_int32))
+
+
+class VectorBuffer(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.POINTER(ctypes.c_float)),
+        ("capacity", ctypes.c_size_t),
+        ("rows", ctypes.c_size_t),
+        ("dim", ctypes.c_size_t),
+        ("owned", ctypes.c_int32),
+    )
+
+
+class Hit(ctypes.Structure):
+    _fields_ = (
+        ("score", ctypes.c_float),
+        ("page", ctypes.c_int32),
+        ("id", ctypes.c_char_p),
+        ("source", ctypes.c_char_p),
+        ("metadata", ctypes.c_char_p),
+    )
+
+
+class Hits(ctypes.Structure):
+    _fields_ = (("hits", ctypes.POINTER(Hit)), ("count", ctypes.c_size_t), ("owner", ctypes.c_void_p))
+
+
+class IndexInfo(ctypes.Structure):
+    _fields_ = (("bundle", ctypes.c_char_p), ("pages", ctypes.c_int64), ("dim", ctypes.c_int32))
+
+
+class CallError(Exception):
+    """A status other than OK, and the library's message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status, self.message = status, message
+
+
+class Library:
+    """The library, and the ONNX Runtime that bundles are opened with."""
+
+    def __init__(self, path: Path, onnxruntime: Path) -> None:
+        self.dll, self.onnxruntime = ctypes.CDLL(str(path)), onnxruntime
+        for name in ("cembed_error", "cembed_version", "cembed_kernels"):
+            getattr(self.dll, name).restype = ctypes.c_char_p
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Raises CallError."""
+        if status := getattr(self.dll, name)(*arguments):
+            raise CallError(status, self.dll.cembed_error().decode())
+
+    def options(self, **changed: Any) -> Options:
+        fields = {"abi_version": ABI_VERSION, "onnxruntime": str(self.onnxruntime).encode()}
+        return Options(**{**fields, **changed})
+
+    def open(self, path: Path, **options: Any) -> Bundle:
+        return Bundle(self, path, self.options(**options))
+
+    def vectors(self, fill: Callable[[Any], None]) -> Vectors:
+        """Vectors that the library allocates, copied."""
+        buffer = VectorBuffer()
+        fill(ctypes.byref(buffer))
+        try:
+            shape = (buffer.rows, buffer.dim)
+            return np.ctypeslib.as_array(buffer.data, shape).copy() if buffer.rows else np.empty(shape, np.float32)
+        finally:
+            self.dll.cembed_vectors_free(ctypes.byref(buffer))
+
+    def maxsim(self, query: Vectors, pages: Sequence[Vectors]) -> NDArray[np.float32]:
+        rows, scores = np.array([len(page) for page in pages], np.int32), np.empty(len(pages), np.float32)
+        flat = np.concatenate(pages) if pages else np.empty((0, query.shape[1]), np.float32)
+        places = [ctypes.c_void_p(array.ctypes.data) for array in (query, flat, rows, scores)]
+        self.call(
+            "cembed_maxsim", places[0], *query.shape, *places[1:3], ctypes.c_size_t(len(pages)), 0, places[3]
+        )
+        return scores
+
+
+def rgb(image: Image.Image | NDArray[np.uint8]) -> tuple[RgbImage, Any]:
+    """An image for the library, and what must live as long."""
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    return RgbImage(pixels.ctypes.data, pixels.shape[1], pixels.shape[0], pixels.strides[0]), pixels
+
+
+def budget(chosen: dict[str, int]) -> Any:
+    return ctypes.byref(Budget(**chosen)) if chosen else None
+
+
+class Bundle:
+    def __init__(self, library: Library, path: Path, options: Options) -> None:
+        self.library, self.handle = library, ctypes.c_void_p()
+        library.call("cembed_open", str(path).encode(), ctypes.byref(options), ctypes.byref(self.handle))
+
+    def close(self) -> None:
+        self.library.dll.cembed_close(self.handle)
+        self.handle = ctypes.c_void_p()
+
+    @property
+    def info(self) -> Info:
+        info = Info()
+        self.library.call("cembed_get_info", self.handle, ctypes.byref(info))
+        return info
+
+    def embed_image(self, image: Image.Image | NDArray[np.uint8], **chosen: int) -> Vectors:
+        struct, _pixels = rgb(image)
+        arguments = self.handle, ctypes.byref(struct), budget(chosen)
+        return self.library.vectors(lambda to: self.library.call("cembed_embed_image", *arguments, to))
+
+    def embed_query(self, text: str | bytes, **chosen: int) -> Vectors:
+        raw = text.encode() if isinstance(text, str) else text
+        arguments = self.handle, raw, ctypes.c_size_t(len(raw)), budget(chosen)
+        return self.library.vectors(lambda to: self.library.call("cembed_embed_query", *arguments, to))
+
+    def start(self, item: Image.Image | str, max_vectors: int = 0) -> State:
+        handle = ctypes.c_void_p()
+        if isinstance(item, str):
+            raw = item.encode()
+            call: tuple[Any, ...] = "cembed_start_query", self.handle, raw, ctypes.c_size_t(len(raw))
+            self.library.call(*call, max_vectors, ctypes.byref(handle))
+        else:
+            struct, _pixels = rgb(item)
+            call = "cembed_start_image", self.handle, ctypes.byref(struct)
+            self.library.call(*call, max_vectors, ctypes.byref(handle))
+        return State(self.library, handle)
+
+
+class State:
+    def __init__(self, library: Library, handle: ctypes.c_void_p) -> None:
+        self.library, self.handle = library, handle
+
+    def extend(self, num_vectors: int) -> Vectors:
+        return self.library.vectors(lambda to: self.library.call("cembed_extend", self.handle, num_vectors, to))
+
+    def close(self) -> None:
+        self.library.dll.cembed_state_close(self.handle)
