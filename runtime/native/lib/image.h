@@ -43,7 +43,8 @@ struct PixelValues {
     int64_t num_patches() const { return grid.height * grid.width; }
 };
 
-// Size in pixels that an image is resized to. Throws Error(INVALID_ARGUMENT) for sides that differ by over 200 times.
+// Size in pixels that an image is resized to. Throws Error(INVALID_ARGUMENT) for sides that differ by over 200 times,
+// Error(BUNDLE) for processing that no bundle can ask for.
 Size resized_size(int64_t height, int64_t width, const ImageProcessing &spec);
 
 // Bytes [height, width, 3] of an image in another size.
