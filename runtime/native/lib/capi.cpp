@@ -1,6 +1,7 @@
 // The C interface: handles, codes and messages around the classes; no exception goes beyond it.
 #include "../include/cembed.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +17,7 @@
 #include "../maxsim.h"
 #include "embedder.h"
 #include "error.h"
+#include "index.h"
 #include "state.h"
 
 using namespace cembed;
@@ -29,7 +31,17 @@ struct cembed_state {
     State state;
 };
 
+struct cembed_index {
+    Index index;
+};
+
 namespace {
+
+// What cembed_hits points to.
+struct Found {
+    std::vector<Hit> found;
+    std::vector<cembed_hit> hits;
+};
 
 thread_local char message[1024];
 
@@ -251,6 +263,48 @@ cembed_status cembed_maxsim(const float *query, int32_t rows, int32_t dim, const
         const maxsim_pages all{MAXSIM_F32, dim, reinterpret_cast<const uint8_t *>(pages), nullptr, page_rows, nullptr};
         score(query, rows, all, page_rows, count, threads_or_all(threads), scores);
     });
+}
+
+cembed_status cembed_index_open(uint32_t abi_version, const char *path, cembed_index **index) {
+    return guarded([&] {
+        require_version(abi_version);
+        require(path != nullptr && index != nullptr, "null where a path or a place for an index is wanted");
+        *index = nullptr;
+        *index = new cembed_index{Index(path)};
+    });
+}
+
+void cembed_index_close(cembed_index *index) { delete index; }
+
+cembed_status cembed_index_get_info(const cembed_index *index, cembed_index_info *info) {
+    return guarded([&] {
+        require(index != nullptr && info != nullptr, "null where an index or an info is wanted");
+        const Current &current = index->index.current();
+        *info = {current.bundle.c_str(), index->index.size(), int32_t(current.dim)};
+    });
+}
+
+cembed_status cembed_index_search(cembed_index *index, const float *query, int32_t rows, int32_t dim, int32_t top,
+                                  int32_t threads, cembed_hits *hits) {
+    return guarded([&] {
+        require(index != nullptr && hits != nullptr, "null where an index or hits are wanted");
+        *hits = {};
+        check_query(query, rows, dim);
+        require(top >= 1, "top is below 1");
+        require(dim == index->index.current().dim, "the query has another dim than the index");
+        auto owner = std::make_unique<Found>();
+        owner->found = index->index.search(query, rows, top, threads_or_all(threads));
+        for (const Hit &hit : owner->found)
+            owner->hits.push_back({hit.score, hit.page, hit.id.c_str(), hit.source.c_str(), hit.metadata.c_str()});
+        *hits = {owner->hits.data(), owner->hits.size(), owner.get()};
+        owner.release();
+    });
+}
+
+void cembed_hits_free(cembed_hits *hits) {
+    if (hits == nullptr) return;
+    delete static_cast<Found *>(hits->owner);
+    *hits = {};
 }
 
 const char *cembed_error(void) { return message; }
