@@ -1,4 +1,4 @@
-// cembed-embed BUNDLE PNG... [-q QUERY]: vectors of pages, or how well each page fits a query.
+// cembed-embed BUNDLE IMAGE... [-q QUERY]: vectors of pages, or how well each page fits a query.
 #define CEMBED_EXCEPTIONS
 #include <cembed.hpp>
 
@@ -17,7 +17,7 @@ cembed::Vectors embed_page(cembed::Bundle &bundle, const char *path) {
     std::ifstream stream(path, std::ios::binary);
     const std::string file{std::istreambuf_iterator<char>(stream), {}};
     const auto picture = Picture::decode(file);
-    if (!picture) throw std::runtime_error(std::string(path) + " is no PNG that can be read");
+    if (!picture) throw std::runtime_error(std::string(path) + " is no PNG or JPEG that can be read");
     return bundle.embed(picture->image()).value();
 }
 
@@ -34,7 +34,7 @@ void print(const char *path, const cembed::Vectors &page) {
 int main(int argc, char **argv) try {
     const char *query = argc > 4 && std::strcmp(argv[argc - 2], "-q") == 0 ? argv[argc - 1] : nullptr;
     if (argc < 3) {
-        std::fprintf(stderr, "usage: cembed-embed BUNDLE PNG... [-q QUERY]\n");
+        std::fprintf(stderr, "usage: cembed-embed BUNDLE IMAGE... [-q QUERY]\n");
         return 2;
     }
     auto bundle = cembed::Bundle::open(argv[1]).value();

@@ -1,6 +1,6 @@
 // cembed-service BUNDLE [PORT [CALLERS [QUEUE [SECONDS]]]]: vectors over HTTP, on the loopback interface.
 //
-//     POST /embed    image/png or text/plain; float32 [rows, dim], little-endian, with Cembed-Rows and Cembed-Dim
+//     POST /embed    image/png, image/jpeg or text/plain; float32 [rows, dim], little-endian, with Cembed-Rows and Cembed-Dim
 //     GET /health    200, or 503 while it drains
 //     GET /metrics   for Prometheus
 //
@@ -107,11 +107,11 @@ void give(const cembed::Vectors &vectors, httplib::Response &response) {
 // What is decoded is decoded by a caller: images of all who wait would take much memory.
 void embed(cembed::Bundle &bundle, const httplib::Request &request, httplib::Response &response) {
     const std::string type = request.get_header_value("Content-Type");
-    if (type.rfind("image/png", 0) != 0 && type.rfind("text/plain", 0) != 0)
-        return refuse(response, 415, "send image/png or text/plain");
-    const bool is_image = type[0] == 'i';
+    const bool is_image = type == "image/png" || type == "image/jpeg";
+    if (!is_image && type.rfind("text/plain", 0) != 0)
+        return refuse(response, 415, "send image/png, image/jpeg or text/plain");
     const auto picture = is_image ? Picture::decode(request.body) : std::nullopt;
-    if (is_image && !picture) return refuse(response, 422, "no PNG that can be read");
+    if (is_image && !picture) return refuse(response, 422, "no PNG or JPEG that can be read");
     auto vectors = is_image ? bundle.embed(picture->image()) : bundle.embed(request.body);
     vectors ? give(*vectors, response) : refuse(response, status_of(vectors.error()), vectors.error().message);
 }

@@ -45,8 +45,12 @@ struct Found {
 
 thread_local char message[1024];
 
+// One line, of whole UTF-8 characters where `what` has such.
 cembed_status say(int code, const char *what) {
-    std::snprintf(message, sizeof message, "%s", what);
+    size_t size = std::min(std::strlen(what), sizeof message - 1);
+    while (what[size] && size && (what[size] & 0xC0) == 0x80) --size;
+    std::replace_copy_if(what, what + size, message, [](char c) { return c >= 0 && c < ' '; }, ' ');
+    message[size] = 0;
     return cembed_status(code);
 }
 

@@ -271,8 +271,10 @@ Manifest read_manifest(const Json &value) {
 Json parse(std::string_view text) {
     try {
         return Json::parse(text);
-    } catch (const Json::exception &error) {
-        refuse("the file", std::string("is not JSON: ") + error.what());
+    } catch (const Json::parse_error &error) {
+        refuse("the file", "is not JSON, from byte " + std::to_string(error.byte) + " on");
+    } catch (const Json::exception &) {
+        refuse("the file", "is not JSON: it has a number that is too large");
     }
 }
 
