@@ -2,7 +2,7 @@
 
     python bench/library.py --bundle sample --library build/lib --rounds 7
 
-Both sides are processes with the same bundle, page and ONNX Runtime; they take turns, and are started anew in each round.
+Both sides are processes with the same bundle, page and ONNX Runtime; they take turns, and are started anew each round.
 `--library` is the folder that cmake built libcembed in.
 """
 

@@ -1,8 +1,11 @@
-"""The C library through ctypes: what cembed.h declares, and little else."""
+"""The C library: how it is built, and what cembed.h declares through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,40 @@ from PIL import Image
 
 from cembed.runtime.vectors import Vectors
 
+ROOT = Path(__file__).resolve().parents[1]
+HEADERS = ("onnxruntime_c_api.h", "nlohmann/json.hpp", "openssl/evp.h", "zlib.h")
+FOLDERS = ("", "include", "include/onnxruntime", "usr/include/onnxruntime", "include/onnxruntime/core/session")
+SAMPLE_HEADERS = ("httplib.h", "png.h", "turbojpeg.h")
 ABI_VERSION = 1
 OK, ARGUMENT, BUNDLE, ENGINE, INDEX, MEMORY, CAPACITY = range(7)
+
+
+def missing(headers: Sequence[str] = HEADERS) -> str | None:
+    """What a build lacks here, in words."""
+    if tools := [tool for tool in ("cmake", "c++", "cc") if shutil.which(tool) is None]:
+        return f"no {', '.join(tools)}"
+    root = Path(os.environ.get("ONNXRUNTIME_ROOT", "/usr"))
+    places = [f"-I{root / folder}" for folder in FOLDERS]
+    for header in headers:
+        command = ["c++", "-x", "c++", "-fsyntax-only", *places, "-include", header, os.devnull]
+        if subprocess.run(command, capture_output=True).returncode:
+            return f"no {header}; ONNXRUNTIME_ROOT is {os.environ.get('ONNXRUNTIME_ROOT', 'not set')}"
+    return None
+
+
+def run(*command: str | Path, **variables: str) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env={**os.environ, **variables})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build() -> Path:
+    """The folder with the library, and the samples where their headers are."""
+    folder, samples = ROOT / "build" / "lib", "OFF" if missing(SAMPLE_HEADERS) else "ON"
+    options = f"-DONNXRUNTIME_ROOT={os.environ.get('ONNXRUNTIME_ROOT', '')}", f"-DCEMBED_BUILD_SAMPLES={samples}"
+    run("cmake", "-S", ROOT / "runtime" / "native", "-B", folder, *options)
+    run("cmake", "--build", folder, "--parallel", "2")
+    return folder
 
 
 class Options(ctypes.Structure):
@@ -124,9 +159,7 @@ class Library:
         rows, scores = np.array([len(page) for page in pages], np.int32), np.empty(len(pages), np.float32)
         flat = np.concatenate(pages) if pages else np.empty((0, query.shape[1]), np.float32)
         places = [ctypes.c_void_p(array.ctypes.data) for array in (query, flat, rows, scores)]
-        self.call(
-            "cembed_maxsim", places[0], *query.shape, *places[1:3], ctypes.c_size_t(len(pages)), 0, places[3]
-        )
+        self.call("cembed_maxsim", places[0], *query.shape, *places[1:3], ctypes.c_size_t(len(pages)), 0, places[3])
         return scores
 
 
@@ -187,3 +220,29 @@ class State:
 
     def close(self) -> None:
         self.library.dll.cembed_state_close(self.handle)
+
+
+class Index:
+    def __init__(self, library: Library, path: Path) -> None:
+        self.library, self.handle = library, ctypes.c_void_p()
+        library.call("cembed_index_open", ABI_VERSION, str(path).encode(), ctypes.byref(self.handle))
+
+    @property
+    def info(self) -> IndexInfo:
+        info = IndexInfo()
+        self.library.call("cembed_index_get_info", self.handle, ctypes.byref(info))
+        return info
+
+    def search(self, query: Vectors, top: int = 10) -> list[tuple[str, float, str, int, str]]:
+        """Id, score, source, page and metadata of the best pages."""
+        hits = Hits()
+        place = ctypes.c_void_p(query.ctypes.data)
+        self.library.call("cembed_index_search", self.handle, place, *query.shape, top, 2, ctypes.byref(hits))
+        try:
+            found = [hits.hits[i] for i in range(hits.count)]
+            return [(h.id.decode(), h.score, h.source.decode(), h.page, h.metadata.decode()) for h in found]
+        finally:
+            self.library.dll.cembed_hits_free(ctypes.byref(hits))
+
+    def close(self) -> None:
+        self.library.dll.cembed_index_close(self.handle)

@@ -12,10 +12,16 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <list>
 #include <map>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
+
+#include <malloc.h>
 
 #include <cembed.hpp>
 #include <httplib.h>
@@ -30,39 +36,72 @@ constexpr size_t CONNECTIONS = 900;  // select() takes 1024 files
 constexpr size_t MAX_BODY = 32 << 20;
 constexpr int IDLE_SECONDS = 5;
 
-// Lets so many run at once, and so many more wait.
-class Gate {
+// Runs jobs in so many threads, and lets so many more wait.
+class Workers {
   public:
-    enum Answer { ENTERED, FULL, LATE };
+    enum Answer { DONE, FULL, LATE };
 
-    Gate(int callers, int queue, std::chrono::seconds patience) : free_(callers), places_(queue), patience_(patience) {}
-
-    Answer enter() {
-        std::unique_lock<std::mutex> lock(mutex_);
-        if (free_ == 0 && places_ == 0) return FULL;
-        if (free_ == 0) {
-            --places_;
-            const bool in_time = turn_.wait_for(lock, patience_, [this] { return free_ > 0; });
-            ++places_;
-            if (!in_time) return LATE;
-        }
-        --free_;
-        return ENTERED;
+    Workers(int callers, int queue, std::chrono::seconds patience) : places_(size_t(callers + queue)), patience_(patience) {
+        for (int i = 0; i < callers; ++i) threads_.emplace_back([this] { work(); });
     }
 
-    void leave() {
+    ~Workers() {
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            ++free_;
+            stop_ = true;
         }
-        turn_.notify_one();
+        work_there_.notify_all();
+        for (auto &thread : threads_) thread.join();
+    }
+
+    Answer run(std::function<void()> call) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (waiting_.size() + running_ >= places_) return FULL;
+        Job job{std::move(call), WAITING};
+        waiting_.push_back(&job);
+        work_there_.notify_one();
+        progress_.wait_for(lock, patience_, [&] { return job.state != WAITING; });
+        if (job.state == WAITING) {
+            waiting_.remove(&job);
+            return LATE;
+        }
+        progress_.wait(lock, [&] { return job.state == ENDED; });
+        return DONE;
     }
 
   private:
+    enum State { WAITING, RUNNING, ENDED };
+    struct Job {
+        std::function<void()> call;
+        State state;
+    };
+
+    void work() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            work_there_.wait(lock, [this] { return stop_ || !waiting_.empty(); });
+            if (stop_) return;
+            Job *job = waiting_.front();
+            waiting_.pop_front();
+            job->state = RUNNING;
+            ++running_;
+            lock.unlock();
+            job->call();
+            lock.lock();
+            job->state = ENDED;
+            --running_;
+            progress_.notify_all();
+        }
+    }
+
     std::mutex mutex_;
-    std::condition_variable turn_;
-    int free_, places_;
+    std::condition_variable work_there_, progress_;
+    std::list<Job *> waiting_;
+    std::vector<std::thread> threads_;
+    size_t running_ = 0;
+    const size_t places_;
     const std::chrono::seconds patience_;
+    bool stop_ = false;
 };
 
 class Metrics {
@@ -116,17 +155,10 @@ void embed(cembed::Bundle &bundle, const httplib::Request &request, httplib::Res
     vectors ? give(*vectors, response) : refuse(response, status_of(vectors.error()), vectors.error().message);
 }
 
-void admit(Gate &gate, cembed::Bundle &bundle, const httplib::Request &request, httplib::Response &response) {
-    switch (gate.enter()) {
-        case Gate::FULL: return refuse(response, 429, "too many requests: try again");
-        case Gate::LATE: return refuse(response, 503, "overloaded: try again");
-        case Gate::ENTERED: break;
-    }
-    struct Leave {
-        Gate &gate;
-        ~Leave() { gate.leave(); }
-    } leave{gate};
-    embed(bundle, request, response);
+void admit(Workers &workers, cembed::Bundle &bundle, const httplib::Request &request, httplib::Response &response) {
+    const auto answer = workers.run([&] { embed(bundle, request, response); });
+    if (answer == Workers::FULL) refuse(response, 429, "too many requests: try again");
+    if (answer == Workers::LATE) refuse(response, 503, "overloaded: try again");
 }
 
 int number(int argc, char **argv, int i, int otherwise) { return argc > i ? std::max(0, std::atoi(argv[i])) : otherwise; }
@@ -138,6 +170,7 @@ int main(int argc, char **argv) {
         std::fprintf(stderr, "usage: cembed-service BUNDLE [PORT [CALLERS [QUEUE [SECONDS]]]]\n");
         return 2;
     }
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);  // else pages after pages leave ever more holes: 2 GB after 300, and 80 MB with it
     sigset_t stop;  // taken by the one thread that waits for them
     sigemptyset(&stop);
     sigaddset(&stop, SIGTERM);
@@ -148,7 +181,8 @@ int main(int argc, char **argv) {
         std::fprintf(stderr, "cembed-service: %s\n", bundle ? cembed_error() : bundle.error().message.c_str());
         return 1;
     }
-    Gate gate(std::max(1, number(argc, argv, 3, 2)), number(argc, argv, 4, 32), std::chrono::seconds(number(argc, argv, 5, 10)));
+    Workers workers(std::max(1, number(argc, argv, 3, 2)), number(argc, argv, 4, 32),
+                    std::chrono::seconds(number(argc, argv, 5, 10)));
     Metrics metrics;
     std::atomic<bool> draining{false};
     httplib::Server server;
@@ -161,7 +195,7 @@ int main(int argc, char **argv) {
     server.Post("/embed", [&](const httplib::Request &request, httplib::Response &response) {
         const auto start = Clock::now();
         response.status = 200;
-        admit(gate, *bundle, request, response);
+        admit(workers, *bundle, request, response);
         metrics.count(response.status, std::chrono::duration<double>(Clock::now() - start).count());
     });
     server.Get("/health", [&](const httplib::Request &, httplib::Response &response) {

@@ -6,7 +6,8 @@
  *
  * Threads: any number may use one bundle or index at a time, with the results of one alone. A state is used by one
  * thread at a time; different states may be used at once. Nothing may use what is being closed; states are closed
- * before their bundle or after it. */
+ * before their bundle or after it. Large blocks come and go with every page: a process that
+ * lives long sets glibc's mallopt(M_MMAP_THRESHOLD, 1 << 20), or its heap grows by holes. */
 #ifndef CEMBED_H
 #define CEMBED_H
 
