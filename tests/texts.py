@@ -23,7 +23,9 @@ SCRIPTS = {
     "mongolian": "ᠠᠡᠢᠣᠤᠥᠦᠨᠪᠬᠭᠮᠯᠰᠱᠲᠳᠷ", "hiragana": "あいうえおかきくけこさしすせそたちつてとなにぬねのがぎぐげご", "katakana": "アイウエオカキクケコサシスセソタチツテトパピプペポ",
     "han": "的一是不了人我在有他這中大來上國個到說們為子和你地出道也時年", "gothic": "𐌰𐌱𐌲𐌳𐌴𐌵𐌶𐌷𐌸𐌹𐌺", "adlam": "𞤀𞤁𞤂𞤃𞤄𞤅𞤆𞤇𞤈𞤉",
 }  # fmt: skip
-SPACES = [chr(c) for c in (9, 10, 11, 12, 13, 0x1C, 0x1F, 0x20, 0x20, 0x85, 0xA0, 0x1680, 0x2003, 0x200B, 0x2028, 0x202F)]
+SPACES = [
+    chr(c) for c in (9, 10, 11, 12, 13, 0x1C, 0x1F, 0x20, 0x20, 0x85, 0xA0, 0x1680, 0x2003, 0x200B, 0x2028, 0x202F)
+]
 MARKS = [chr(c) for c in range(0x110000) if unicodedata.combining(chr(c))]
 COMPOSED = [chr(c) for c in range(0x110000) if unicodedata.decomposition(chr(c))]
 EMOJI = ["😀", "👩‍💻", "👍🏽", "🇩🇪", "❤️", "🏳️‍🌈", "👨‍👩‍👧‍👦", "⌚", "1️⃣", "🫠", "🪿", "🩷"]
@@ -43,14 +45,19 @@ def sentence(rng: random.Random) -> str:
 
 
 def anything(rng: random.Random) -> str:
-    code_points = (rng.randrange(rng.choice([0x80, 0x800, 0x3000, 0x10000, 0x20000, 0x110000])) for _ in range(rng.randint(1, 30)))
+    code_points = (
+        rng.randrange(rng.choice([0x80, 0x800, 0x3000, 0x10000, 0x20000, 0x110000])) for _ in range(rng.randint(1, 30))
+    )
     return "".join(chr(c) for c in code_points if not 0xD800 <= c < 0xE000)
 
 
 def marked(rng: random.Random) -> str:
     """Bases with marks in any order, composed characters, jamo."""
     bases = [*"aeoAEOuUiωЖ가각각", *rng.sample(COMPOSED, 10), "ে", "া", "ஒ", "க"]
-    return "".join(rng.choice(bases) + "".join(rng.choices(MARKS, k=rng.choice([0, 0, 1, 1, 2, 4]))) for _ in range(rng.randint(1, 12)))
+    return "".join(
+        rng.choice(bases) + "".join(rng.choices(MARKS, k=rng.choice([0, 0, 1, 1, 2, 4])))
+        for _ in range(rng.randint(1, 12))
+    )
 
 
 def mixed(rng: random.Random, tokens: list[str]) -> str:
@@ -69,7 +76,19 @@ def texts(seed: int, count: int, tokens: list[str]) -> Iterator[str]:
         lambda: sentence(rng), lambda: anything(rng), lambda: marked(rng), lambda: mixed(rng, tokens), lambda: mixed(rng, tokens),
         lambda: "\n".join([*rng.sample(CODE, 2), sentence(rng)]), lambda: rng.choice(EMOJI + SPACES + MARKS) * rng.randint(1, 40),
     ]  # fmt: skip
-    yield from ("", " ", "\n", "\0", "a" * 3000, "▁ ▁▁  ▁", "\u0301", "e\u0301", "\U0010ffff", "\ufeffbom", "\r\n\r\n x")
+    yield from (
+        "",
+        " ",
+        "\n",
+        "\0",
+        "a" * 3000,
+        "▁ ▁▁  ▁",
+        "\u0301",
+        "e\u0301",
+        "\U0010ffff",
+        "\ufeffbom",
+        "\r\n\r\n x",
+    )
     for _ in range(count):
         yield rng.choice(kinds)()
 
@@ -111,13 +130,32 @@ def gemma(vocabulary: int, lines: int, bytes_known: int = 256) -> str:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     data = train(tokenizer, vocabulary, lines, [])
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<unused{i}>" for i in range(99)), "<image>", "<loc0000>"]
-    plain = ["\n" * n for n in range(2, 20)] + ["▁" * n for n in range(2, 20)] + ["<table>", "</table>", "<td>", "</h1>"]
+    special = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        *(f"<unused{i}>" for i in range(99)),
+        "<image>",
+        "<loc0000>",
+    ]
+    plain = (
+        ["\n" * n for n in range(2, 20)] + ["▁" * n for n in range(2, 20)] + ["<table>", "</table>", "<td>", "</h1>"]
+    )
     heads = [*special[:5], *(f"<0x{byte:02X}>" for byte in range(bytes_known)), *special[5:], *plain]
     learned = [token for token in data["model"]["vocab"] if token not in heads]
     data["model"]["vocab"] = {token: i for i, token in enumerate([*heads, *learned])}
     data["model"]["merges"] = [" ".join(merge) for merge in data["model"]["merges"]]
-    data["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    data["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     data["added_tokens"] = [added(token, heads.index(token), special=token in special) for token in [*special, *plain]]
-    data["added_tokens"] += [added("<seg000>", len(heads) + len(learned), normalized=True), added("two words", 0, normalized=True)]
+    data["added_tokens"] += [
+        added("<seg000>", len(heads) + len(learned), normalized=True),
+        added("two words", 0, normalized=True),
+    ]
     return json.dumps(data, ensure_ascii=False)

@@ -65,35 +65,44 @@ constexpr int32_t HALF = 1 << (PRECISION_BITS - 1);
 
 uint8_t clipped(int32_t sum) { return uint8_t(std::clamp(sum >> PRECISION_BITS, 0, 255)); }
 
-// One row in another width.
-void resample_row(const uint8_t *row, const Taps &taps, int64_t width, uint8_t *out) {
-    for (int64_t x = 0; x < width; ++x) {
-        const int32_t *weights = taps.of(x);
-        const uint8_t *pixel = row + taps.first[size_t(x)] * 3;
+using Pixels = std::vector<uint8_t>;
+
+// Rows in another width.
+Pixels across(const Rgb &image, int64_t width) {
+    const Taps taps = taps_of(image.width, width);
+    Pixels out(size_t(image.height * width * 3));
+    uint8_t *to = out.data();
+    for (int64_t i = 0; i < image.height * width; ++i) {
+        const auto x = size_t(i % width);
+        const int32_t *weights = taps.of(i % width);
+        const uint8_t *pixel = image.data + i / width * image.stride + taps.first[x] * 3;
         int32_t red = HALF, green = HALF, blue = HALF;
-        for (int64_t i = 0; i < taps.count[size_t(x)]; ++i, pixel += 3) {
-            red += pixel[0] * weights[i];
-            green += pixel[1] * weights[i];
-            blue += pixel[2] * weights[i];
+        for (int64_t k = 0; k < taps.count[x]; ++k, pixel += 3) {
+            red += pixel[0] * weights[k];
+            green += pixel[1] * weights[k];
+            blue += pixel[2] * weights[k];
         }
-        *out++ = clipped(red);
-        *out++ = clipped(green);
-        *out++ = clipped(blue);
+        *to++ = clipped(red);
+        *to++ = clipped(green);
+        *to++ = clipped(blue);
     }
+    return out;
 }
 
-// The rows that a result in another height needs, each in another width.
-std::vector<uint8_t> resample_rows(const Rgb &image, int64_t width, int64_t first, int64_t last) {
-    const Taps taps = taps_of(image.width, width);
-    std::vector<uint8_t> out(size_t((last - first) * width * 3));
-    for (int64_t y = first; y < last; ++y) {
-        uint8_t *to = out.data() + (y - first) * width * 3;
-        const uint8_t *row = image.data + y * image.stride;
-        if (width == image.width) {
-            std::copy(row, row + width * 3, to);
-        } else {
-            resample_row(row, taps, width, to);
+// Columns in another height: whole rows are added up.
+Pixels down(const Rgb &image, int64_t height) {
+    const Taps taps = taps_of(image.height, height);
+    const auto row = size_t(image.width * 3);
+    Pixels out(size_t(height) * row);
+    std::vector<int32_t> sums(row);
+    for (int64_t y = 0; y < height; ++y) {
+        std::fill(sums.begin(), sums.end(), HALF);
+        for (int64_t k = 0; k < taps.count[size_t(y)]; ++k) {
+            const uint8_t *from = image.data + (taps.first[size_t(y)] + k) * image.stride;
+            const int32_t weight = taps.of(y)[k];
+            for (size_t x = 0; x < row; ++x) sums[x] += from[x] * weight;
         }
+        std::transform(sums.begin(), sums.end(), out.begin() + y * int64_t(row), clipped);
     }
     return out;
 }
@@ -177,24 +186,17 @@ Size resized_size(int64_t height, int64_t width, const ImageProcessing &spec) {
     return spec.resize == Resize::SMART ? smart_resize(height, width, spec) : fixed_size(spec);
 }
 
+// Rows first, unless the height loses more than twice as much as the width: Pillow's order, which shows in the bytes.
+// A side that stays as it is has one weight of 1 for each pixel.
 std::vector<uint8_t> resize_bicubic(const Rgb &image, Size size) {
     check(image);
-    if (size.height == image.height) return resample_rows(image, size.width, 0, image.height);
-    const Taps taps = taps_of(image.height, size.height);
-    const int64_t first = taps.first.front(), last = taps.first.back() + taps.count.back(), row = size.width * 3;
-    const std::vector<uint8_t> rows = resample_rows(image, size.width, first, last);
-    std::vector<uint8_t> out(size_t(size.height * row));
-    std::vector<int32_t> sums(static_cast<size_t>(row));
-    for (int64_t y = 0; y < size.height; ++y) {
-        std::fill(sums.begin(), sums.end(), HALF);
-        for (int64_t i = 0; i < taps.count[size_t(y)]; ++i) {
-            const uint8_t *from = rows.data() + (taps.first[size_t(y)] + i - first) * row;
-            const int32_t weight = taps.of(y)[i];
-            for (int64_t x = 0; x < row; ++x) sums[size_t(x)] += from[x] * weight;
-        }
-        std::transform(sums.begin(), sums.end(), out.begin() + y * row, clipped);
+    const int64_t lost = image.height - size.height;
+    if (lost > 0 && lost > 2 * (image.width - size.width)) {
+        const Pixels between = down(image, size.height);
+        return across({between.data(), image.width, size.height, image.width * 3}, size.width);
     }
-    return out;
+    const Pixels between = across(image, size.width);
+    return down({between.data(), size.width, image.height, size.width * 3}, size.height);
 }
 
 PixelValues preprocess(const Rgb &image, const ImageProcessing &spec) {

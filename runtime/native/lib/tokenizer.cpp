@@ -1,11 +1,12 @@
 #include "tokenizer.h"
 
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include "added_tokens.h"
 #include "bpe.h"
 #include "error.h"
+#include "matcher.h"
 #include "unicode.h"
 #include "words.h"
 
@@ -56,6 +57,7 @@ class Reader {
         }
         if (depth < 3 || path_[0] != "model" || (path_[1] != "vocab" && path_[1] != "merges")) return true;
         if (event != json::parse_event_t::value) return event != json::parse_event_t::array_end;
+        if (path_[1] == "vocab" && depth > 3) return true;  // that of another model, to be refused by its type
         path_[1] == "vocab" ? add_token(value) : add_merge(value.get_ref<const std::string &>(), depth);
         return false;
     }
@@ -171,12 +173,18 @@ std::array<std::string, 256> byte_characters() {
     return characters;
 }
 
-AddedToken added_token(const json &token) {
-    AddedToken added{token.at("content").get<std::string>(), get(token, "lstrip", false), get(token, "rstrip", false),
-                     get(token, "normalized", true), get(token, "special", false)};
-    if (get(token, "single_word", false)) refuse("the single_word token '" + added.content + "'");
-    return added;
-}
+struct AddedToken {
+    explicit AddedToken(const json &token)
+        : content(token.at("content").get<std::string>()), normalized(get(token, "normalized", true)),
+          special(get(token, "special", false)) {
+        for (const char *flag : {"single_word", "lstrip", "rstrip"}) {
+            if (get(token, flag, false)) refuse("the token '" + content + "' with " + flag);
+        }
+    }
+
+    std::string content;
+    bool normalized, special;
+};
 
 }  // namespace
 
@@ -185,29 +193,30 @@ struct Tokenizer::Parts {
         : bpe(std::move(reader.tokens), std::move(reader.ids), reader.merges, bpe_options(reader.rest.at("model"))),
           normalizer(part(reader.rest, "normalizer")),
           rules(pre_tokenizer_rules(part(reader.rest, "pre_tokenizer"), normalizer)), bytes(byte_characters()) {
-        for (const json &token : part(reader.rest, "added_tokens")) add(added_token(token));
+        for (const json &token : part(reader.rest, "added_tokens")) add(AddedToken(token));
         for (const auto &[id, token] : added) {
-            const std::string text = token.normalized ? normalizer(token.content) : token.content;
-            (token.normalized ? normalized : raw).add(text, id, token.lstrip, token.rstrip);
-            if (token.special) special.add(token.content, id, false, false);
+            (token.normalized ? normalized : raw).add(token.normalized ? normalizer(token.content) : token.content, id);
+            if (token.special) special.add(token.content, id);
         }
     }
 
-    // The library numbers added tokens itself: by the vocabulary, else one by one behind it.
+    // The library numbers added tokens itself: as in the vocabulary, else one by one behind it.
     void add(const AddedToken &token) {
         if (token.content.empty()) return;
         auto id = bpe.id(token.content);
-        for (const auto &[known, other] : added) {
-            if (other.content == token.content) id = known;
+        if (!id) {
+            const auto same = std::find_if(added.begin(), added.end(), [&](const auto &item) {
+                return item.second.content == token.content;
+            });
+            id = same == added.end() ? next_id++ : same->first;
         }
-        if (!id) id = next_id++;
-        added[*id] = token;
+        added.insert_or_assign(*id, token);
     }
 
     void append_ids(std::string_view text, std::vector<int64_t> &ids) const {
         if (rules == nullptr) return bpe.append_ids(text, ids);
-        const std::u32string characters_of_text = unicode::decode(text);
-        for (const std::u32string_view word : words(characters_of_text, *rules)) {
+        const std::u32string decoded = unicode::decode(text);
+        for (const std::u32string_view word : words(decoded, *rules)) {
             std::string characters;
             for (const char byte : unicode::encode(word)) characters += bytes[uint8_t(byte)];
             bpe.append_ids(characters, ids);
@@ -228,6 +237,8 @@ Tokenizer Tokenizer::from_json(std::string_view text) {
     Tokenizer tokenizer;
     try {
         tokenizer.parts_ = std::make_shared<const Parts>(Reader(text));
+    } catch (const json::parse_error &error) {
+        throw Error(BUNDLE, "the tokenizer is not JSON, from byte " + std::to_string(error.byte) + " on");
     } catch (const json::exception &error) {
         throw Error(BUNDLE, std::string("the tokenizer is damaged: ") + error.what());
     }
@@ -258,6 +269,11 @@ std::string Tokenizer::token(int64_t id) const {
     return std::string(parts_->bpe.token(uint32_t(id)).value_or(std::string_view()));
 }
 
-std::string_view Tokenizer::find_special(std::string_view utf8) const { return parts_->special.first(utf8); }
+std::string_view Tokenizer::find_special(std::string_view utf8) const {
+    for (const Piece &piece : parts_->special.split(utf8)) {
+        if (piece.id) return piece.text;
+    }
+    return {};
+}
 
 }  // namespace cembed

@@ -11,12 +11,7 @@
 
 namespace cembed {
 
-struct AddedToken {
-    std::string content;
-    bool lstrip = false, rstrip = false, normalized = true, special = false;
-};
-
-// A part of a text, and the token that it is.
+// A part of a text, and the token that it is, if it is one.
 struct Piece {
     std::string_view text;
     std::optional<uint32_t> id;
@@ -26,25 +21,14 @@ struct Piece {
 class Matcher {
   public:
     // Throws Error(BUNDLE) for an empty text, or the same one twice.
-    void add(std::string_view text, uint32_t id, bool lstrip, bool rstrip);
+    void add(const std::string &text, uint32_t id);
 
     std::vector<Piece> split(std::string_view text) const;
 
-    // The first token in a text; empty if there is none.
-    std::string_view first(std::string_view text) const;
-
   private:
-    struct Token {
-        uint32_t id;
-        bool lstrip, rstrip;
-    };
-    struct Match {
-        size_t start, end;
-        Token token;
-    };
-    std::optional<Match> find(std::string_view text, size_t from) const;
+    std::optional<Piece> at(std::string_view text, size_t i) const;
 
-    std::unordered_map<std::string, Token> tokens_;
+    std::unordered_map<std::string, uint32_t> tokens_;
     std::array<std::vector<size_t>, 256> lengths_;  // of tokens by their first byte, the longest first
 };
 
