@@ -34,7 +34,8 @@ double queries(cembed::Bundle &bundle, int threads, int count) {
     const double start = now();
     for (int t = 0; t < threads; ++t) {
         callers.emplace_back([&] {
-            for (int i; (i = next++) < count;) bundle.embed("warranty period of the appliance " + std::to_string(i)).value();
+            for (int i; (i = next++) < count;)
+                bundle.embed("warranty period of the appliance " + std::to_string(i)).value();
         });
     }
     for (auto &caller : callers) caller.join();

@@ -51,7 +51,8 @@ class Picture {
         int width = 0, height = 0, chroma = 0, colours = 0;
         return jpeg && tjDecompressHeader3(jpeg.get(), bytes, file.size(), &width, &height, &chroma, &colours) == 0 &&
                size(uint64_t(width), uint64_t(height)) &&
-               tjDecompress2(jpeg.get(), bytes, file.size(), pixels_.data(), width, width * 3, height, TJPF_RGB, 0) == 0;
+               tjDecompress2(jpeg.get(), bytes, file.size(), pixels_.data(), width, width * 3, height, TJPF_RGB, 0) ==
+                   0;
     }
 
     std::vector<uint8_t> pixels_;

@@ -1,8 +1,7 @@
 // cembed-service BUNDLE [PORT [CALLERS [QUEUE [SECONDS]]]]: vectors over HTTP, on the loopback interface.
 //
-//     POST /embed    image/png, image/jpeg or text/plain; float32 [rows, dim], little-endian, with Cembed-Rows and Cembed-Dim
-//     GET /health    200, or 503 while it drains
-//     GET /metrics   for Prometheus
+//     POST /embed    image/png, image/jpeg or text/plain; float32 [rows, dim], little-endian, with Cembed-Rows and
+//     Cembed-Dim GET /health    200, or 503 while it drains GET /metrics   for Prometheus
 //
 // CALLERS requests run at once, QUEUE more wait for up to SECONDS; any other is refused at once (429), as is one whose
 // wait was too long (503). A connection has a thread of its own, so that slow ones cost no caller. SIGTERM drains.
@@ -41,7 +40,9 @@ class Workers {
   public:
     enum Answer { DONE, FULL, LATE };
 
-    Workers(int callers, int queue, std::chrono::seconds patience) : places_(size_t(callers + queue)), patience_(patience) {
+    Workers(int callers, int queue, std::chrono::seconds patience)
+        : places_(size_t(callers + queue)),
+          patience_(patience) {
         for (int i = 0; i < callers; ++i) threads_.emplace_back([this] { work(); });
     }
 
@@ -140,7 +141,8 @@ void give(const cembed::Vectors &vectors, httplib::Response &response) {
     response.set_header("Cembed-Rows", std::to_string(vectors.rows()));
     response.set_header("Cembed-Dim", std::to_string(vectors.dim()));
     const auto flat = vectors.flat();
-    response.set_content(reinterpret_cast<const char *>(flat.data), flat.size * sizeof(float), "application/octet-stream");
+    response.set_content(reinterpret_cast<const char *>(flat.data), flat.size * sizeof(float),
+                         "application/octet-stream");
 }
 
 // What is decoded is decoded by a caller: images of all who wait would take much memory.
@@ -161,7 +163,9 @@ void admit(Workers &workers, cembed::Bundle &bundle, const httplib::Request &req
     if (answer == Workers::LATE) refuse(response, 503, "overloaded: try again");
 }
 
-int number(int argc, char **argv, int i, int otherwise) { return argc > i ? std::max(0, std::atoi(argv[i])) : otherwise; }
+int number(int argc, char **argv, int i, int otherwise) {
+    return argc > i ? std::max(0, std::atoi(argv[i])) : otherwise;
+}
 
 }  // namespace
 
@@ -170,8 +174,9 @@ int main(int argc, char **argv) {
         std::fprintf(stderr, "usage: cembed-service BUNDLE [PORT [CALLERS [QUEUE [SECONDS]]]]\n");
         return 2;
     }
-    mallopt(M_MMAP_THRESHOLD, 1 << 20);  // else pages after pages leave ever more holes: 2 GB after 300, and 80 MB with it
-    sigset_t stop;  // taken by the one thread that waits for them
+    mallopt(M_MMAP_THRESHOLD,
+            1 << 20);  // else pages after pages leave ever more holes: 2 GB after 300, and 80 MB with it
+    sigset_t stop;     // taken by the one thread that waits for them
     sigemptyset(&stop);
     sigaddset(&stop, SIGTERM);
     sigaddset(&stop, SIGINT);

@@ -1,5 +1,5 @@
-// libFuzzer over what the library reads from a bundle's manifest and an index, by the first byte: a manifest, a CURRENT,
-// a log's payload. Sums that would stop every mutation are made right first. `make fuzz` builds and runs it.
+// libFuzzer over what the library reads from a bundle's manifest and an index, by the first byte: a manifest, a
+// CURRENT, a log's payload. Sums that would stop every mutation are made right first. `make fuzz` builds and runs it.
 #include <cstring>
 #include <string>
 
@@ -15,7 +15,10 @@ using namespace cembed;
 constexpr size_t TIERS = 2;
 constexpr char NAME[] = "fuzz";
 
-template <class T> void put(std::string &record, size_t at, T value) { std::memcpy(&record[at], &value, sizeof value); }
+template <class T>
+void put(std::string &record, size_t at, T value) {
+    std::memcpy(&record[at], &value, sizeof value);
+}
 
 // A record of one commit with this payload, preceded by its counts.
 std::string log_of(std::string payload) {
@@ -23,7 +26,11 @@ std::string log_of(std::string payload) {
     const uint32_t pages = uint8_t(payload[0]), removed = uint8_t(payload[1]);
     payload.erase(0, 2);
     const uint32_t seed = crc32(std::string(NAME) + "/1");
-    std::string header("\x8e" "cembed\n", 8), padded = payload;
+    std::string header(
+        "\x8e"
+        "cembed\n",
+        8),
+        padded = payload;
     padded.resize(size_t(aligned(int64_t(payload.size()))));
     header.resize(64);
     put(header, 8, uint32_t(1));

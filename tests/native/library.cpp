@@ -1,4 +1,5 @@
-// cembed.h as a whole, for the sanitizers and valgrind: library BUNDLE INDEX THREADS. Vectors must be the same each time.
+// cembed.h as a whole, for the sanitizers and valgrind: library BUNDLE INDEX THREADS. Vectors must be the same each
+// time.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -33,7 +33,8 @@ struct Failure : std::runtime_error {
 };
 #endif
 
-template <class T> class Result {
+template <class T>
+class Result {
   public:
     Result(T value) : value_(std::move(value)) {}
     Result(Error error) : value_(std::move(error)) {}
@@ -59,7 +60,8 @@ template <class T> class Result {
 };
 
 // What is not owned: elements in a row.
-template <class T> struct Span {
+template <class T>
+struct Span {
     T *data = nullptr;
     size_t size = 0;
 
@@ -100,13 +102,15 @@ struct Close {
 };
 
 // The wrapper T of the handle that `make` gives.
-template <class T, class Handle, class Make> Result<T> opened(const Make &make) {
+template <class T, class Handle, class Make>
+Result<T> opened(const Make &make) {
     Handle *handle = nullptr;
     if (const cembed_status status = make(&handle)) return last(status);
     return T(handle);
 }
 
-template <class Fill> Result<Vectors> filled(const Fill &fill) {
+template <class Fill>
+Result<Vectors> filled(const Fill &fill) {
     cembed_vectors made{};
     if (const cembed_status status = fill(&made)) return last(status);
     return Vectors(made);
@@ -227,8 +231,8 @@ inline Result<std::vector<float>> maxsim(const Vectors &query, const std::vector
         rows.insert(rows.end(), page.flat().begin(), page.flat().end());
         counts.push_back(int32_t(page.rows()));
     }
-    const cembed_status status = cembed_maxsim(query.flat().data, int32_t(query.rows()), int32_t(query.dim()), rows.data(),
-                                               counts.data(), counts.size(), threads, scores.data());
+    const cembed_status status = cembed_maxsim(query.flat().data, int32_t(query.rows()), int32_t(query.dim()),
+                                               rows.data(), counts.data(), counts.size(), threads, scores.data());
     if (status) return detail::last(status);
     return scores;
 }

@@ -96,7 +96,11 @@ Manifest parse(const std::string &root, const std::string &text) {
 }  // namespace
 
 Table::Table(Mapping values, Mapping scales, std::string dtype, int64_t rows, int64_t width)
-    : values_(std::move(values)), scales_(std::move(scales)), dtype_(std::move(dtype)), rows_(rows), width_(width) {}
+    : values_(std::move(values)),
+      scales_(std::move(scales)),
+      dtype_(std::move(dtype)),
+      rows_(rows),
+      width_(width) {}
 
 void Table::read(int64_t row, float *to) const {
     if (row < 0 || row >= rows_)
@@ -117,7 +121,9 @@ void Table::read(int64_t row, float *to) const {
 Bundle::Bundle(std::string root) : Bundle(root, read_manifest(root)) {}
 
 Bundle::Bundle(std::string root, const std::string &text)
-    : manifest(parse(root, text)), root_(std::move(root)), hash_(sha256(text)) {
+    : manifest(parse(root, text)),
+      root_(std::move(root)),
+      hash_(sha256(text)) {
     check_references();
     check_listing();
 }
@@ -126,7 +132,8 @@ void Bundle::check_references() const {
     const Manifest &m = manifest;
     std::set<std::string> graphs, needed{"vision"};
     for (const auto &graph : m.graphs) graphs.insert(graph.first);
-    for (const Side *side : {&m.document, &m.query}) needed.insert(side->slots == Slots::FEEDBACK ? "text_step" : "text");
+    for (const Side *side : {&m.document, &m.query})
+        needed.insert(side->slots == Slots::FEEDBACK ? "text_step" : "text");
     if (const auto missing = without(needed, graphs); !missing.empty())
         throw Error(BUNDLE, root_ + ": the manifest has no graph " + list(missing));
     for (const EmbeddingTable &table : tables_of(m)) {
@@ -136,7 +143,8 @@ void Bundle::check_references() const {
     const int64_t rows = m.slot_embeddings ? m.slot_embeddings->rows : 0;
     for (const Side *side : {&m.document, &m.query}) {
         if (side->slot_rows && ((*side->slot_rows)[0] > rows || (*side->slot_rows)[1] > rows - (*side->slot_rows)[0]))
-            throw Error(BUNDLE, root_ + ": the manifest names slot rows behind the " + std::to_string(rows) + " there are");
+            throw Error(BUNDLE,
+                        root_ + ": the manifest names slot rows behind the " + std::to_string(rows) + " there are");
     }
     auto different = without(named(m), listed(m));
     different.merge(without(listed(m), named(m)));
@@ -147,7 +155,8 @@ void Bundle::check_references() const {
 void Bundle::check_listing() const {
     const auto wanted = listed(manifest);
     for (const std::string &name : wanted) {
-        if (name.empty() || name == "." || name == ".." || name.find_first_of(std::string("/\0", 2)) != std::string::npos)
+        if (name.empty() || name == "." || name == ".." ||
+            name.find_first_of(std::string("/\0", 2)) != std::string::npos)
             throw Error(BUNDLE, root_ + ": the manifest names '" + name + "', which is not a plain file name");
     }
     const auto found = entries(root_);
@@ -158,8 +167,9 @@ void Bundle::check_listing() const {
     for (const auto &[name, record] : manifest.files) {
         const File file(root_ + "/" + name, BUNDLE);
         if (file.size() != record.size) {
-            throw Error(BUNDLE, root_ + "/" + name + " has " + std::to_string(file.size()) + " bytes, the manifest says " +
-                                    std::to_string(record.size) + ": the file is damaged, copy the bundle again");
+            throw Error(BUNDLE, root_ + "/" + name + " has " + std::to_string(file.size()) +
+                                    " bytes, the manifest says " + std::to_string(record.size) +
+                                    ": the file is damaged, copy the bundle again");
         }
     }
 }
@@ -199,7 +209,8 @@ Table Bundle::table(const EmbeddingTable &spec) {
 
 Mapping Bundle::map(const std::string &name, int64_t size) {
     const File file(path(name), BUNDLE);
-    if (file.size() != size) throw Error(BUNDLE, root_ + "/" + name + ": such a table takes " + std::to_string(size) + " bytes");
+    if (file.size() != size)
+        throw Error(BUNDLE, root_ + "/" + name + ": such a table takes " + std::to_string(size) + " bytes");
     return Mapping(file, size);
 }
 

@@ -29,7 +29,8 @@ class Table {
 
 class Bundle {
   public:
-    // Throws Error(BUNDLE): no bundle, a manifest that is none, files that are missing, unlisted, links, of another size.
+    // Throws Error(BUNDLE): no bundle, a manifest that is none, files that are missing, unlisted, links, of another
+    // size.
     explicit Bundle(std::string root);
 
     const Manifest manifest;

@@ -55,7 +55,8 @@ cembed_status say(int code, const char *what) {
 }
 
 // Runs `call`; what it throws becomes a code and this thread's message.
-template <class Call> cembed_status guarded(const Call &call) noexcept try {
+template <class Call>
+cembed_status guarded(const Call &call) noexcept try {
     message[0] = 0;
     call();
     return CEMBED_OK;
@@ -117,7 +118,8 @@ void give(const Vectors &made, cembed_vectors *to) {
     to->dim = size_t(made.dim);
     const size_t size = made.values.size();
     if (to->data != nullptr && to->capacity < size && !to->owned)
-        throw Error(CAPACITY, std::to_string(size) + " floats are wanted, the buffer has " + std::to_string(to->capacity));
+        throw Error(CAPACITY,
+                    std::to_string(size) + " floats are wanted, the buffer has " + std::to_string(to->capacity));
     if (to->data == nullptr || to->capacity < size) {
         auto *grown = static_cast<float *>(std::realloc(to->data, std::max<size_t>(size, 1) * sizeof(float)));
         if (grown == nullptr) throw std::bad_alloc();
@@ -129,7 +131,8 @@ void give(const Vectors &made, cembed_vectors *to) {
 }
 
 template <class MakePrompt>
-void embed(cembed_bundle *bundle, bool query, const cembed_budget *budget, cembed_vectors *vectors, const MakePrompt &make) {
+void embed(cembed_bundle *bundle, bool query, const cembed_budget *budget, cembed_vectors *vectors,
+           const MakePrompt &make) {
     require(bundle != nullptr && vectors != nullptr, "null where a bundle or vectors are wanted");
     Embedder &embedder = *bundle->embedder;
     const Side &side = query ? embedder.manifest.query : embedder.manifest.document;
@@ -178,7 +181,8 @@ void score(const float *query, int32_t rows, maxsim_pages pages, const int32_t *
 
 cembed_status cembed_open(const char *path, const cembed_options *options, cembed_bundle **bundle) {
     return guarded([&] {
-        require(path != nullptr && options != nullptr && bundle != nullptr, "null where path, options or bundle are wanted");
+        require(path != nullptr && options != nullptr && bundle != nullptr,
+                "null where path, options or bundle are wanted");
         *bundle = nullptr;
         *bundle = new cembed_bundle{std::make_shared<Embedder>(path, settings_of(*options))};
     });
@@ -245,7 +249,8 @@ cembed_status cembed_start_image(cembed_bundle *bundle, const cembed_image *imag
 cembed_status cembed_start_query(cembed_bundle *bundle, const char *text, size_t length, int32_t max_vectors,
                                  cembed_state **state) {
     return guarded([&] {
-        start(bundle, true, max_vectors, state, [&](Embedder &embedder) { return embedder.query(view_of(text, length)); });
+        start(bundle, true, max_vectors, state,
+              [&](Embedder &embedder) { return embedder.query(view_of(text, length)); });
     });
 }
 

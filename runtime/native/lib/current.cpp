@@ -15,15 +15,14 @@ using Json = nlohmann::json;
 
 constexpr int64_t MAX_DIM = 1 << 14, MAX_SEGMENTS = 1 << 16, MAX_SEGMENT = 99'999'999, MAX_NUMBER = int64_t(1) << 60;
 const std::vector<std::string> STORAGE = {"f32", "f16", "u8", "bits"};
-const std::set<std::string> FIELDS = {"format", "version", "index", "dim", "tiers", "bundle", "segments", "next_segment", "next_serial"};
+const std::set<std::string> FIELDS = {"format", "version",  "index",        "dim",        "tiers",
+                                      "bundle", "segments", "next_segment", "next_serial"};
 
 void require(bool right, const std::string &otherwise) {
     if (!right) throw Error(INDEX, otherwise);
 }
 
-bool is_number(const Json &value) {
-    return value.is_number_unsigned() && value.get<uint64_t>() < uint64_t(MAX_NUMBER);
-}
+bool is_number(const Json &value) { return value.is_number_unsigned() && value.get<uint64_t>() < uint64_t(MAX_NUMBER); }
 
 Json parse(const std::string &raw) {
     const size_t space = raw.rfind(' ');
@@ -45,7 +44,8 @@ void check_kinds(const Json &fields) {
     require(names == FIELDS, "its fields are not those of an index");
     require(fields["index"].is_string() && fields["bundle"].is_string(), "a name is no text");
     require(fields["tiers"].is_array() && fields["segments"].is_array(), "its fields are not those of an index");
-    for (const char *name : {"dim", "next_segment", "next_serial"}) require(is_number(fields[name]), "a number is out of range");
+    for (const char *name : {"dim", "next_segment", "next_serial"})
+        require(is_number(fields[name]), "a number is out of range");
     for (const Json &segment : fields["segments"]) require(is_number(segment), "a number is out of range");
     for (const Json &tier : fields["tiers"]) require(tier.is_string(), "its fields are not those of an index");
 }
@@ -64,7 +64,8 @@ Current Current::decode(const std::string &raw) {
     require(!ordered.empty() && ordered == current.tiers, "its storage types are unknown");
     require(current.tiers.back() != "bits" || current.dim % 8 == 0, "bits of a dim that is no multiple of 8");
     const std::set<int64_t> segments(current.segments.begin(), current.segments.end());
-    const bool possible = !segments.empty() && int64_t(segments.size()) <= MAX_SEGMENTS && segments.size() == current.segments.size();
+    const bool possible =
+        !segments.empty() && int64_t(segments.size()) <= MAX_SEGMENTS && segments.size() == current.segments.size();
     require(possible, "its list of segments is impossible");
     const int64_t next = fields["next_segment"];
     require(*segments.rbegin() < next && next <= MAX_SEGMENT, "its next segment is one that is there");

@@ -22,8 +22,8 @@ ImageProcessing limited(const Manifest &manifest, int64_t tokens) {
         wrong(manifest.backbone + " pages always take " + std::to_string(most) + " visual tokens");
     const int64_t least = (image.min_pixels + area - 1) / area;
     if (tokens < least || tokens > most) {
-        wrong("max_visual_tokens is " + std::to_string(tokens) + ": this bundle takes " + std::to_string(least) + " to " +
-              std::to_string(most));
+        wrong("max_visual_tokens is " + std::to_string(tokens) + ": this bundle takes " + std::to_string(least) +
+              " to " + std::to_string(most));
     }
     image.max_pixels = tokens * area;
     return image;
@@ -45,7 +45,8 @@ void normalise(const float *from, int64_t dim, float *to) {
     const double sum = std::inner_product(from, from + dim, from, 0.0);
     const auto norm = float(std::sqrt(sum));
     if (!std::isfinite(norm) || norm == 0)
-        throw Error(ENGINE, "the model gave NaN, infinity or zeros: the checkpoint or its precision (fp16?) is at fault");
+        throw Error(ENGINE,
+                    "the model gave NaN, infinity or zeros: the checkpoint or its precision (fp16?) is at fault");
     std::transform(from, from + dim, to, [norm](float value) { return value / norm; });
 }
 
@@ -109,7 +110,9 @@ Prompt Embedder::document(const Rgb &page) {
     return made;
 }
 
-Prompt Embedder::query(std::string_view text) { return prompt(prompter_.query(manifest.query.prompt, text), std::nullopt); }
+Prompt Embedder::query(std::string_view text) {
+    return prompt(prompter_.query(manifest.query.prompt, text), std::nullopt);
+}
 
 Prompt Embedder::prompt(const std::vector<int64_t> &ids, const std::optional<Grid> &grid) const {
     Prompt made;
@@ -161,7 +164,8 @@ std::vector<float> Embedder::single_pass(const Side &side, const Prompt &made, i
     const auto behind = cembed::slot_positions(made.positions, axes, slots, side.slot_positions);
     std::vector<int64_t> positions;
     for (int64_t axis = 0; axis < axes; ++axis) {
-        positions.insert(positions.end(), &made.positions[size_t(axis * made.length)], &made.positions[size_t(axis * made.length)] + made.length);
+        positions.insert(positions.end(), &made.positions[size_t(axis * made.length)],
+                         &made.positions[size_t(axis * made.length)] + made.length);
         positions.insert(positions.end(), behind.begin() + axis * slots, behind.begin() + (axis + 1) * slots);
     }
     std::vector<float> embeds = made.embeds;
@@ -185,7 +189,8 @@ void Embedder::add_slot_rows(const Side &side, int64_t first, int64_t count, std
     for (int64_t i = 0; i < count; ++i) {
         to.resize(to.size() + size_t(manifest.hidden_size));
         float *row = &to[to.size() - size_t(manifest.hidden_size)];
-        learned ? slots_->read((*side.slot_rows)[0] + first + i, row) : tokens_.read(side.latent_token_id.value_or(-1), row);
+        learned ? slots_->read((*side.slot_rows)[0] + first + i, row)
+                : tokens_.read(side.latent_token_id.value_or(-1), row);
     }
 }
 

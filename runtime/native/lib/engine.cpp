@@ -42,8 +42,9 @@ void *open_library(const std::vector<std::string> &names) {
         if (void *handle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return handle;
         reasons += std::string(reasons.empty() ? "" : "; ") + dlerror();
     }
-    throw Error(ENGINE, "ONNX Runtime is not found: install libonnxruntime, or name its library in the options or in $" +
-                            std::string(VARIABLE) + " (" + reasons + ")");
+    throw Error(ENGINE,
+                "ONNX Runtime is not found: install libonnxruntime, or name its library in the options or in $" +
+                    std::string(VARIABLE) + " (" + reasons + ")");
 }
 
 std::vector<std::string> names_of(const std::string &given) {
@@ -59,7 +60,8 @@ Library start(const std::vector<std::string> &names) {
     Library library;
     library.api = base()->GetApi(NEEDED_API);
     if (library.api == nullptr)
-        throw Error(ENGINE, std::string("ONNX Runtime ") + base()->GetVersionString() + " is too old: 1.16 or later is wanted");
+        throw Error(ENGINE,
+                    std::string("ONNX Runtime ") + base()->GetVersionString() + " is too old: 1.16 or later is wanted");
     library.check(library.api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "cembed", &library.env), "ONNX Runtime cannot start");
     return library;
 }
@@ -74,7 +76,8 @@ const Library &library_of(const std::string &given) {
     return found->second;
 }
 
-template <class T> using Owned = std::unique_ptr<T, void (*)(T *)>;
+template <class T>
+using Owned = std::unique_ptr<T, void (*)(T *)>;
 
 class OrtEngine : public Engine {
   public:
@@ -86,7 +89,8 @@ class OrtEngine : public Engine {
           memory_(nullptr, api_.ReleaseMemoryInfo) {
         const auto options = make_options(settings);
         OrtSession *session = nullptr;
-        check(api_.CreateSession(library_.env, path.c_str(), options.get(), &session), "ONNX Runtime cannot load " + path);
+        check(api_.CreateSession(library_.env, path.c_str(), options.get(), &session),
+              "ONNX Runtime cannot load " + path);
         session_.reset(session);
         OrtMemoryInfo *memory = nullptr;
         check(api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "ONNX Runtime failed");
@@ -95,7 +99,8 @@ class OrtEngine : public Engine {
         check(api_.CreateRunOptions(&release), "ONNX Runtime failed");
         release_.reset(release);
         if (settings.provider == CPU)
-            check(api_.AddRunConfigEntry(release, "memory.enable_memory_arena_shrinkage", "cpu:0"), "ONNX Runtime failed");
+            check(api_.AddRunConfigEntry(release, "memory.enable_memory_arena_shrinkage", "cpu:0"),
+                  "ONNX Runtime failed");
     }
 
     void run(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs, Activations after) const override {
@@ -130,9 +135,10 @@ class OrtEngine : public Engine {
     };
 
     OrtValue *wrap(const Tensor &tensor) const {
-        static const std::map<Type, ONNXTensorElementDataType> types = {{Type::FLOAT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-                                                                        {Type::FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
-                                                                        {Type::INT64, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+        static const std::map<Type, ONNXTensorElementDataType> types = {
+            {Type::FLOAT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+            {Type::FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+            {Type::INT64, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
         int64_t size = size_of(tensor.type);
         for (const int64_t length : tensor.shape) size *= length;
         OrtValue *value = nullptr;
@@ -186,7 +192,10 @@ Tensor::Tensor(std::string name, std::vector<int64_t> shape, const std::vector<i
     : Tensor(std::move(name), Type::INT64, std::move(shape), const_cast<int64_t *>(values.data())) {}
 
 Tensor::Tensor(std::string name, Type type, std::vector<int64_t> shape, void *data)
-    : name(std::move(name)), type(type), shape(std::move(shape)), data(data) {}
+    : name(std::move(name)),
+      type(type),
+      shape(std::move(shape)),
+      data(data) {}
 
 std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSettings &settings) {
     return std::make_unique<OrtEngine>(path, settings);
@@ -205,7 +214,8 @@ void check_provider(const EngineSettings &settings) {
     }
     library.check(library.api->ReleaseAvailableProviders(names, count), "ONNX Runtime failed");
     if (!found)
-        throw Error(ENGINE, "execution provider " + settings.provider + " is not in this build of ONNX Runtime, which has " + all);
+        throw Error(ENGINE, "execution provider " + settings.provider +
+                                " is not in this build of ONNX Runtime, which has " + all);
 }
 
 }  // namespace cembed

@@ -30,9 +30,10 @@ class Engine {
   public:
     virtual ~Engine() = default;
 
-    // Runs the graph; outputs have their shape and place before. An input and an output may be the same memory, which is
-    // then updated in place. Safe to call from several threads. Throws Error(ENGINE).
-    virtual void run(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs, Activations after) const = 0;
+    // Runs the graph; outputs have their shape and place before. An input and an output may be the same memory, which
+    // is then updated in place. Safe to call from several threads. Throws Error(ENGINE).
+    virtual void run(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs,
+                     Activations after) const = 0;
 };
 
 struct EngineSettings {

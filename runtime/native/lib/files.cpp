@@ -52,7 +52,7 @@ File::File(const std::string &path, int code) : path_(path), code_(code) {
         const std::string reason = errno == ELOOP ? "it is a link" : std::strerror(errno);
         throw Error(code, "cannot open " + path + ": " + reason);
     }
-    struct stat status {};
+    struct stat status{};
     if (fstat(handle_, &status) != 0 || !S_ISREG(status.st_mode)) {
         close(handle_);
         throw Error(code, path + " is not a plain file");
@@ -76,7 +76,8 @@ std::string File::read(int64_t limit) const {
 Mapping::Mapping(const File &file, int64_t size) : size_(size) {
     if (size == 0) return;
     void *memory = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file.handle(), 0);
-    if (memory == MAP_FAILED) throw Error(MEMORY, std::string("a file cannot be mapped into memory: ") + std::strerror(errno));
+    if (memory == MAP_FAILED)
+        throw Error(MEMORY, std::string("a file cannot be mapped into memory: ") + std::strerror(errno));
     data_ = static_cast<const uint8_t *>(memory);
 }
 

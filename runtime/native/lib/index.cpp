@@ -98,7 +98,8 @@ void Segment::add(const Commit &commit) {
             tier.starts.push_back(tier.end);
             tier.end += aligned(page_size(tier, int64_t(rows_.size() - n + i)));
         }
-        tier.crcs.insert(tier.crcs.end(), commit.crcs.begin() + std::ptrdiff_t(t * n), commit.crcs.begin() + std::ptrdiff_t((t + 1) * n));
+        tier.crcs.insert(tier.crcs.end(), commit.crcs.begin() + std::ptrdiff_t(t * n),
+                         commit.crcs.begin() + std::ptrdiff_t((t + 1) * n));
     }
 }
 
@@ -137,8 +138,8 @@ maxsim_pages Segment::pages(size_t which_tier, const std::vector<int64_t> &which
         if (tier.checked[i]) continue;
         const auto *bytes = reinterpret_cast<const char *>(tier.map.data() + tier.starts[i]);
         if (crc32({bytes, size_t(page_size(tier, page))}) != tier.crcs[i])
-            throw Error(INDEX, tier.path + " is damaged from byte " + std::to_string(tier.starts[i]) + " on: the vectors of '" +
-                                   hit(page, 0).id + "'; " + REPAIR);
+            throw Error(INDEX, tier.path + " is damaged from byte " + std::to_string(tier.starts[i]) +
+                                   " on: the vectors of '" + hit(page, 0).id + "'; " + REPAIR);
         tier.checked[i] = true;
     }
     const float *scales = tier.storage == MAXSIM_U8 ? scales_.data() : ones_.data();
@@ -218,7 +219,8 @@ std::vector<Index::Ranked> Index::run_stage(const float *query, int32_t rows, St
         if (count < 0) throw std::bad_alloc();
         for (size_t i = 0; i < size_t(count); ++i) {
             if (!std::isfinite(scores[i]))
-                throw Error(INDEX, "the vectors of '" + segments_[s]->hit(numbers[i], 0).id + "' are no finite numbers");
+                throw Error(INDEX,
+                            "the vectors of '" + segments_[s]->hit(numbers[i], 0).id + "' are no finite numbers");
             ranked.push_back({scores[i], s, numbers[i]});
         }
     }

@@ -12,7 +12,10 @@
 namespace cembed {
 namespace {
 
-constexpr std::string_view MAGIC("\x8e" "cembed\n", 8);
+constexpr std::string_view MAGIC(
+    "\x8e"
+    "cembed\n",
+    8);
 constexpr uint32_t COMMIT = 1, CLOSE = 2;
 constexpr uint64_t MAX_PAYLOAD = 1 << 28;
 constexpr size_t CONTENT_BYTES = 16;
@@ -21,7 +24,8 @@ constexpr int MAX_FRAGMENTS = 64;
 
 [[noreturn]] void damaged(const std::string &why) { throw Error(INDEX, why); }
 
-template <class T> T at(std::string_view bytes, size_t offset) {
+template <class T>
+T at(std::string_view bytes, size_t offset) {
     T value;
     std::memcpy(&value, bytes.data() + offset, sizeof value);
     return value;
@@ -40,7 +44,8 @@ std::optional<Record> record_at(std::string_view log, int64_t offset, uint32_t s
     const auto header = log.substr(size_t(offset), ALIGNMENT);
     if (at<uint32_t>(header, 60) != crc32(header.substr(0, 60), seed)) return std::nullopt;
     const auto length = at<uint64_t>(header, 32);
-    Record record{at<uint32_t>(header, 8), at<uint32_t>(header, 12), at<uint32_t>(header, 16), at<uint64_t>(header, 24), {}, 0};
+    Record record{
+        at<uint32_t>(header, 8), at<uint32_t>(header, 12), at<uint32_t>(header, 16), at<uint64_t>(header, 24), {}, 0};
     const bool known = header.substr(0, 8) == MAGIC && (record.kind == COMMIT || record.kind == CLOSE) &&
                        header.substr(40, 20) == std::string(20, '\0') && length <= MAX_PAYLOAD;
     if (!known || offset + ALIGNMENT + aligned(int64_t(length)) > int64_t(log.size())) return std::nullopt;
@@ -67,7 +72,8 @@ class Payload {
   public:
     explicit Payload(std::string_view bytes) : rest_(bytes) {}
 
-    template <class T> std::vector<T> array(size_t count) {
+    template <class T>
+    std::vector<T> array(size_t count) {
         if (count > rest_.size() / sizeof(T)) damaged("it is shorter than its counts say");
         std::vector<T> values(count);
         if (count) std::memcpy(values.data(), rest_.data(), count * sizeof(T));
@@ -99,13 +105,15 @@ bool all_below(const std::vector<int32_t> &numbers, size_t end) {
 
 void check(const Commit &commit) {
     const auto in_range = [](int64_t number) { return number >= 0 && number < MAX_SERIAL; };
-    const bool rising = std::adjacent_find(commit.serials.begin(), commit.serials.end(), std::greater_equal<>()) == commit.serials.end();
+    const bool rising = std::adjacent_find(commit.serials.begin(), commit.serials.end(), std::greater_equal<>()) ==
+                        commit.serials.end();
     const bool named = commit.ids.size() == commit.serials.size() && all_below(commit.source, commit.sources.size()) &&
                        all_below(commit.metadatum, commit.metadata.size());
-    const bool sane = std::all_of(commit.rows.begin(), commit.rows.end(), [](int32_t rows) { return rows > 0 && rows <= 1 << 20; }) &&
-                      std::all_of(commit.serials.begin(), commit.serials.end(), in_range) &&
-                      std::all_of(commit.bases.begin(), commit.bases.end(), in_range) &&
-                      std::all_of(commit.scales.begin(), commit.scales.end(), [](float scale) { return std::isfinite(scale); });
+    const bool sane =
+        std::all_of(commit.rows.begin(), commit.rows.end(), [](int32_t rows) { return rows > 0 && rows <= 1 << 20; }) &&
+        std::all_of(commit.serials.begin(), commit.serials.end(), in_range) &&
+        std::all_of(commit.bases.begin(), commit.bases.end(), in_range) &&
+        std::all_of(commit.scales.begin(), commit.scales.end(), [](float scale) { return std::isfinite(scale); });
     if (!rising || !named || !sane) damaged("its columns do not fit each other");
 }
 
@@ -116,7 +124,8 @@ Commit decode(const Record &record, size_t tiers) {
     commit.bases = payload.array<int64_t>(tiers);
     commit.serials = payload.array<int64_t>(n);
     commit.removed = payload.array<int64_t>(record.removed);
-    for (auto *column : {&commit.rows, &commit.numbers, &commit.source, &commit.metadatum}) *column = payload.array<int32_t>(n);
+    for (auto *column : {&commit.rows, &commit.numbers, &commit.source, &commit.metadatum})
+        *column = payload.array<int32_t>(n);
     commit.scales = payload.array<float>(n);
     commit.crcs = payload.array<uint32_t>(tiers * n);
     payload.array<uint8_t>(CONTENT_BYTES * n);

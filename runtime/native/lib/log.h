@@ -25,11 +25,11 @@ struct Texts {
 
 // What a record says of the pages that count from it on, and of those that no longer do.
 struct Commit {
-    std::vector<int64_t> bases;              // [T]
-    std::vector<int64_t> serials, removed;   // [n], [m]
+    std::vector<int64_t> bases;                             // [T]
+    std::vector<int64_t> serials, removed;                  // [n], [m]
     std::vector<int32_t> rows, numbers, source, metadatum;  // [n]
-    std::vector<float> scales;               // [n]
-    std::vector<uint32_t> crcs;              // [T, n]
+    std::vector<float> scales;                              // [n]
+    std::vector<uint32_t> crcs;                             // [T, n]
     Texts ids, sources, metadata;
 };
 

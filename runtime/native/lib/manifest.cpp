@@ -75,7 +75,9 @@ bool is_integer(const Json &value) {
 bool is_number(const Json &value) { return value.is_number() && std::abs(value.get<double>()) < 1e300; }
 
 bool is_one_of(const Json &value, const std::string &choices) {
-    const std::string text = value.is_string() ? value.get<std::string>() : value.is_number_integer() ? value.dump() : "";
+    const std::string text = value.is_string()           ? value.get<std::string>()
+                             : value.is_number_integer() ? value.dump()
+                                                         : "";
     std::istringstream words(choices);
     for (std::string word; std::getline(words, word, '|');) {
         if (word == text && std::isdigit(static_cast<unsigned char>(word[0])) == value.is_number()) return true;
@@ -104,9 +106,11 @@ void check_object(const Json &value, const std::string &schema, const std::strin
 
 void check_list(const Json &value, const std::string &kind, const std::string &where) {
     const size_t star = kind.find('*');
-    const bool right = value.is_array() && (star == std::string::npos || value.size() == std::stoul(kind.substr(star + 1)));
+    const bool right =
+        value.is_array() && (star == std::string::npos || value.size() == std::stoul(kind.substr(star + 1)));
     if (!right) refuse(where, "is not a list of the length the schema wants");
-    for (size_t i = 0; i < value.size(); ++i) check(value[i], kind.substr(0, star), where + "[" + std::to_string(i) + "]");
+    for (size_t i = 0; i < value.size(); ++i)
+        check(value[i], kind.substr(0, star), where + "[" + std::to_string(i) + "]");
 }
 
 void check_names(const Json &value, const std::string &kind, const std::string &where) {
@@ -138,15 +142,18 @@ void check(const Json &value, const std::string &kind, const std::string &where)
     }
 }
 
-// From here on values are of their kinds -------------------------------------------------------------------------------
+// From here on values are of their kinds
+// -------------------------------------------------------------------------------
 
-template <class T> std::optional<T> optional(const Json &object, const char *name) {
+template <class T>
+std::optional<T> optional(const Json &object, const char *name) {
     const auto found = object.find(name);
     if (found == object.end() || found->is_null()) return std::nullopt;
     return found->get<T>();
 }
 
-template <class T> T choice(const std::map<std::string, T> &choices, const Json &object, const char *name) {
+template <class T>
+T choice(const std::map<std::string, T> &choices, const Json &object, const char *name) {
     const auto text = optional<std::string>(object, name);
     return text ? choices.at(*text) : T{};
 }
@@ -163,13 +170,16 @@ void check_side(const Side &side, const std::string &where) {
         refuse(where, "has num_vectors that do not fit its slots");
     if (side.slots == Slots::ALL_TOKENS && side.pooling == Pooling::CONCAT)
         refuse(where, "has pooling concat, which needs latent slots");
-    if (side.slots == Slots::CONSTANT && !side.latent_token_id) refuse(where, "has constant slots and no latent_token_id");
-    if ((side.slots == Slots::LEARNED) != side.slot_rows.has_value()) refuse(where, "has slot_rows that do not fit its slots");
+    if (side.slots == Slots::CONSTANT && !side.latent_token_id)
+        refuse(where, "has constant slots and no latent_token_id");
+    if ((side.slots == Slots::LEARNED) != side.slot_rows.has_value())
+        refuse(where, "has slot_rows that do not fit its slots");
     for (const int64_t number : side.slot_rows.value_or(std::vector<int64_t>{})) {
         if (number < 0 || number > MAX_ROWS) refuse(where, "has slot_rows out of range");
     }
     if (side.num_vectors.value_or(0) > MAX_ROWS) refuse(where, "has num_vectors out of range");
-    if (side.slots == Slots::FEEDBACK && !side.prompt_end) refuse(where, "has feedback slots, which start with the prompt's end");
+    if (side.slots == Slots::FEEDBACK && !side.prompt_end)
+        refuse(where, "has feedback slots, which start with the prompt's end");
     if (side.num_vectors) side.check_budget(*side.num_vectors);
 }
 
@@ -237,7 +247,8 @@ void check_numbers(const Manifest &m) {
         if (value.first < 1 || value.first > value.second) refuse(name, "is out of range");
     }
     const bool windows = image.window_size != 0;
-    if (windows && image.window_size % image.factor()) refuse("image.window_size", "is not a multiple of a visual token");
+    if (windows && image.window_size % image.factor())
+        refuse("image.window_size", "is not a multiple of a visual token");
 }
 
 Manifest read_manifest(const Json &value) {
@@ -262,8 +273,7 @@ Manifest read_manifest(const Json &value) {
     m.self_test_image = value.at("self_test").at("image");
     m.self_test_vectors = value.at("self_test").at("vectors");
     const Json files = value.value("files", Json::object());
-    for (const auto &[name, file] : files.items())
-        m.files[name] = {file.at("size"), file.at("sha256")};
+    for (const auto &[name, file] : files.items()) m.files[name] = {file.at("size"), file.at("sha256")};
     check_numbers(m);
     return m;
 }
@@ -288,8 +298,8 @@ std::optional<int64_t> Side::max_vectors() const {
 void Side::check_budget(int64_t wanted) const {
     if (wanted < 1) throw Error(INVALID_ARGUMENT, "num_vectors is " + std::to_string(wanted) + ": it is at least 1");
     if (const auto most = max_vectors(); most && wanted > *most) {
-        throw Error(INVALID_ARGUMENT, "num_vectors is " + std::to_string(wanted) + ": this bundle makes 1 to " +
-                                          std::to_string(*most));
+        throw Error(INVALID_ARGUMENT,
+                    "num_vectors is " + std::to_string(wanted) + ": this bundle makes 1 to " + std::to_string(*most));
     }
 }
 

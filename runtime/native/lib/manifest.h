@@ -40,8 +40,8 @@ struct Side {
 
 struct TensorSpec {
     std::string name, dtype;
-    std::vector<std::string> axes;     // name of each axis; empty where it is a number
-    std::vector<int64_t> shape;        // 0 where the axis has a name
+    std::vector<std::string> axes;  // name of each axis; empty where it is a number
+    std::vector<int64_t> shape;     // 0 where the axis has a name
 };
 
 struct Graph {

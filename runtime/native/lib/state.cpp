@@ -37,8 +37,9 @@ Reservation::Reservation(Embedder &embedder, int64_t bytes) : embedder_(embedder
     const int64_t held = embedder.states_hold.fetch_add(bytes);
     if (held <= embedder.state_memory - bytes) return;
     embedder.states_hold -= bytes;
-    throw Error(MEMORY, "a state of " + std::to_string(bytes) + " bytes does not fit: others hold " + std::to_string(held) +
-                            " of " + std::to_string(embedder.state_memory) + "; close some, or raise state_memory");
+    throw Error(MEMORY, "a state of " + std::to_string(bytes) + " bytes does not fit: others hold " +
+                            std::to_string(held) + " of " + std::to_string(embedder.state_memory) +
+                            "; close some, or raise state_memory");
 }
 
 Reservation::~Reservation() { embedder_.states_hold -= bytes_; }
@@ -95,7 +96,8 @@ bool State::gives_hidden_states() const {
     return std::any_of(graph_.outputs.begin(), graph_.outputs.end(), named);
 }
 
-void State::run(const std::vector<float> &embeds, const std::vector<int64_t> &positions, int64_t count, Activations after) {
+void State::run(const std::vector<float> &embeds, const std::vector<int64_t> &positions, int64_t count,
+                Activations after) {
     const Manifest &m = embedder_.manifest;
     const std::vector<int64_t> place{cache_.length}, last{count - 1};
     std::vector<Tensor> inputs{{"cache_position", {1}, place},
