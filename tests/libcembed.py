@@ -31,7 +31,7 @@ def missing(headers: Sequence[str] = HEADERS) -> str | None:
     root = Path(os.environ.get("ONNXRUNTIME_ROOT", "/usr"))
     places = [f"-I{root / folder}" for folder in FOLDERS]
     for header in headers:
-        command = ["c++", "-x", "c++", "-fsyntax-only", *places, "-include", header, os.devnull]
+        command = ["c++", "-x", "c++", "-E", *places, "-include", header, os.devnull]
         if subprocess.run(command, capture_output=True).returncode:
             return f"no {header}; ONNXRUNTIME_ROOT is {os.environ.get('ONNXRUNTIME_ROOT', 'not set')}"
     return None

@@ -147,7 +147,7 @@ CEMBED_API const char *cembed_error(void);        /* what was wrong in this thre
 CEMBED_API uint32_t cembed_abi_version(void);     /* that of the library */
 CEMBED_API const char *cembed_version(void);      /* of cembed, such as 0.1.0 */
 CEMBED_API int32_t cembed_schema_version(void);   /* of the bundles that it reads */
-CEMBED_API const char *cembed_kernels(int32_t i); /* the i-th set of MaxSim kernels here, fastest first; null: no more */
+CEMBED_API const char *cembed_kernels(int32_t i); /* the i-th set of MaxSim kernels here, fastest first; null: none */
 
 #ifdef __cplusplus
 }
