@@ -81,7 +81,7 @@ docs: $(VENV)/ready
 	$(BIN)/python docs/help.py
 
 # torch first and pinned: the export extra asks for the same version.
-$(VENV)/ready: pyproject.toml $(wildcard runtime/native/*)
+$(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.cpp runtime/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[export,dev]'

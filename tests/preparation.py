@@ -21,7 +21,7 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An error of the library: its code and message."""
 
 
@@ -49,7 +49,7 @@ class Library:
         function.restype = ctypes.c_int64
         size = function(*map(_pointer, arguments))
         if size < 0:
-            raise Refused(-size, self._copy(self._library.cembed_message()).tobytes().decode())
+            raise RefusedError(-size, self._copy(self._library.cembed_message()).tobytes().decode())
         return self._copy(size).view(dtype)
 
     def _copy(self, size: int) -> NDArray[np.uint8]:
@@ -61,7 +61,7 @@ class Library:
         data = json if isinstance(json, bytes) else json.encode()
         handle = self._library.cembed_tokenizer(data, ctypes.c_int64(len(data)))
         if not handle:
-            raise Refused(2, self._copy(self._library.cembed_message()).tobytes().decode())
+            raise RefusedError(2, self._copy(self._library.cembed_message()).tobytes().decode())
         return Encoder(self, ctypes.c_void_p(handle))
 
     def close(self, handle: ctypes.c_void_p) -> None:
