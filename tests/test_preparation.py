@@ -264,6 +264,13 @@ def test_windows_equal_pythons(grid: tuple[int, int], window: int, library: Libr
     assert np.array_equal(restore, positions.window_restore(windows, patches))
 
 
+@pytest.mark.parametrize("window", [0, 27, 28 * 4097, 28 * 4096])
+def test_windows_that_no_bundle_has(window: int, library: Library) -> None:
+    spec = ImageProcessing(**{**vars(QWEN_IMAGE), "window_size": window})
+    with pytest.raises(RefusedError, match="window_size is out of range"):
+        library.call("cembed_windows", np.int64, 80, 60, *processing(spec))
+
+
 def test_text_alone_has_positions(library: Library) -> None:
     ids = np.arange(5, dtype=np.int64)
     found = library.call("cembed_prompt_positions", np.int64, ids, 5, 7, None, 3, 1, 2)

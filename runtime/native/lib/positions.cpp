@@ -5,6 +5,12 @@
 #include "error.h"
 
 namespace cembed {
+namespace {
+
+constexpr int64_t MAX_SIDE = 4096;                 // of a window, in merge groups
+constexpr int64_t MAX_INDICES = int64_t(1) << 24;  // of all windows
+
+}  // namespace
 
 std::vector<int64_t> prompt_positions(const std::vector<int64_t> &ids, int64_t image_token_id,
                                       const std::optional<Grid> &grid, const Positions &spec, int64_t merge_size) {
@@ -49,11 +55,12 @@ std::vector<int64_t> patch_positions(Grid grid, int64_t merge_size) {
 
 Windows window_index(Grid grid, const ImageProcessing &image) {
     const int64_t side = image.window_size / image.factor();  // merge groups along a window
-    if (side < 1) throw Error(BUNDLE, "image.window_size is smaller than a visual token");
+    if (side < 1 || side > MAX_SIDE) throw Error(BUNDLE, "image.window_size is out of range");
     const int64_t group = image.merge_size * image.merge_size;
     const int64_t rows = grid.height / image.merge_size, columns = grid.width / image.merge_size;
     const int64_t across = (columns + side - 1) / side, down = (rows + side - 1) / side;
     Windows windows{{}, down * across, side * side * group};
+    if (windows.count * windows.length > MAX_INDICES) throw Error(BUNDLE, "image.window_size is out of range");
     windows.index.reserve(size_t(windows.count * windows.length));
     for (int64_t i = 0; i < windows.count * windows.length; ++i) {
         const int64_t window = i / windows.length, inside = i % windows.length / group;

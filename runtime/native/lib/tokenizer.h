@@ -22,7 +22,7 @@ class Tokenizer {
     // The text of a token, added ones included; empty if there is no such id.
     std::string token(int64_t id) const;
 
-    // The first control token in a text, as Python's runtime finds it; empty if there is none.
+    // The first control token in a text; empty if there is none.
     std::string_view find_special(std::string_view utf8) const;
 
   private:
