@@ -1,4 +1,4 @@
-// Written by unicode_tables.py with tokenizers 0.23.3: do not edit.
+// Written by tests/native/unicode_tables.py with tokenizers 0.23.3: do not edit.
 #pragma once
 
 #include "unicode.h"

@@ -1,6 +1,6 @@
 """Writes unicode_tables.h: what the installed `tokenizers` library takes for letters, numbers and compositions.
 
-    python runtime/native/lib/unicode_tables.py > runtime/native/lib/unicode_tables.h
+    python tests/native/unicode_tables.py > runtime/native/lib/unicode_tables.h
 
 Its regular expressions and its normaliser know different versions of Unicode, and neither is that of Python, PCRE2 or
 utf8proc: so the library itself is asked about every code point. Combining classes and pairs never change once they are
@@ -70,7 +70,8 @@ def table(kind: str, name: str, rows: Iterable[str]) -> str:
 
 
 def main() -> None:
-    print(f"// Written by unicode_tables.py with tokenizers {tokenizers.__version__}: do not edit.\n#pragma once\n")
+    print(f"// Written by tests/native/unicode_tables.py with tokenizers {tokenizers.__version__}: do not edit.")
+    print("#pragma once\n")
     print('#include "unicode.h"\n\nnamespace cembed::unicode {\n')
     print(table("Range", "LETTERS", ranges(matched(r"\p{L}+"))))
     print(table("Range", "NUMBERS", ranges(matched(r"\p{N}+"))))
