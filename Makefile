@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-crash lint docs test-native test-arm clean
+.PHONY: demo test test-crash lint docs test-native test-library test-arm fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/python samples/demo.py
@@ -22,6 +22,43 @@ test-native: $(SANITIZERS:%=build/native/%)
 build/native/%: $(NATIVE) $(wildcard runtime/native/*.h)
 	mkdir -p $(@D)
 	$(CXX) $(KERNEL_FLAGS) -fsanitize=$* -fno-sanitize-recover=all $(NATIVE) -o $@
+
+# libcembed with the same checks, and valgrind's: needs what tests/test_libcembed.py needs, and valgrind.
+LIBRARY := $(wildcard runtime/native/*.cpp runtime/native/lib/*.cpp runtime/native/lib/*.h runtime/native/include/*)
+export CEMBED_ONNXRUNTIME ?= $(firstword $(wildcard $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so*))
+WATCHED = build/watched/bundle build/watched/index
+
+test-library: $(SANITIZERS:%=build/watched/%/program) build/watched/none/program build/watched/index
+	for program in $(SANITIZERS:%=build/watched/%/program); do $$program $(WATCHED) 4 || exit 1; done
+	valgrind --quiet --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=1 \
+	    --suppressions=tests/native/valgrind.supp build/watched/none/program $(WATCHED) 2
+
+build/watched/%/program: $(LIBRARY) tests/native/library.cpp
+	mkdir -p $(@D)
+	$(CXX) $(KERNEL_FLAGS) $(if $(filter none,$*),,-fsanitize=$* -fno-sanitize-recover=all) -DCEMBED_VERSION='""' \
+	    $(INCLUDES) $(filter %.cpp,$^) -lcrypto -lz -ldl -o $@
+
+# Where ONNX Runtime's headers may be, below $ONNXRUNTIME_ROOT.
+INCLUDES = $(addprefix -I$(or $(ONNXRUNTIME_ROOT),/usr)/,include include/onnxruntime usr/include/onnxruntime)
+
+build/watched/bundle: $(VENV)/ready
+	$(BIN)/cembed export --backbone qwen2.5-vl --model tests/golden/causalqwen2_5 --out $@ --force
+
+build/watched/index: build/watched/bundle
+	$(BIN)/cembed index add $@ tests/golden/*/*.png --bundle $<
+
+# libFuzzer over everything in libcembed that reads what others wrote: needs clang.
+CLANG ?= clang++
+FUZZ_SECONDS ?= 600
+FUZZERS := $(patsubst tests/native/fuzz_%.cpp,build/fuzz/%,$(wildcard tests/native/fuzz_*.cpp))
+ENGINE := $(addprefix runtime/native/lib/,engine.cpp embedder.cpp state.cpp capi.cpp)
+
+fuzz: $(FUZZERS)
+	for program in $^; do mkdir -p $${program}_corpus; $$program -max_total_time=$(FUZZ_SECONDS) $${program}_corpus || exit 1; done
+
+build/fuzz/%: tests/native/fuzz_%.cpp $(filter-out $(ENGINE),$(LIBRARY))
+	mkdir -p $(@D)
+	$(CLANG) $(KERNEL_FLAGS) -fsanitize=fuzzer,address,undefined $(filter %.cpp,$^) -lcrypto -lz -o $@
 
 # The ARM kernels on this machine: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm: $(NATIVE) $(wildcard runtime/native/*.h)
@@ -44,7 +81,7 @@ docs: $(VENV)/ready
 	$(BIN)/python docs/help.py
 
 # torch first and pinned: the export extra asks for the same version.
-$(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.*)
+$(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.cpp runtime/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[export,dev]'

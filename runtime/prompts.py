@@ -50,10 +50,13 @@ class Prompter:
     def query(self, prompt: str, text: str) -> NDArray[np.int64]:
         """`input_ids` [S] of a prompt with `{text}` filled in.
 
-        Raises CembedError: not a string, nothing but white space, or a control token of the model in it.
+        Raises CembedError: not a string, half a surrogate pair in it, nothing but white space, or a control token of
+        the model in it.
         """
         if not isinstance(text, str):
             raise CembedError(f"a query is a string, not {type(text).__name__}")
+        if any("\ud800" <= character < "\ue000" for character in text):
+            raise CembedError("the text is not UTF-8")
         if not text.strip():
             raise CembedError("the query is empty")
         if found := self._special.search(text):

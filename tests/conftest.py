@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import libcembed
+import onnxruntime
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -58,3 +60,28 @@ def tensorrt_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
 @pytest.fixture(scope="session")
 def causal_bundle(bundle_of: BundleMaker) -> Path:
     return bundle_of("causalqwen2_5")
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The folder that libcembed and its samples were built in; skips where that is impossible."""
+    if lacking := libcembed.missing():
+        pytest.skip(f"libcembed is not built: {lacking}")
+    return libcembed.build()
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_library() -> Path:
+    return next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
+
+
+@pytest.fixture(scope="session")
+def library(built: Path, onnxruntime_library: Path) -> libcembed.Library:
+    return libcembed.Library(built / "libcembed.so", onnxruntime_library)
+
+
+@pytest.fixture
+def causal(library: libcembed.Library, causal_bundle: Path) -> Iterator[libcembed.Bundle]:
+    bundle = library.open(causal_bundle)
+    yield bundle
+    bundle.close()

@@ -1,0 +1,58 @@
+// An opened bundle: its manifest, and its files, each compared with its sha256 before anything else reads it.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "files.h"
+#include "manifest.h"
+
+namespace cembed {
+
+// Rows of float32, float16 or int8, memory-mapped.
+class Table {
+  public:
+    Table(Mapping values, Mapping scales, std::string dtype, int64_t rows, int64_t width);
+
+    int64_t width() const { return width_; }
+    // Writes row `row` as float32 [width]. Throws Error(BUNDLE) if there is none.
+    void read(int64_t row, float *to) const;
+
+  private:
+    Mapping values_, scales_;
+    std::string dtype_;
+    int64_t rows_, width_;
+};
+
+class Bundle {
+  public:
+    // Throws Error(BUNDLE): no bundle, a manifest that is none, files that are missing, unlisted, links, of another
+    // size.
+    explicit Bundle(std::string root);
+
+    const Manifest manifest;
+    const std::string &hash() const { return hash_; }
+
+    // The path of a file, once its sha256 is the manifest's.
+    std::string path(const std::string &name);
+    // The path of a graph's ONNX file; its data files are verified too.
+    std::string graph_path(const std::string &name);
+    const Graph &graph(const std::string &name) const;
+    std::string read(const std::string &name);
+    Table table(const EmbeddingTable &spec);
+
+  private:
+    explicit Bundle(std::string root, const std::string &text);
+    void check_references() const;
+    void check_listing() const;
+    Mapping map(const std::string &name, int64_t size);
+
+    std::string root_, hash_;
+    std::mutex lock_;
+    std::set<std::string> verified_;
+};
+
+}  // namespace cembed

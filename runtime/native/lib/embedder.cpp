@@ -1,0 +1,216 @@
+#include "embedder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <utility>
+
+#include "error.h"
+#include "positions.h"
+#include "state.h"
+
+namespace cembed {
+namespace {
+
+[[noreturn]] void wrong(const std::string &what) { throw Error(INVALID_ARGUMENT, what); }
+
+ImageProcessing limited(const Manifest &manifest, int64_t tokens) {
+    ImageProcessing image = manifest.image;
+    const int64_t area = image.factor() * image.factor(), most = image.max_visual_tokens();
+    if (tokens == 0) return image;
+    if (image.resize == Resize::FIXED)
+        wrong(manifest.backbone + " pages always take " + std::to_string(most) + " visual tokens");
+    const int64_t least = (image.min_pixels + area - 1) / area;
+    if (tokens < least || tokens > most) {
+        wrong("max_visual_tokens is " + std::to_string(tokens) + ": this bundle takes " + std::to_string(least) +
+              " to " + std::to_string(most));
+    }
+    image.max_pixels = tokens * area;
+    return image;
+}
+
+// States [K, D] as one row, unless pooling is none; returns the number of rows.
+int64_t pool(std::vector<float> &states, int64_t rows, int64_t length, Pooling pooling) {
+    if (pooling == Pooling::NONE || rows == 0) return rows;
+    if (pooling == Pooling::LAST) states.erase(states.begin(), states.end() - length);
+    if (pooling == Pooling::MEAN) {
+        for (int64_t i = length; i < rows * length; ++i) states[size_t(i % length)] += states[size_t(i)];
+        states.resize(size_t(length));
+        for (float &value : states) value /= float(rows);
+    }
+    return 1;
+}
+
+void normalise(const float *from, int64_t dim, float *to) {
+    const double sum = std::inner_product(from, from + dim, from, 0.0);
+    const auto norm = float(std::sqrt(sum));
+    if (!std::isfinite(norm) || norm == 0)
+        throw Error(ENGINE,
+                    "the model gave NaN, infinity or zeros: the checkpoint or its precision (fp16?) is at fault");
+    std::transform(from, from + dim, to, [norm](float value) { return value / norm; });
+}
+
+std::optional<Table> slot_table(Bundle &bundle) {
+    if (!bundle.manifest.slot_embeddings) return std::nullopt;
+    return bundle.table(*bundle.manifest.slot_embeddings);
+}
+
+}  // namespace
+
+int64_t Prompt::last_position() const { return *std::max_element(positions.begin(), positions.end()); }
+
+Embedder::Embedder(const std::string &path, Settings settings)
+    : bundle(path),
+      manifest(bundle.manifest),
+      image(limited(manifest, settings.max_visual_tokens)),
+      state_memory(settings.state_memory),
+      engine_settings_(std::move(settings.engine)),
+      prompter_(Tokenizer::from_json(bundle.read(manifest.tokenizer)), manifest.image_token_id),
+      tokens_(bundle.table(manifest.token_embeddings)),
+      slots_(slot_table(bundle)) {
+    check_provider(engine_settings_);
+}
+
+void Embedder::check_length(int64_t length) const {
+    if (length > manifest.max_sequence_length) {
+        wrong("the input takes " + std::to_string(length) + " positions, the model has " +
+              std::to_string(manifest.max_sequence_length));
+    }
+}
+
+void Embedder::check(const Side &side, const Budget &budget) const {
+    if (budget.num_vectors < 0) side.check_budget(budget.num_vectors);
+    if (!side.num_vectors && (budget.num_vectors != 0 || budget.loop))
+        wrong("this bundle makes one vector for every token: there is no budget and no loop");
+    if (budget.num_vectors != 0) {
+        side.check_budget(budget.num_vectors);
+        check_length(budget.num_vectors);
+    }
+    const int64_t length = side.vector_dim(manifest.dim, budget.num_vectors);
+    if (budget.dim < 0 || budget.dim > length)
+        wrong("dim is " + std::to_string(budget.dim) + ": this bundle's vectors have " + std::to_string(length));
+}
+
+Prompt Embedder::document(const Rgb &page) {
+    const PixelValues pixels = preprocess(page, image);
+    const int64_t num_visual_tokens = pixels.num_patches() / (image.merge_size * image.merge_size);
+    check_length(num_visual_tokens);
+    const auto ids = prompter_.document(manifest.document.prompt, num_visual_tokens);
+    if (std::count(ids.begin(), ids.end(), manifest.image_token_id) != num_visual_tokens)
+        throw Error(BUNDLE, "the bundle's document prompt must contain {image} exactly once");
+    Prompt made = prompt(ids, pixels.grid);
+    made.after = Activations::RELEASE;
+    const auto features = image_features(pixels);
+    auto from = features.begin();
+    for (size_t i = 0; i < ids.size(); ++i) {
+        if (ids[i] != manifest.image_token_id) continue;
+        std::copy_n(from, manifest.hidden_size, made.embeds.begin() + std::ptrdiff_t(i) * manifest.hidden_size);
+        from += manifest.hidden_size;
+    }
+    return made;
+}
+
+Prompt Embedder::query(std::string_view text) {
+    return prompt(prompter_.query(manifest.query.prompt, text), std::nullopt);
+}
+
+Prompt Embedder::prompt(const std::vector<int64_t> &ids, const std::optional<Grid> &grid) const {
+    Prompt made;
+    made.length = int64_t(ids.size());
+    check_length(made.length);
+    if (ids.empty()) throw Error(BUNDLE, "the bundle's prompt is empty");
+    made.positions = prompt_positions(ids, manifest.image_token_id, grid, manifest.positions, image.merge_size);
+    made.embeds.resize(ids.size() * size_t(manifest.hidden_size));
+    for (size_t i = 0; i < ids.size(); ++i) tokens_.read(ids[i], &made.embeds[i * size_t(manifest.hidden_size)]);
+    return made;
+}
+
+std::vector<float> Embedder::image_features(const PixelValues &pixels) {
+    const Graph &graph = bundle.graph("vision");
+    const int64_t patches = pixels.num_patches(), tokens = patches / (image.merge_size * image.merge_size);
+    std::vector<Tensor> inputs{{"pixel_values", {1, patches, 3 * image.patch_size * image.patch_size}, pixels.values}};
+    std::vector<int64_t> places, restore;
+    Windows windows;
+    if (graph.takes("patch_positions")) {
+        places = patch_positions(pixels.grid, image.merge_size);
+        inputs.emplace_back("patch_positions", std::vector<int64_t>{patches, 2}, places);
+    }
+    if (graph.takes("window_index")) {
+        if (image.window_size == 0) throw Error(BUNDLE, "the bundle's vision graph takes windows of no size");
+        windows = window_index(pixels.grid, image);
+        restore = window_restore(windows.index, patches);
+        inputs.emplace_back("window_index", std::vector<int64_t>{windows.count, windows.length}, windows.index);
+        inputs.emplace_back("window_restore", std::vector<int64_t>{patches}, restore);
+    }
+    std::vector<float> features(size_t(tokens * manifest.hidden_size));
+    const std::vector<Tensor> outputs{{graph.outputs.at(0).name, {1, tokens, manifest.hidden_size}, features}};
+    engine("vision").run(inputs, outputs, Activations::RELEASE);
+    return features;
+}
+
+Vectors Embedder::embed(const Side &side, const Prompt &made, const Budget &budget) {
+    const int64_t num_vectors = budget.num_vectors ? budget.num_vectors : side.num_vectors.value_or(0);
+    if (!budget.loop && side.slots != Slots::FEEDBACK)
+        return finish(side, single_pass(side, made, num_vectors), budget.dim);
+    State state(*this, side, made, num_vectors);
+    state.grow(num_vectors);
+    return finish(side, state.states(num_vectors), budget.dim);
+}
+
+std::vector<float> Embedder::single_pass(const Side &side, const Prompt &made, int64_t num_vectors) {
+    const int64_t slots = num_vectors ? side.num_slots(num_vectors) : 0, length = made.length + slots;
+    const int64_t rows = num_vectors ? num_vectors : length, axes = manifest.positions.axes;
+    check_length(length);
+    const auto behind = cembed::slot_positions(made.positions, axes, slots, side.slot_positions);
+    std::vector<int64_t> positions;
+    for (int64_t axis = 0; axis < axes; ++axis) {
+        positions.insert(positions.end(), &made.positions[size_t(axis * made.length)],
+                         &made.positions[size_t(axis * made.length)] + made.length);
+        positions.insert(positions.end(), behind.begin() + axis * slots, behind.begin() + (axis + 1) * slots);
+    }
+    std::vector<float> embeds = made.embeds;
+    add_slot_rows(side, 0, slots, embeds);
+    std::vector<int64_t> indices(static_cast<size_t>(rows));
+    std::iota(indices.begin(), indices.end(), length - rows);
+    const std::vector<int64_t> prompt_length{made.length};
+    const Graph &graph = bundle.graph("text");
+    std::vector<Tensor> inputs{{"inputs_embeds", {1, length, manifest.hidden_size}, embeds},
+                               {"position_ids", {axes, 1, length}, positions},
+                               {"slot_indices", {1, rows}, indices}};
+    if (graph.takes("prompt_length")) inputs.emplace_back("prompt_length", std::vector<int64_t>{1}, prompt_length);
+    std::vector<float> states(size_t(rows * manifest.dim));
+    const std::vector<Tensor> outputs{{graph.outputs.at(0).name, {1, rows, manifest.dim}, states}};
+    engine("text").run(inputs, outputs, made.after);
+    return states;
+}
+
+void Embedder::add_slot_rows(const Side &side, int64_t first, int64_t count, std::vector<float> &to) const {
+    const bool learned = side.slots == Slots::LEARNED;
+    for (int64_t i = 0; i < count; ++i) {
+        to.resize(to.size() + size_t(manifest.hidden_size));
+        float *row = &to[to.size() - size_t(manifest.hidden_size)];
+        learned ? slots_->read((*side.slot_rows)[0] + first + i, row)
+                : tokens_.read(side.latent_token_id.value_or(-1), row);
+    }
+}
+
+Vectors Embedder::finish(const Side &side, std::vector<float> states, int64_t dim) const {
+    const int64_t count = int64_t(states.size()) / manifest.dim;
+    Vectors vectors;
+    vectors.rows = pool(states, count, manifest.dim, side.pooling);
+    const int64_t length = side.pooling == Pooling::CONCAT ? int64_t(states.size()) : manifest.dim;
+    vectors.dim = dim ? dim : length;
+    vectors.values.resize(size_t(vectors.rows * vectors.dim));
+    for (int64_t i = 0; i < vectors.rows; ++i)
+        normalise(&states[size_t(i * length)], vectors.dim, &vectors.values[size_t(i * vectors.dim)]);
+    return vectors;
+}
+
+const Engine &Embedder::engine(const std::string &graph) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    auto &engine = engines_[graph];
+    if (!engine) engine = load_onnxruntime(bundle.graph_path(graph), engine_settings_);
+    return *engine;
+}
+
+}  // namespace cembed

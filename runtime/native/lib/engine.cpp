@@ -1,0 +1,221 @@
+// ONNX Runtime, by its C interface, from a library that is found at run time: one cembed serves its CPU and GPU builds.
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include <dlfcn.h>
+
+#include <onnxruntime_c_api.h>
+
+#include "error.h"
+
+namespace cembed {
+namespace {
+
+constexpr uint32_t NEEDED_API = 16;  // of ONNX Runtime 1.16: all functions used here are in it
+static_assert(ORT_API_VERSION >= NEEDED_API, "the headers of ONNX Runtime 1.16 or later are needed");
+
+constexpr const char *VARIABLE = "CEMBED_ONNXRUNTIME";
+constexpr const char *CPU = "CPUExecutionProvider";
+constexpr const char *CUDA = "CUDAExecutionProvider";
+
+// A library of ONNX Runtime; stays open until the process ends.
+struct Library {
+    const OrtApi *api = nullptr;
+    OrtEnv *env = nullptr;
+
+    void check(OrtStatus *status, const std::string &what) const {
+        if (status == nullptr) return;
+        const std::string text = api->GetErrorMessage(status);
+        api->ReleaseStatus(status);
+        throw Error(ENGINE, what + ": " + text.substr(0, text.find('\n')));
+    }
+};
+
+void *open_library(const std::vector<std::string> &names) {
+    std::string reasons;
+    for (const std::string &name : names) {
+        if (void *handle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return handle;
+        reasons += std::string(reasons.empty() ? "" : "; ") + dlerror();
+    }
+    throw Error(ENGINE,
+                "ONNX Runtime is not found: install libonnxruntime, or name its library in the options or in $" +
+                    std::string(VARIABLE) + " (" + reasons + ")");
+}
+
+std::vector<std::string> names_of(const std::string &given) {
+    if (!given.empty()) return {given};
+    if (const char *variable = std::getenv(VARIABLE); variable != nullptr && *variable) return {variable};
+    return {"libonnxruntime.so.1", "libonnxruntime.so"};
+}
+
+Library start(const std::vector<std::string> &names) {
+    void *handle = open_library(names);
+    const auto base = reinterpret_cast<const OrtApiBase *(*)()>(dlsym(handle, "OrtGetApiBase"));
+    if (base == nullptr) throw Error(ENGINE, names[0] + " is no library of ONNX Runtime");
+    Library library;
+    library.api = base()->GetApi(NEEDED_API);
+    if (library.api == nullptr)
+        throw Error(ENGINE,
+                    std::string("ONNX Runtime ") + base()->GetVersionString() + " is too old: 1.16 or later is wanted");
+    library.check(library.api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "cembed", &library.env), "ONNX Runtime cannot start");
+    return library;
+}
+
+const Library &library_of(const std::string &given) {
+    static std::mutex lock;
+    static auto *libraries = new std::map<std::vector<std::string>, Library>;
+    const std::lock_guard<std::mutex> guard(lock);
+    const auto names = names_of(given);
+    auto found = libraries->find(names);
+    if (found == libraries->end()) found = libraries->emplace(names, start(names)).first;
+    return found->second;
+}
+
+template <class T>
+using Owned = std::unique_ptr<T, void (*)(T *)>;
+
+class OrtEngine : public Engine {
+  public:
+    OrtEngine(const std::string &path, const EngineSettings &settings)
+        : library_(library_of(settings.library)),
+          api_(*library_.api),
+          session_(nullptr, api_.ReleaseSession),
+          release_(nullptr, api_.ReleaseRunOptions),
+          memory_(nullptr, api_.ReleaseMemoryInfo) {
+        const auto options = make_options(settings);
+        OrtSession *session = nullptr;
+        check(api_.CreateSession(library_.env, path.c_str(), options.get(), &session),
+              "ONNX Runtime cannot load " + path);
+        session_.reset(session);
+        OrtMemoryInfo *memory = nullptr;
+        check(api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "ONNX Runtime failed");
+        memory_.reset(memory);
+        OrtRunOptions *release = nullptr;
+        check(api_.CreateRunOptions(&release), "ONNX Runtime failed");
+        release_.reset(release);
+        if (settings.provider == CPU)
+            check(api_.AddRunConfigEntry(release, "memory.enable_memory_arena_shrinkage", "cpu:0"),
+                  "ONNX Runtime failed");
+    }
+
+    void run(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs, Activations after) const override {
+        const Values in(*this, inputs), out(*this, outputs);
+        std::vector<OrtValue *> results = out.values;
+        const OrtRunOptions *options = after == Activations::RELEASE ? release_.get() : nullptr;
+        check(api_.Run(session_.get(), options, in.names.data(), in.values.data(), in.values.size(), out.names.data(),
+                       results.size(), results.data()),
+              "ONNX Runtime failed");
+    }
+
+  private:
+    // Tensors as ONNX Runtime takes them.
+    struct Values {
+        Values(const OrtEngine &engine, const std::vector<Tensor> &tensors) : api(engine.api_) {
+            names.reserve(tensors.size());
+            values.reserve(tensors.size());
+            for (const Tensor &tensor : tensors) {
+                names.push_back(tensor.name.c_str());
+                values.push_back(engine.wrap(tensor));
+            }
+        }
+        ~Values() {
+            for (OrtValue *value : values) api.ReleaseValue(value);
+        }
+        Values(const Values &) = delete;
+        Values &operator=(const Values &) = delete;
+
+        const OrtApi &api;
+        std::vector<const char *> names;
+        std::vector<OrtValue *> values;
+    };
+
+    OrtValue *wrap(const Tensor &tensor) const {
+        static const std::map<Type, ONNXTensorElementDataType> types = {
+            {Type::FLOAT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+            {Type::FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+            {Type::INT64, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+        int64_t size = size_of(tensor.type);
+        for (const int64_t length : tensor.shape) size *= length;
+        OrtValue *value = nullptr;
+        check(api_.CreateTensorWithDataAsOrtValue(memory_.get(), tensor.data, size_t(size), tensor.shape.data(),
+                                                  tensor.shape.size(), types.at(tensor.type), &value),
+              "ONNX Runtime failed");
+        return value;
+    }
+
+    Owned<OrtSessionOptions> make_options(const EngineSettings &settings) const {
+        OrtSessionOptions *made = nullptr;
+        check(api_.CreateSessionOptions(&made), "ONNX Runtime failed");
+        Owned<OrtSessionOptions> options(made, api_.ReleaseSessionOptions);
+        const char *mapped = settings.mapped_weights ? "1" : "0";
+        check(api_.SetIntraOpNumThreads(made, settings.threads), "ONNX Runtime failed");
+        check(api_.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR), "ONNX Runtime failed");
+        check(api_.AddSessionConfigEntry(made, "session.disable_prepacking", mapped), "ONNX Runtime failed");
+        if (settings.provider != CPU) add_provider(made, settings.provider);
+        return options;
+    }
+
+    void add_provider(OrtSessionOptions *options, const std::string &provider) const {
+        const std::string what = provider + " could not be started";
+        if (provider != CUDA) {
+            const std::string name = provider.substr(0, provider.rfind("ExecutionProvider"));
+            return check(api_.SessionOptionsAppendExecutionProvider(options, name.c_str(), nullptr, nullptr, 0), what);
+        }
+        OrtCUDAProviderOptionsV2 *made = nullptr;
+        check(api_.CreateCUDAProviderOptions(&made), what);
+        const Owned<OrtCUDAProviderOptionsV2> cuda(made, api_.ReleaseCUDAProviderOptions);
+        check(api_.SessionOptionsAppendExecutionProvider_CUDA_V2(options, made), what);
+    }
+
+    void check(OrtStatus *status, const std::string &what) const { library_.check(status, what); }
+
+    const Library &library_;
+    const OrtApi &api_;
+    Owned<OrtSession> session_;
+    Owned<OrtRunOptions> release_;
+    Owned<OrtMemoryInfo> memory_;
+};
+
+}  // namespace
+
+int64_t size_of(Type type) { return type == Type::INT64 ? 8 : type == Type::FLOAT32 ? 4 : 2; }
+
+Tensor::Tensor(std::string name, std::vector<int64_t> shape, const std::vector<float> &values)
+    : Tensor(std::move(name), Type::FLOAT32, std::move(shape), const_cast<float *>(values.data())) {}
+
+Tensor::Tensor(std::string name, std::vector<int64_t> shape, const std::vector<int64_t> &values)
+    : Tensor(std::move(name), Type::INT64, std::move(shape), const_cast<int64_t *>(values.data())) {}
+
+Tensor::Tensor(std::string name, Type type, std::vector<int64_t> shape, void *data)
+    : name(std::move(name)),
+      type(type),
+      shape(std::move(shape)),
+      data(data) {}
+
+std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSettings &settings) {
+    return std::make_unique<OrtEngine>(path, settings);
+}
+
+void check_provider(const EngineSettings &settings) {
+    const Library &library = library_of(settings.library);
+    char **names = nullptr;
+    int count = 0;
+    library.check(library.api->GetAvailableProviders(&names, &count), "ONNX Runtime failed");
+    std::string all;
+    bool found = false;
+    for (int i = 0; i < count; ++i) {
+        all += std::string(i ? ", " : "") + names[i];
+        found = found || settings.provider == names[i];
+    }
+    library.check(library.api->ReleaseAvailableProviders(names, count), "ONNX Runtime failed");
+    if (!found)
+        throw Error(ENGINE, "execution provider " + settings.provider +
+                                " is not in this build of ONNX Runtime, which has " + all);
+}
+
+}  // namespace cembed

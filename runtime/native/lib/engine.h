@@ -1,0 +1,52 @@
+// Engines: a loaded graph behind the interface that every engine has.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace cembed {
+
+enum class Type { FLOAT32, FLOAT16, INT64 };
+
+int64_t size_of(Type type);
+
+// An input or output in the caller's memory, row-major.
+struct Tensor {
+    std::string name;
+    Type type;
+    std::vector<int64_t> shape;
+    void *data;
+
+    Tensor(std::string name, std::vector<int64_t> shape, const std::vector<float> &values);
+    Tensor(std::string name, std::vector<int64_t> shape, const std::vector<int64_t> &values);
+    Tensor(std::string name, Type type, std::vector<int64_t> shape, void *data);
+};
+
+enum class Activations { KEEP, RELEASE };
+
+class Engine {
+  public:
+    virtual ~Engine() = default;
+
+    // Runs the graph; outputs have their shape and place before. An input and an output may be the same memory, which
+    // is then updated in place. Safe to call from several threads. Throws Error(ENGINE).
+    virtual void run(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs,
+                     Activations after) const = 0;
+};
+
+struct EngineSettings {
+    std::string provider = "CPUExecutionProvider";
+    std::string library;  // of ONNX Runtime; empty: $CEMBED_ONNXRUNTIME, then the default names
+    int threads = 0;      // of an operator; 0: one for each core
+    bool mapped_weights = false;
+};
+
+// Throws Error(ENGINE): no library, a provider that it does not have, a graph that it cannot load.
+std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSettings &settings);
+
+// Throws Error(ENGINE): no library, or a provider that it does not have.
+void check_provider(const EngineSettings &settings);
+
+}  // namespace cembed

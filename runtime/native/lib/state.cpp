@@ -1,0 +1,151 @@
+#include "state.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "error.h"
+#include "positions.h"
+
+namespace cembed {
+namespace {
+
+const std::string PAST = "past_key_values.", PRESENT = "present.";
+
+bool is_past(const TensorSpec &tensor) { return tensor.name.compare(0, PAST.size(), PAST) == 0; }
+
+std::vector<int64_t> shape_of(const TensorSpec &tensor, int64_t capacity) {
+    std::vector<int64_t> shape = tensor.shape;
+    for (size_t i = 0; i < shape.size(); ++i) {
+        if (!tensor.axes[i].empty()) shape[i] = tensor.axes[i] == "capacity" ? capacity : 1;
+        if (shape[i] < 1 || shape[i] > 1 << 28) throw Error(BUNDLE, tensor.name + " has an impossible shape");
+    }
+    return shape;
+}
+
+int64_t bytes_of(const TensorSpec &tensor, int64_t capacity) {
+    int64_t size = tensor.dtype == "float16" ? 2 : 4;
+    for (const int64_t length : shape_of(tensor, capacity)) {
+        if (size > (int64_t(1) << 40) / length) throw Error(BUNDLE, tensor.name + " has an impossible shape");
+        size *= length;
+    }
+    return size;
+}
+
+}  // namespace
+
+Reservation::Reservation(Embedder &embedder, int64_t bytes) : embedder_(embedder), bytes_(bytes) {
+    const int64_t held = embedder.states_hold.fetch_add(bytes);
+    if (held <= embedder.state_memory - bytes) return;
+    embedder.states_hold -= bytes;
+    throw Error(MEMORY, "a state of " + std::to_string(bytes) + " bytes does not fit: others hold " +
+                            std::to_string(held) + " of " + std::to_string(embedder.state_memory) +
+                            "; close some, or raise state_memory");
+}
+
+Reservation::~Reservation() { embedder_.states_hold -= bytes_; }
+
+int64_t Cache::bytes(const Graph &step, int64_t capacity) {
+    int64_t sum = 0;
+    for (const TensorSpec &tensor : step.inputs) sum += is_past(tensor) ? bytes_of(tensor, capacity) : 0;
+    return sum;
+}
+
+Cache::Cache(const Graph &step, int64_t capacity) : capacity(capacity) {
+    for (const TensorSpec &tensor : step.inputs) {
+        if (!is_past(tensor)) continue;
+        const Type type = tensor.dtype == "float16" ? Type::FLOAT16 : Type::FLOAT32;
+        buffers.emplace_back(size_t(bytes_of(tensor, capacity)));
+        past.emplace_back(tensor.name, type, shape_of(tensor, capacity), buffers.back().data());
+        present.push_back(past.back());
+        present.back().name.replace(0, PAST.size(), PRESENT);
+    }
+}
+
+int64_t State::room(const Side &side, int64_t max_vectors) {
+    if (!side.num_vectors)
+        throw Error(INVALID_ARGUMENT, "this bundle makes one vector for every token: there are no slots to add");
+    if (max_vectors == 0) return side.max_vectors().value_or(std::max<int64_t>(64, 2 * *side.num_vectors));
+    side.check_budget(max_vectors);
+    return max_vectors;
+}
+
+State::State(Embedder &embedder, const Side &side, const Prompt &prompt, int64_t max_vectors, bool kept)
+    : embedder_(embedder),
+      side_(side),
+      graph_(embedder.bundle.graph("text_step")),
+      reservation_([&]() -> std::unique_ptr<Reservation> {
+          embedder.check_length(max_vectors);
+          embedder.check_length(prompt.length + side.num_slots(max_vectors));
+          const int64_t bytes = Cache::bytes(graph_, prompt.length + side.num_slots(max_vectors));
+          return kept ? std::make_unique<Reservation>(embedder, bytes) : nullptr;
+      }()),
+      cache_(graph_, prompt.length + side.num_slots(max_vectors)),
+      state_(size_t(embedder.manifest.dim)),
+      hidden_(size_t(embedder.manifest.hidden_size)),
+      prompt_end_(prompt.last_position()) {
+    if (!gives_hidden_states() && state_.size() != hidden_.size())
+        throw Error(BUNDLE, "the bundle projects states, and its text_step graph gives none from before");
+    run(prompt.embeds, prompt.positions, prompt.length, prompt.after);
+    if (!side.prompt_end) return;
+    states_ = state_;
+    count_ = 1;
+}
+
+bool State::gives_hidden_states() const {
+    const auto named = [](const TensorSpec &tensor) { return tensor.name == "hidden_states"; };
+    return std::any_of(graph_.outputs.begin(), graph_.outputs.end(), named);
+}
+
+void State::run(const std::vector<float> &embeds, const std::vector<int64_t> &positions, int64_t count,
+                Activations after) {
+    const Manifest &m = embedder_.manifest;
+    const std::vector<int64_t> place{cache_.length}, last{count - 1};
+    std::vector<Tensor> inputs{{"cache_position", {1}, place},
+                               {"inputs_embeds", {1, count, m.hidden_size}, embeds},
+                               {"position_ids", {m.positions.axes, 1, count}, positions},
+                               {"slot_indices", {1, 1}, last}};
+    std::vector<Tensor> outputs{{"slot_states", {1, 1, m.dim}, state_}};
+    const bool apart = gives_hidden_states();
+    if (apart) outputs.emplace_back("hidden_states", std::vector<int64_t>{1, 1, m.hidden_size}, hidden_);
+    inputs.insert(inputs.end(), cache_.past.begin(), cache_.past.end());
+    outputs.insert(outputs.end(), cache_.present.begin(), cache_.present.end());
+    embedder_.engine("text_step").run(inputs, outputs, after);
+    cache_.length += count;
+    if (!apart) hidden_ = state_;
+}
+
+void State::add_slot() {
+    const int64_t slot = count_ - (side_.prompt_end ? 1 : 0);
+    std::vector<float> row;
+    if (side_.slots == Slots::FEEDBACK) {
+        row = hidden_;
+    } else {
+        embedder_.add_slot_rows(side_, slot, 1, row);
+    }
+    const bool behind = side_.slot_positions == SlotPositions::CONTINUE;
+    const std::vector<int64_t> position(size_t(embedder_.manifest.positions.axes), behind ? prompt_end_ + slot + 1 : 0);
+    run(row, position, 1, Activations::KEEP);
+    states_.insert(states_.end(), state_.begin(), state_.end());
+    ++count_;
+}
+
+void State::grow(int64_t num_vectors) {
+    side_.check_budget(num_vectors);
+    const int64_t room = count_ + cache_.capacity - cache_.length;
+    if (num_vectors > room) {
+        throw Error(INVALID_ARGUMENT, "num_vectors is " + std::to_string(num_vectors) + ": the state has room for " +
+                                          std::to_string(room));
+    }
+    while (count_ < num_vectors) add_slot();
+}
+
+std::vector<float> State::states(int64_t num_vectors) const {
+    return {states_.begin(), states_.begin() + num_vectors * embedder_.manifest.dim};
+}
+
+Vectors State::extend(int64_t num_vectors) {
+    grow(num_vectors);
+    return embedder_.finish(side_, states(num_vectors), 0);
+}
+
+}  // namespace cembed

@@ -1,0 +1,108 @@
+#include "words.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "unicode.h"
+
+namespace cembed {
+namespace {
+
+enum Kind : uint8_t { END, LETTER, NUMBER, BLANK, LINE, SPACE, OTHER };
+
+Kind kind_of(char32_t c) {
+    if (c == ' ') return BLANK;
+    if (c == '\r' || c == '\n') return LINE;
+    if (unicode::is_letter(c)) return LETTER;
+    if (unicode::is_number(c)) return NUMBER;
+    return unicode::is_space(c) ? SPACE : OTHER;
+}
+
+bool is_white(Kind kind) { return kind == BLANK || kind == LINE || kind == SPACE; }
+
+class Scanner {
+  public:
+    Scanner(std::u32string_view text, const WordRules &rules) : text_(text), rules_(rules) {
+        kinds_.reserve(text.size() + 1);
+        for (const char32_t c : text) kinds_.push_back(kind_of(c));
+        kinds_.push_back(END);
+    }
+
+    // Where the word that starts at i ends: the alternatives of the expression, in their order.
+    size_t end_of_word(size_t i) const {
+        if (const size_t length = contraction(i)) return i + length;
+        const Kind kind = kinds_[i];
+        const size_t behind_space = i + (kind == BLANK);
+        const bool prefix = rules_.any_prefix ? kind == BLANK || kind == SPACE || kind == OTHER : kind == BLANK;
+        if (kinds_[i + prefix] == LETTER) return run(i + prefix, LETTER);
+        if (rules_.single_numbers && kind == NUMBER) return i + 1;
+        if (!rules_.single_numbers && kinds_[behind_space] == NUMBER) return run(behind_space, NUMBER);
+        if (kinds_[behind_space] == OTHER) {
+            const size_t end = run(behind_space, OTHER);
+            return rules_.ends_of_lines ? run(end, LINE) : end;
+        }
+        return end_of_white(i);
+    }
+
+  private:
+    size_t run(size_t i, Kind kind) const {
+        while (kinds_[i] == kind) ++i;
+        return i;
+    }
+
+    // White space up to its last end of a line; else without its last character, which the next word may start with.
+    size_t end_of_white(size_t i) const {
+        size_t end = i;
+        while (is_white(kinds_[end])) ++end;
+        for (size_t last = end; rules_.ends_of_lines && last > i; --last) {
+            if (kinds_[last - 1] == LINE) return last;
+        }
+        return kinds_[end] == END || end == i + 1 ? end : end - 1;
+    }
+
+    char32_t folded(size_t i) const {
+        if (i >= text_.size()) return 0;
+        const char32_t c = text_[i];
+        if (!rules_.fold_case) return c;
+        return c == 0x17f ? 's' : c >= 'A' && c <= 'Z' ? c + 32 : c;  // the long s is an s
+    }
+
+    size_t contraction(size_t i) const {
+        if (text_[i] != '\'') return 0;
+        const char32_t a = folded(i + 1), b = folded(i + 2);
+        if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+        return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+    }
+
+    std::u32string_view text_;
+    const WordRules &rules_;
+    std::vector<Kind> kinds_;
+};
+
+}  // namespace
+
+const WordRules GPT2{R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)", false, false, false,
+                     false};
+const WordRules QWEN2{R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|)"
+                      R"(\s*[\r\n]+|\s+(?!\S)|\s+)",
+                      true, true, true, true};
+
+const WordRules *word_rules(std::string_view pattern) {
+    for (const WordRules *rules : {&GPT2, &QWEN2}) {
+        if (pattern == rules->pattern) return rules;
+    }
+    return nullptr;
+}
+
+std::vector<std::u32string_view> words(std::u32string_view text, const WordRules &rules) {
+    const Scanner scanner(text, rules);
+    std::vector<std::u32string_view> found;
+    for (size_t i = 0; i < text.size();) {
+        const size_t end = scanner.end_of_word(i);
+        found.push_back(text.substr(i, end - i));
+        i = end;
+    }
+    return found;
+}
+
+}  // namespace cembed

@@ -1,0 +1,50 @@
+// Sizes of an image and fields of a bundle's image processing: an Error, or pixel values of the grid that is said.
+#include <cstdlib>
+#include <cstring>
+
+#include "../../runtime/native/lib/error.h"
+#include "../../runtime/native/lib/image.h"
+#include "../../runtime/native/lib/positions.h"
+
+namespace {
+
+struct Input {
+    uint16_t width, height;
+    int32_t patch, merge, window;
+    int64_t min_pixels, max_pixels, skipped;  // of a row
+    double rescale;
+    uint8_t fixed;
+};
+
+constexpr int64_t MOST = 1 << 20;  // pixels that are worth computing
+
+void run(const Input &input) {
+    const cembed::ImageProcessing spec{input.fixed & 1 ? cembed::Resize::FIXED : cembed::Resize::SMART,
+                                       input.patch, input.merge, input.min_pixels, input.max_pixels, input.rescale,
+                                       {0.5, 0.4, 0.3}, {0.2, 0.3, 0.0}, input.window};
+    const int64_t width = input.width % 2048, height = input.height % 2048;
+    const cembed::Size size = cembed::resized_size(height, width, spec);
+    if (size.height > MOST || size.width > MOST || size.height * size.width > MOST) return;
+    const std::vector<uint8_t> data(size_t(width * height * 3), 200);
+    const auto pixels = cembed::preprocess({data.data(), width, height, width * 3 - input.skipped}, spec);
+    if (int64_t(pixels.values.size()) != size.height * size.width * 3) std::abort();
+    const auto windows = cembed::window_index(pixels.grid, spec);
+    const auto restore = cembed::window_restore(windows.index, pixels.num_patches());
+    for (size_t patch = 0; patch < restore.size(); ++patch) {
+        if (windows.index[size_t(restore[patch])] != int64_t(patch)) std::abort();
+    }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    Input input{};
+    if (size < sizeof input) return 0;
+    std::memcpy(&input, data, sizeof input);
+    input.skipped = input.skipped > 0;  // a longer row than there is would be the caller's mistake
+    try {
+        run(input);
+    } catch (const cembed::Error &) {
+    }
+    return 0;
+}

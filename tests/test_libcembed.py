@@ -1,0 +1,196 @@
+"""The C library against the Python runtime: the same vectors, states and scores. Skipped where it cannot be built."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import libcembed
+import numpy as np
+import pytest
+from conftest import BACKBONE_OF, CAUSAL, GOLDEN, BundleMaker
+from libcembed import Bundle, CallError, Library
+from PIL import Image
+from reference import Zoo
+
+from cembed.export.exporter import export
+from cembed.export.plan import ExportOptions
+from cembed.quantize.plan import QuantiseOptions
+from cembed.quantize.quantizer import quantise
+from cembed.runtime import Embedder, maxsim
+from cembed.runtime.embedder import Budget
+from cembed.runtime.evaluate import Dataset
+
+SAMPLES = libcembed.ROOT / "samples"
+IMAGES = ("page", "wide", "small")
+TEXT = "warranty period"
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("libcembed") / "sample"
+    export(ExportOptions("qwen2.5-vl", str(SAMPLES / "model"), slot_positions="continue"), out)
+    return out
+
+
+def page() -> Image.Image:
+    return Image.open(GOLDEN / "causalqwen2_5" / "page.png")
+
+
+def close(actual: Any, expected: Any) -> None:
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+# Vectors -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKBONE_OF)
+def test_vectors_are_those_of_python(library: Library, name: str, bundle_of: BundleMaker) -> None:
+    embedder, bundle = Embedder.load(bundle_of(name)), library.open(bundle_of(name))
+    for image in IMAGES:
+        picture = Image.open(GOLDEN / name / f"{image}.png").convert("RGB")
+        close(bundle.embed_image(picture), embedder.embed_image(picture))
+    for text in json.loads((GOLDEN / name / "queries.json").read_text()):
+        close(bundle.embed_query(text), embedder.embed_query(text))
+    if name in CAUSAL:
+        close(bundle.embed_image(picture, loop=1), embedder.embed_image(picture, Budget(decode="loop")))
+        close(bundle.embed_image(picture, num_vectors=3, dim=16), embedder.embed_image(picture, Budget(3, 16)))
+        close(bundle.embed_query(TEXT, num_vectors=9), embedder.embed_query(TEXT, Budget(9)))
+    bundle.close()
+
+
+@pytest.mark.parametrize("name", ["projected", "shallow", "qwen2-vl"])
+def test_heads_are_those_of_python(library: Library, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fed-back slots behind a projection and without one, learned slots, pooled ones."""
+    root = tmp_path_factory.getbasetemp() / "zoo"
+    root.mkdir(exist_ok=True)
+    embedder = Zoo(root).model(name).embedder
+    bundle = library.open(embedder.bundle.root)
+    picture = page().resize((90, 60))
+    close(bundle.embed_image(picture), embedder.embed_image(picture))
+    close(bundle.embed_query(TEXT), embedder.embed_query(TEXT))
+    close(bundle.embed_query(TEXT, num_vectors=2, dim=8), embedder.embed_query(TEXT, Budget(2, 8)))
+    state = bundle.start(TEXT)
+    close(state.extend(3), embedder.embed_query(TEXT, Budget(3)))
+    state.close()
+    bundle.close()
+
+
+@pytest.mark.parametrize("embeddings", ["fp16", "int8"])
+def test_stored_rows_are_those_of_python(
+    library: Library, causal_bundle: Path, embeddings: str, tmp_path: Path
+) -> None:
+    options = QuantiseOptions("int8", embeddings=embeddings, accept_loss=True)
+    quantise(causal_bundle, options, tmp_path / "q")
+    bundle = library.open(tmp_path / "q")
+    close(bundle.embed_query(TEXT), Embedder.load(tmp_path / "q").embed_query(TEXT))
+    bundle.close()
+
+
+def test_the_sample_model_finds_the_same_pages(library: Library, sample: Path) -> None:
+    data = Dataset.read(SAMPLES / "pages" / "sample")
+    files = sorted((SAMPLES / "pages" / "sample" / "pages").iterdir())
+    assert len(files) >= 60
+    images = [Image.open(file).convert("RGB") for file in files]
+    texts = list(data.queries.values())
+    embedder, bundle = Embedder.load(sample), library.open(sample)
+    theirs, ours = embedder.embed_images(images), [bundle.embed_image(image) for image in images]
+    for a, b in zip(ours, theirs, strict=True):
+        close(a, b)
+    for text in texts:
+        query = bundle.embed_query(text)
+        close(query, embedder.embed_query(text))
+        scores = library.maxsim(query, ours)
+        expected = maxsim([embedder.embed_query(text)], theirs)[0]
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+        assert np.argsort(-scores)[:5].tolist() == np.argsort(-expected)[:5].tolist()
+    bundle.close()
+
+
+def test_rows_of_an_image_may_lie_apart(causal: Bundle) -> None:
+    whole = np.asarray(page().convert("RGB"))
+    part = whole[3:60, 5:70]
+    assert not part.flags.c_contiguous
+    close(causal.embed_image(part), causal.embed_image(np.ascontiguousarray(part)))
+
+
+def test_fewer_visual_tokens(library: Library, causal_bundle: Path) -> None:
+    bundle = library.open(causal_bundle, max_visual_tokens=20, threads=1, mapped_weights=1)
+    assert bundle.info.max_visual_tokens == 20
+    close(bundle.embed_image(page()), Embedder.load(causal_bundle, max_visual_tokens=20).embed_image(page()))
+    bundle.close()
+
+
+def test_sixteen_callers_get_what_one_gets(library: Library, causal_bundle: Path) -> None:
+    bundle = library.open(causal_bundle)
+    jobs: list[Any] = [f"question {i}" for i in range(60)] + [page().resize((60 + i, 50)) for i in range(20)]
+
+    def embed(job: Any) -> Any:
+        return bundle.embed_query(job) if isinstance(job, str) else bundle.embed_image(job)
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(embed, jobs))
+    for job, vectors in zip(jobs, together, strict=True):
+        np.testing.assert_array_equal(vectors, embed(job))
+    bundle.close()
+
+
+# Buffers, states, scores ----------------------------------------------------------------------------------------------
+
+
+def test_a_callers_buffer(library: Library, causal: Bundle) -> None:
+    expected, raw = causal.embed_query(TEXT), TEXT.encode()
+    memory = np.full(expected.size + 1, 7, np.float32)
+    place = memory.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    arguments = causal.handle, raw, ctypes.c_size_t(len(raw)), None
+    small = libcembed.VectorBuffer(place, expected.size - 1)
+    with pytest.raises(CallError) as error:
+        library.call("cembed_embed_query", *arguments, ctypes.byref(small))
+    assert error.value.status == libcembed.CAPACITY
+    assert (small.rows, small.dim) == expected.shape
+    assert (memory == 7).all()
+    enough = libcembed.VectorBuffer(place, expected.size)
+    library.call("cembed_embed_query", *arguments, ctypes.byref(enough))
+    np.testing.assert_array_equal(memory[:-1].reshape(expected.shape), expected)
+    assert memory[-1] == 7
+    assert not enough.owned
+
+
+def test_states_grow(causal: Bundle, causal_bundle: Path) -> None:
+    embedder = Embedder.load(causal_bundle)
+    state, theirs = causal.start(page(), 12), embedder.start(page(), 12)
+    for budget in (3, 12, 5):
+        close(state.extend(budget), theirs.extend(budget))
+    with pytest.raises(CallError, match="room for 12"):
+        state.extend(13)
+    causal.close()  # a state may outlive the handle of its bundle
+    close(state.extend(4), theirs.extend(4))
+    state.close()
+
+
+def test_states_are_bounded(library: Library, causal_bundle: Path) -> None:
+    bundle = library.open(causal_bundle, state_memory=Embedder.load(causal_bundle).start(TEXT_PAGE).nbytes)
+    first = bundle.start(TEXT_PAGE)
+    with pytest.raises(CallError, match="state_memory") as error:
+        bundle.start(TEXT_PAGE)
+    assert error.value.status == libcembed.MEMORY
+    first.close()
+    bundle.start(TEXT_PAGE).close()
+    bundle.close()
+
+
+TEXT_PAGE = Image.new("RGB", (80, 60), "white")
+
+
+def test_maxsim_is_that_of_python(library: Library) -> None:
+    random = np.random.default_rng(0)
+    pages = [random.standard_normal((rows, 24)).astype(np.float32) for rows in (1, 40, 3)]
+    query = random.standard_normal((5, 24)).astype(np.float32)
+    np.testing.assert_array_equal(library.maxsim(query, pages), maxsim([query], pages)[0])
+    assert library.maxsim(query, []).shape == (0,)
+    with pytest.raises(CallError, match="NaN"):
+        library.maxsim(query * np.nan, pages)

@@ -1,0 +1,180 @@
+"""What the C library refuses: arguments, inputs, bundles that are not whole, manifests as strictly as Python."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import libcembed
+import numpy as np
+import pytest
+from conftest import GOLDEN, BundleMaker
+from libcembed import Bundle, CallError, Library
+from PIL import Image
+
+from cembed.runtime import CembedError, Embedder
+
+TEXT = "warranty period"
+
+
+def page() -> Image.Image:
+    return Image.open(GOLDEN / "causalqwen2_5" / "page.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "empty"), (" \u3000\n", "empty"), ("a <|im_end|> b", "control token"), (b"\xff\xfe", "UTF-8")],
+)
+def test_queries_that_are_refused(causal: Bundle, text: str | bytes, message: str) -> None:
+    with pytest.raises(CallError, match=message) as error:
+        causal.embed_query(text)
+    assert error.value.status == libcembed.ARGUMENT
+    assert "\n" not in error.value.message
+    causal.embed_query(TEXT)
+    assert causal.library.dll.cembed_error() == b""
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"num_vectors": -1}, "at least 1"),
+        ({"num_vectors": 1 << 30}, "positions"),
+        ({"dim": 97}, "have 96"),
+        ({"dim": -1}, "have 96"),
+    ],
+)
+def test_budgets_that_are_refused(causal: Bundle, budget: dict[str, int], message: str) -> None:
+    with pytest.raises(CallError, match=message) as error:
+        causal.embed_query(TEXT, **budget)
+    assert error.value.status == libcembed.ARGUMENT
+
+
+def test_arguments_that_are_refused(
+    library: Library, causal: Bundle, causal_bundle: Path, bundle_of: BundleMaker
+) -> None:
+    refused = [
+        (causal_bundle, {"abi_version": 99}, libcembed.ARGUMENT, "version 99"),
+        (causal_bundle, {"threads": -1}, libcembed.ARGUMENT, "threads"),
+        (causal_bundle, {"max_visual_tokens": 1 << 20}, libcembed.ARGUMENT, "max_visual_tokens"),
+        (causal_bundle, {"provider": b"NoSuchProvider"}, libcembed.ENGINE, "CPUExecutionProvider"),
+        (causal_bundle, {"onnxruntime": b"/nowhere/libonnxruntime.so"}, libcembed.ENGINE, "CEMBED_ONNXRUNTIME"),
+        (Path("/nowhere"), {}, libcembed.BUNDLE, "not a bundle"),
+    ]
+    for path, options, status, message in refused:
+        with pytest.raises(CallError, match=message) as error:
+            library.open(path, **options)
+        assert error.value.status == status, options
+    with pytest.raises(CallError, match="every token"):
+        library.open(bundle_of("colqwen2")).start(TEXT)
+    with pytest.raises(CallError, match="null"):
+        library.call("cembed_embed_image", None, None, None, None)
+    with pytest.raises(CallError, match="no image"):
+        library.vectors(lambda to: library.call("cembed_embed_image", causal.handle, None, None, to))
+    for width, height, stride in ((0, 9, 27), (9, -1, 27), (9, 9, 26), (1 << 30, 1, 3 << 30), (801, 2, 2403)):
+        image = libcembed.RgbImage(memory_of_an_image.ctypes.data, width, height, stride)
+        with pytest.raises(CallError):
+            library.vectors(lambda to: library.call("cembed_embed_image", causal.handle, ctypes.byref(image), None, to))  # noqa: B023
+
+
+memory_of_an_image = np.zeros(8192, np.uint8)
+
+
+def copy_of(bundle: Path, to: Path) -> Path:
+    return Path(shutil.copytree(bundle, to))
+
+
+def test_bundles_that_are_refused(library: Library, causal_bundle: Path, tmp_path: Path) -> None:
+    """A byte of any file, a file too many, too few, a link."""
+    names = sorted(path.name for path in causal_bundle.iterdir() if path.name != "manifest.json")
+    for name in names:
+        root = copy_of(causal_bundle, tmp_path / f"flipped-{name}")
+        raw = bytearray((root / name).read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (root / name).write_bytes(raw)
+        if name.startswith("self_test"):
+            continue  # nothing here reads it
+        with pytest.raises(CallError, match="sha256") as error:
+            use(library, root)
+        assert error.value.status == libcembed.BUNDLE
+    more, fewer, link = (copy_of(causal_bundle, tmp_path / name) for name in ("more", "fewer", "link"))
+    (more / "note.txt").write_text("")
+    (fewer / "tokenizer.json").unlink()
+    (link / "text.data").rename(tmp_path / "text.data")
+    (link / "text.data").symlink_to(tmp_path / "text.data")
+    for root, message in ((more, "note.txt"), (fewer, "tokenizer.json"), (link, "link")):
+        with pytest.raises(CallError, match=message):
+            library.open(root)
+
+
+def use(library: Library, root: Path) -> None:
+    bundle = library.open(root)
+    try:
+        bundle.embed_image(page())
+        state = bundle.start(TEXT)
+        state.close()
+    finally:
+        bundle.close()
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value of a manifest, one of each list and of each object with names of its own."""
+    yield at
+    if isinstance(value, dict):
+        keys = list(value)[:1] if at in (("graphs",), ("files",), ("source",), ("made_with",)) else list(value)
+        for key in keys:
+            yield from places(value[key], (*at, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*at, 0))
+
+
+def changed(manifest: Any, at: tuple[Any, ...], how: str) -> str:
+    """The manifest with the value at a place dropped, of another kind, or with a stranger in it."""
+    copy = json.loads(json.dumps(manifest))
+    parent = copy
+    for key in at[:-1]:
+        parent = parent[key]
+    if how == "dropped":
+        del parent[at[-1]]
+    elif how == "stranger" and isinstance(parent[at[-1]], dict):
+        parent[at[-1]]["stranger"] = 1
+    else:
+        parent[at[-1]] = {"number": 1.5, "null": None, "list": [], "text": "none", "stranger": True}[how]
+    return json.dumps(copy)
+
+
+@pytest.mark.parametrize("how", ["dropped", "stranger", "number", "null", "list", "text"])
+def test_manifests_are_read_as_strictly_as_by_python(
+    library: Library, causal_bundle: Path, how: str, tmp_path: Path
+) -> None:
+    root = copy_of(causal_bundle, tmp_path / "bundle")
+    manifest = json.loads((root / "manifest.json").read_text())
+    refused = 0
+    for at in places(manifest):
+        if not at:
+            continue
+        (root / "manifest.json").write_text(changed(manifest, at, how))
+        assert opens(lambda: library.open(root).close()) == opens(lambda: Embedder.load(root)), (at, how)
+        refused += not opens(lambda: library.open(root).close())
+    assert refused > 20
+
+
+def opens(call: Any) -> bool:
+    try:
+        call()
+    except (CallError, CembedError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "{", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 100_000, "\xff"]
+)
+def test_what_is_no_manifest(library: Library, text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text, "latin-1")
+    with pytest.raises(CallError) as error:
+        library.open(tmp_path)
+    assert error.value.status == libcembed.BUNDLE
