@@ -20,7 +20,6 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -335,8 +334,7 @@ def main(
     dtype = "fp16" if device == "cuda" else "fp32"
     with tempfile.TemporaryDirectory() as temporary:
         folder = workdir or Path(temporary)
-        if find_spec("gpu_maxsim"):
-            part("maxsim", import_module("gpu_maxsim").measure)
+        part("maxsim", lambda: import_module("gpu_maxsim").measure())
         part("vectors", lambda: measure_vectors(folder, CUDA if device == "cuda" else "CPUExecutionProvider"))
         part("pages", lambda: measure_pages(Random(folder, size, dtype), device, dtype, rounds, say))
     say("done")
