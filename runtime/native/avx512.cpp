@@ -83,23 +83,31 @@ struct Avx512 {
 
 constexpr int MOST_TABLES = 8;  // query vectors that are looked up together
 
-// top[N][16] of N query vectors = max(top, sums of the rows of a block). A step is four groups of four components:
-// bytes are brought into the order of rows, so that each row's four nibbles are one lane of 32 bits and choose in four
-// tables of a register at once; the lane's four sums are added to its sum.
-template <int N> void bits_block(const char *block, const char *table, size_t table_bytes, int groups, char *top) {
-    const __m512i low = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), place = _mm512_set1_epi32(0x30201000);
+// What the rows of a block look up, [groups / 4][2][16 rows][4 groups]: bytes are brought into the order of rows, so that
+// each row's four nibbles are one lane of 32 bits and choose in four tables of a register at once.
+void choices(const char *block, int groups, char *out) {
+    const __m512i low = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000);
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i by_row = _mm512_or_si512(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101)), place);
+    for (int g = 0; g < groups; g += 4, out += 128) {
+        const __m512i both = _mm512_permutexvar_epi8(by_row, _mm512_loadu_si512(block + g * 16));
+        Avx512::store(out, _mm512_or_si512(_mm512_and_si512(both, low), place));
+        Avx512::store(out + 64, _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(both, 4), low), place));
+    }
+}
+
+// top[N][16] of N query vectors = max(top, sums of the rows of a block). A lane's four sums are added to its sum.
+// Nothing but loads stands between two lookups: with the choices made here the loop took 1.3 times as long.
+template <int N> void bits_block(const char *chosen, const char *table, size_t table_bytes, int groups, char *top) {
+    const __m512i ones = _mm512_set1_epi8(1);
     __m512i even[N], odd[N];
 #pragma GCC unroll 8
     for (int q = 0; q < N; ++q) even[q] = odd[q] = _mm512_setzero_si512();
-    for (int g = 0; g < groups; g += 4) {
-        const __m512i both = _mm512_permutexvar_epi8(by_row, _mm512_loadu_si512(block + g * 16));
-        const __m512i first = _mm512_or_si512(_mm512_and_si512(both, low), place);
-        const __m512i second = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(both, 4), low), place);
+    for (int g = 0; g < groups; g += 4, chosen += 128, table += 64) {
+        const __m512i first = Avx512::load(__m512i(), chosen), second = Avx512::load(__m512i(), chosen + 64);
 #pragma GCC unroll 8
         for (int q = 0; q < N; ++q) {
-            const __m512i sums = Avx512::load(__m512i(), table + q * table_bytes + g * 16);
+            const __m512i sums = Avx512::load(__m512i(), table + q * table_bytes);
             even[q] = Avx512::step(even[q], _mm512_permutexvar_epi8(first, sums), ones);
             odd[q] = Avx512::step(odd[q], _mm512_permutexvar_epi8(second, sums), ones);
         }
@@ -114,13 +122,14 @@ template <int N> void bits_block(const char *block, const char *table, size_t ta
 void page_bits(const Query &query, const char *page, int rows, char *scratch, void *best) {
     const int groups = query.padded / 4;
     const size_t table_bytes = size_t(groups) * 16;
-    char *top = scratch + sign_scratch(query);  // num to 8, 16
+    char *chosen = scratch + sign_scratch(query), *top = chosen + size_t(8) * query.padded;  // top: num to 8, 16
     std::memset(top, 0, size_t(query.num + MOST_TABLES) * 64);
     for (int first = 0; first < rows; first += 32) {
         const char *block = sign_block(query, page, first, rows, scratch);
+        choices(block, groups, chosen);
         for (int q = 0; q < query.num; q += MOST_TABLES) {
             const auto look_up = query.num - q > MOST_TABLES / 2 ? bits_block<MOST_TABLES> : bits_block<MOST_TABLES / 2>;
-            look_up(block, query.packed.as<char>() + q * table_bytes, table_bytes, groups, top + q * 64);
+            look_up(chosen, query.packed.as<char>() + q * table_bytes, table_bytes, groups, top + q * 64);
         }
     }
     for (int q = 0; q < query.num; ++q) {
