@@ -31,6 +31,7 @@ COMMIT, CLOSE = 1, 2
 ALIGNMENT = 64
 CONTENT_BYTES = 16
 MAX_PAYLOAD = 1 << 28
+MAX_NUMBER = 1 << 60  # above serials, numbers of records and offsets: one more is a number too
 MAX_GAPS = 64  # a log with more has nothing left to read
 
 _MAGIC = b"\x8ecembed\n"
@@ -226,8 +227,9 @@ def _shifted(which: NDArray[np.int32], counts: NDArray[np.int64], pages: NDArray
 
 def _check(commit: Commit) -> None:
     rising = bool((np.diff(commit.serials) > 0).all())
-    sane = bool((commit.rows > 0).all() and (commit.serials >= 0).all() and (commit.bases >= 0).all())
-    if not (rising and sane and np.isfinite(commit.scales).all()):
+    sane = bool((commit.rows > 0).all() and (commit.bases >= 0).all())
+    numbered = bool((commit.serials >= 0).all() and (commit.serials < MAX_NUMBER).all())
+    if not (rising and sane and numbered and np.isfinite(commit.scales).all()):
         raise MalformedError("its columns do not fit each other")
 
 
@@ -248,7 +250,8 @@ def _read_header(handle: int, seed: int, offset: int, size: int) -> Header | Non
         return None
     magic, kind, pages, removed, crc, sequence, length, zeros = _HEADER.unpack(raw[:-4])
     known = magic == _MAGIC and kind in (COMMIT, CLOSE) and zeros == bytes(20)
-    return Header(kind, pages, removed, crc, sequence, length) if known and length <= MAX_PAYLOAD else None
+    possible = sequence < MAX_NUMBER and length <= MAX_PAYLOAD
+    return Header(kind, pages, removed, crc, sequence, length) if known and possible else None
 
 
 def read_log(handle: int, seed: int, offset: int, sequence: int) -> Iterator[Record | Gap]:

@@ -17,6 +17,7 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import Current, open_regular, segment_path
 from cembed.runtime.records import (
     CLOSE,
+    MAX_NUMBER,
     Commit,
     Gap,
     MalformedError,
@@ -30,7 +31,6 @@ from cembed.runtime.views import REPAIR, Columns, TierMap, View, page_sizes, pla
 
 MAX_ROWS = 1 << 20
 _RETRY_SECONDS = 0.05
-_MAX_END = 1 << 60
 
 
 class Segment:
@@ -149,7 +149,7 @@ class Segment:
         starts, ends = list[NDArray[np.int64]](), dict[str, int]()
         for bases, (tier, end) in zip(commit.bases.T, self.ends.items(), strict=True):
             sizes = page_sizes(tier, commit.rows, self.dim)
-            if bases.max() >= _MAX_END or sizes.sum(dtype=np.float64) > _MAX_END:
+            if bases.max() >= MAX_NUMBER or sizes.sum(dtype=np.float64) > MAX_NUMBER:
                 raise MalformedError("its pages are impossible")
             places = place_pages(0, sizes)
             shifts = bases - places[firsts]

@@ -103,9 +103,14 @@ def change_log(log: bytearray, rng: random.Random, seed: int) -> None:
             word = rng.choice(LONG_WORDS if size == 8 else WORDS) + rng.choice((-1, 0, 0, 1))
             log[place : place + size] = (word % (1 << 8 * size)).to_bytes(size, "little")
     for offset, length in records:
-        end = offset + 64 + aligned(length)
-        log[offset + 20 : offset + 24] = struct.pack("<I", zlib.crc32(log[offset + 64 : end], seed))
-        log[offset + 60 : offset + 64] = struct.pack("<I", zlib.crc32(log[offset : offset + 60], seed))
+        seal(log, offset, length, seed)
+
+
+def seal(log: bytearray, offset: int, length: int, seed: int) -> None:
+    """Makes the CRCs of a record good."""
+    end = offset + 64 + aligned(length)
+    log[offset + 20 : offset + 24] = struct.pack("<I", zlib.crc32(log[offset + 64 : end], seed))
+    log[offset + 60 : offset + 64] = struct.pack("<I", zlib.crc32(log[offset : offset + 60], seed))
 
 
 def split(log: bytes | bytearray) -> list[tuple[int, int]]:
@@ -158,6 +163,7 @@ def check_all(folder: Path) -> None:
 def mend(folder: Path) -> None:
     with Index.open(folder, write=True, damaged=True) as index:
         index.compact(drop_damaged=True)
+        index.add([NewPage("new", np.ones((1, index.dim), np.float32))], bundle=index.bundle)
 
 
 def fuzz(seconds: float, seed: int, most: int | None = None) -> Counter[str]:

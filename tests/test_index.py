@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,15 +145,31 @@ def test_a_record_that_makes_no_sense_costs_only_its_own_pages(tmp_path: Path) -
     log = tmp_path / "index" / "00000001.log"
     content, seed = bytearray(log.read_bytes()), records.seed_of(made._current.index, 1)
     offset, length = fuzz_index.split(content)[2]
-    end = offset + 64 + records.aligned(length)
     rows = offset + 64 + 8 * len(made.tiers) + 8
     content[rows : rows + 4] = bytes(4)
-    content[offset + 20 : offset + 24] = zlib.crc32(content[offset + 64 : end], seed).to_bytes(4, "little")
-    content[offset + 60 : offset + 64] = zlib.crc32(content[offset : offset + 60], seed).to_bytes(4, "little")
+    fuzz_index.seal(content, offset, length, seed)
     log.write_bytes(content)
     assert f"record at byte {offset} makes no sense" in refusal(lambda: Index.open(tmp_path / "index"))
     left = Index.open(tmp_path / "index", damaged=True)
     assert [page.id for page in left.find()] == [page.id for page in PAGES[:5] if page is not PAGES[2]]
+
+
+@pytest.mark.parametrize("place", [24, 64 + 8 * len(index.DEFAULT_STORE)])
+def test_numbers_that_have_no_next_one_are_refused(tmp_path: Path, place: int) -> None:
+    """The number of the last record, or the serial of its page, is 2^63 - 1; its CRCs are good."""
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made:
+        for page in PAGES[:3]:
+            made.add([page], bundle=BUNDLE)
+    log = tmp_path / "index" / "00000001.log"
+    content, seed = bytearray(log.read_bytes()), records.seed_of(made._current.index, 1)
+    offset, length = fuzz_index.split(content)[2]
+    content[offset + place : offset + place + 8] = ((1 << 63) - 1).to_bytes(8, "little")
+    fuzz_index.seal(content, offset, length, seed)
+    log.write_bytes(content)
+    assert str(log) in refusal(lambda: Index.open(tmp_path / "index"))
+    with Index.open(tmp_path / "index", write=True, damaged=True) as left:
+        assert left.compact(drop_damaged=True).pages == 2
+        assert left.add(PAGES[2:4], bundle=BUNDLE) == Added(2, 0, 0)
 
 
 # Adding.

@@ -19,7 +19,7 @@ constexpr std::string_view MAGIC(
 constexpr uint32_t COMMIT = 1, CLOSE = 2;
 constexpr uint64_t MAX_PAYLOAD = 1 << 28;
 constexpr size_t CONTENT_BYTES = 16;
-constexpr int64_t MAX_SERIAL = int64_t(1) << 60;
+constexpr int64_t MAX_NUMBER = int64_t(1) << 60;
 constexpr int MAX_FRAGMENTS = 64;
 
 [[noreturn]] void damaged(const std::string &why) { throw Error(INDEX, why); }
@@ -47,7 +47,8 @@ std::optional<Record> record_at(std::string_view log, int64_t offset, uint32_t s
     Record record{
         at<uint32_t>(header, 8), at<uint32_t>(header, 12), at<uint32_t>(header, 16), at<uint64_t>(header, 24), {}, 0};
     const bool known = header.substr(0, 8) == MAGIC && (record.kind == COMMIT || record.kind == CLOSE) &&
-                       header.substr(40, 20) == std::string(20, '\0') && length <= MAX_PAYLOAD;
+                       header.substr(40, 20) == std::string(20, '\0') && length <= MAX_PAYLOAD &&
+                       record.sequence < uint64_t(MAX_NUMBER);
     if (!known || offset + ALIGNMENT + aligned(int64_t(length)) > int64_t(log.size())) return std::nullopt;
     const auto padded = log.substr(size_t(offset + ALIGNMENT), size_t(aligned(int64_t(length))));
     if (crc32(padded, seed) != at<uint32_t>(header, 20)) return std::nullopt;
@@ -104,7 +105,7 @@ bool all_below(const std::vector<int32_t> &numbers, size_t end) {
 }
 
 void check(const Commit &commit) {
-    const auto in_range = [](int64_t number) { return number >= 0 && number < MAX_SERIAL; };
+    const auto in_range = [](int64_t number) { return number >= 0 && number < MAX_NUMBER; };
     const bool rising = std::adjacent_find(commit.serials.begin(), commit.serials.end(), std::greater_equal<>()) ==
                         commit.serials.end();
     const bool named = commit.ids.size() == commit.serials.size() && all_below(commit.source, commit.sources.size()) &&
