@@ -34,6 +34,10 @@ _MAX_BYTES = 1 << 21
 _SEGMENT_FILE = re.compile(rf"(\d{{8}})\.(log|{'|'.join(STORAGE)})")
 
 
+class _VersionError(CembedError):
+    """An index of another version, which is nothing that is damaged."""
+
+
 @dataclass(frozen=True)
 class Current:
     """What CURRENT says: `tiers` are storage types, the most exact first; `next_serial` is above every page's."""
@@ -79,7 +83,7 @@ class Current:
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise CembedError("it is of another format")
         if (version := fields.pop("version", None)) != VERSION:
-            raise CembedError(f"it is of version {version!r}, this cembed reads {VERSION}: use a newer cembed")
+            raise _VersionError(f"version {version!r}, this cembed reads {VERSION}: use a newer cembed")
         return cls._of(fields)
 
     @classmethod
@@ -107,6 +111,8 @@ def read_current(folder: Path) -> Current:
         os.close(handle)
     try:
         return Current.decode(raw)
+    except _VersionError as error:
+        raise CembedError(f"{folder} is an index of {error}") from error
     except CembedError as error:
         raise CembedError(f"{folder / CURRENT} is damaged: {error}; take that file from a copy of the index") from error
 

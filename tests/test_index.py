@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,16 @@ def test_a_record_that_makes_no_sense_costs_only_its_own_pages(tmp_path: Path) -
     assert f"record at byte {offset} makes no sense" in refusal(lambda: Index.open(tmp_path / "index"))
     left = Index.open(tmp_path / "index", damaged=True)
     assert [page.id for page in left.find()] == [page.id for page in PAGES[:5] if page is not PAGES[2]]
+
+
+def test_an_index_of_a_later_version_is_not_called_damaged(tmp_path: Path) -> None:
+    Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE).close()
+    current = tmp_path / "index" / "CURRENT"
+    text = current.read_bytes().rpartition(b" ")[0].replace(b'"version": 1', b'"version": 2')
+    current.write_bytes(text + b" %08x\n" % zlib.crc32(text))
+    said = refusal(lambda: Index.open(tmp_path / "index"))
+    assert "version 2, this cembed reads 1: use a newer cembed" in said
+    assert "damaged" not in said
 
 
 @pytest.mark.parametrize(("place", "number"), [(24, (1 << 64) - 1), (64 + 8 * len(index.DEFAULT_STORE), (1 << 63) - 1)])
