@@ -100,9 +100,9 @@ class Embedded:
     ms_per_page: float
 
     @classmethod
-    def by(cls, root: Path, calibration: CalibrationSet, threads: int | None, progress: Progress) -> Embedded:
+    def by(cls, root: Path, calibration: CalibrationSet, engine: EngineSettings, progress: Progress) -> Embedded:
         """With the bundle at `root`, whose files were verified when they were read before."""
-        embedder = Embedder(Bundle(root, verify=False), EngineSettings(threads=threads, prepack=False))
+        embedder = Embedder(Bundle(root, verify=False), engine)
         name = root.name.lstrip(".").split(".")[0]
         found = cls.of(embedder, calibration, lambda n: progress(f"page {n} of {len(calibration.pages)} with {name}"))
         for graph in embedder.manifest.graphs:
