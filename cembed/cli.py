@@ -39,7 +39,8 @@ Providers = Annotated[
     list[str] | None,
     typer.Option(
         "--provider",
-        help="'tensorrt' for engines of build-engine, or ONNX Runtime's execution providers, in order of preference.",
+        help="Engines in order of preference: 'tensorrt' (see build-engine), 'openvino', 'openvino-bf16', or ONNX "
+        "Runtime's execution providers.",
         metavar="NAME",
     ),
 ]

@@ -8,32 +8,32 @@ from dataclasses import replace
 
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
+from cembed.runtime.openvino_session import PRECISIONS, openvino_sessions
 from cembed.runtime.session import EngineSettings, OrtSession, Session, check_providers
-
-TENSORRT = "tensorrt"
-"""Engines that `cembed build-engine` made. Every other provider is one of ONNX Runtime's."""
 
 
 def open_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
     """What gives the session of a graph by its name.
 
-    Raises CembedError if TensorRT was asked for and cannot be had; if another provider was named after it, that is a
-    RuntimeWarning, and the other one is taken.
+    Raises CembedError if an engine of `ENGINES` was asked for and cannot be had; if another provider was named after
+    it, that is a RuntimeWarning, and the other one is taken.
     """
-    others = tuple(name for name in settings.providers if name != TENSORRT)
+    first, *rest = settings.providers
+    others = tuple(name for name in settings.providers if name not in ENGINES)
     check_providers(others)
-    if settings.providers[0] == TENSORRT:
-        try:
-            return tensorrt_sessions(bundle)
-        except CembedError as error:
-            if not others:
-                raise
-            warnings.warn(f"{error}; going on with {others[0]}", RuntimeWarning, stacklevel=4)
-    chosen = replace(settings, providers=others)
-    return lambda name: OrtSession(bundle.graph_path(name), chosen)
+    if first not in ENGINES:
+        chosen = replace(settings, providers=others)
+        return lambda name: OrtSession(bundle.graph_path(name), chosen)
+    try:
+        return ENGINES[first](bundle, settings)
+    except CembedError as error:
+        if not rest:
+            raise
+        warnings.warn(f"{error}; going on with {rest[0]}", RuntimeWarning, stacklevel=4)
+        return open_sessions(bundle, replace(settings, providers=tuple(rest)))
 
 
-def tensorrt_sessions(bundle: Bundle) -> Callable[[str], Session]:
+def tensorrt_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
     """Sessions of the engines beside the bundle; all engines it cannot do without must be there."""
     from cembed.runtime.cuda import Cuda
     from cembed.runtime.engines import EngineCache, Library, needed_graphs
@@ -52,3 +52,10 @@ def tensorrt_sessions(bundle: Bundle) -> Callable[[str], Session]:
         return TrtSession(device, engine, bundle.manifest.graphs[name], name, causal and name == "text")
 
     return session
+
+
+ENGINES: dict[str, Callable[[Bundle, EngineSettings], Callable[[str], Session]]] = {
+    "tensorrt": tensorrt_sessions,
+    **dict.fromkeys(PRECISIONS, openvino_sessions),
+}
+"""What opens the graphs of a bundle, by provider. Every other provider is one of ONNX Runtime's."""
