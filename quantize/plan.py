@@ -159,7 +159,7 @@ class QuantisePlan:
         ranges = {w: found.range(self.options.ranges, divisors[w], standard) for w, found in in_bytes.items()}
         gptq = self.options.rounding == "gptq"
         inputs = {w: partial(found.rows, divisors[w]) for w, found in seen.items() if gptq}
-        return Recipe(chosen, ranges, moved.rows, moved.columns, inputs)
+        return Recipe(chosen, ranges, moved.rows, moved.columns, inputs, fuse=not standard)
 
 
 def part_of(graph: str) -> str:

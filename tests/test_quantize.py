@@ -27,6 +27,7 @@ from cembed.quantize.weights import SCHEMES, Range, pack_nibbles
 from cembed.runtime import Bundle, Embedder
 from cembed.runtime.embedder import Budget
 from cembed.runtime.errors import CembedError
+from cembed.runtime.session import EngineSettings, OrtSession
 
 PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
 
@@ -163,16 +164,45 @@ def test_activations_pass_eight_bits_once_for_the_weights_that_share_them(quanti
     quantised_once = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantised_once) == len(set(quantised_once))
     made = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    levels = [node.input[0] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert set(levels) <= {f"{name}.levels" for name in quantised_once}
     through = [made[made_by] in {f"{name}.levels" for name in quantised_once} for made_by in
                (node.input[0] for node in model.graph.node if node.op_type == "MatMul")]  # fmt: skip
     assert all(through)
+
+
+def test_biases_are_added_by_the_products_of_bytes(quantised: dict[str, Path], tmp_path: Path) -> None:
+    """The same vectors as with the operator written out as DequantizeLinear, MatMul and Add."""
+    embedder = Embedder.load(quantised["w8a8"])
+    fused = embedder.embed_images(PAGES)
+    for name in ("vision", "text"):
+        model = onnx.load(quantised["w8a8"] / f"{name}.onnx")
+        nodes: list[onnx.NodeProto] = []
+        for node in model.graph.node:
+            if node.op_type != "MatMulIntegerToFloat":
+                nodes.append(node)
+                continue
+            levels, weight, scale, scales, zero, _, bias = node.input
+            left, right, product = (f"{node.name}.{part}" for part in ("left", "right", "product"))
+            nodes += [
+                onnx.helper.make_node("DequantizeLinear", [levels, scale, zero], [left]),
+                onnx.helper.make_node("DequantizeLinear", [weight, scales], [right], axis=1),
+                onnx.helper.make_node("MatMul", [left, right], [product]),
+                onnx.helper.make_node("Add", [product, bias], list(node.output)),
+            ]
+        assert len(nodes) > len(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        embedder.replace_sessions({name: OrtSession(tmp_path / f"{name}.onnx", EngineSettings())})
+    for a, b in zip(embedder.embed_images(PAGES), fused, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_balance_changes_nothing_but_the_rounding(causal_bundle: Path, tmp_path: Path) -> None:
     """Weights multiplied and producers divided, nothing quantised: the vectors of the float bundle."""
     from cembed.quantize.activations import Observer, balance
     from cembed.quantize.graph import DataFile, Recipe, rewrite
-    from cembed.runtime.session import EngineSettings, OrtSession
 
     source = SourceGraph(causal_bundle / "text.onnx")
     names = [name for _, name in source.weights()]
