@@ -187,7 +187,8 @@ def ratio(found: dict[str, Any], name: str, what: str) -> float:
 def report(result: dict[str, Any]) -> None:
     found = result["variants"]
     table = Table(title=f"{result['hardware']['processor']}, {result['hardware']['threads']} threads; medians")
-    for column in ("", "page ms", "of fp32", "step ms", "of fp32", "bytes of fp32", "lowest cosine"):
+    table.add_column(overflow="fold")
+    for column in ("page ms", "of fp32", "step ms", "of fp32", "bytes of fp32", "lowest cosine"):
         table.add_column(column, justify="right")
     for name, numbers in found.items():
         step = (f"{median(numbers['step']):.2f}", f"{ratio(found, name, 'step'):.2f}") if numbers["step"] else ("", "")
