@@ -88,7 +88,7 @@ class SegmentWriter:
     def append(self, pages: Sequence[StoredPage], removed: Sequence[int] = ()) -> None:
         """Adds pages and removes others, both or neither; returns when they are on disk.
 
-        Raises CembedError: the disk is full or fails. Then nothing was added, or the message says that it may be.
+        Raises CembedError: the disk is full or fails. Then the index is as it was, or the message says that it may not be.
         """
         if self._broken:
             raise CembedError(f"an earlier write to {self.segment.folder} failed: open the index again")
@@ -105,7 +105,7 @@ class SegmentWriter:
         except OSError as error:
             self._take_back()
             raise CembedError(
-                f"cannot write to {segment.folder}: {error.strerror or error}; nothing was added"
+                f"cannot write to {segment.folder}: {error.strerror or error}; the index is as it was"
             ) from error
         self._sync_log()
         segment.grow()

@@ -608,7 +608,7 @@ def test_a_full_disk(small: Index, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", write)
-        assert "No space left on device; nothing was added" in refusal(
+        assert "No space left on device; the index is as it was" in refusal(
             lambda: small.add([NewPage("x", QUERY)], bundle=BUNDLE)
         )
     assert small.add([NewPage("x", QUERY)], bundle=BUNDLE) == Added(1, 0, 0)
