@@ -171,7 +171,7 @@ def fuse_biases(nodes: list[onnx.NodeProto], source: SourceGraph) -> list[onnx.N
     """Products of bytes with the biases added behind them, in one operator of ONNX Runtime.
 
     It finds that operator by itself where no bias follows, but has no place for the bias then: a pass over the output
-    more, 8 % of a page.
+    more, 7 % of a page.
     """
     makers = {output: node for node in nodes for output in node.output}
     readers = Counter(name for node in nodes for name in node.input)
