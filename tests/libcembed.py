@@ -113,8 +113,17 @@ class Hits(ctypes.Structure):
     _fields_ = (("hits", ctypes.POINTER(Hit)), ("count", ctypes.c_size_t), ("owner", ctypes.c_void_p))
 
 
+class Filter(ctypes.Structure):
+    _fields_ = (("where", ctypes.c_char_p), ("source", ctypes.c_char_p))
+
+
 class IndexInfo(ctypes.Structure):
     _fields_ = (("bundle", ctypes.c_char_p), ("pages", ctypes.c_int64), ("dim", ctypes.c_int32))
+
+
+def text(raw: bytes) -> str:
+    """As an index keeps it, half of a surrogate pair included."""
+    return raw.decode("utf-8", "surrogatepass")
 
 
 class CallError(Exception):
@@ -233,14 +242,19 @@ class Index:
         self.library.call("cembed_index_get_info", self.handle, ctypes.byref(info))
         return info
 
-    def search(self, query: Vectors, top: int = 10) -> list[tuple[str, float, str, int, str]]:
+    def search(
+        self, query: Vectors, top: int = 10, where: str | bytes | None = None, source: str | bytes | None = None
+    ) -> list[tuple[str, float, str, int, str]]:
         """Id, score, source, page and metadata of the best pages."""
-        hits = Hits()
-        place = ctypes.c_void_p(query.ctypes.data)
-        self.library.call("cembed_index_search", self.handle, place, *query.shape, top, 2, ctypes.byref(hits))
+        hits, name, filters = Hits(), "cembed_index_search", list[Any]()
+        if where is not None or source is not None:
+            name += "_filtered"
+            filters = [ctypes.byref(Filter(*(t.encode() if isinstance(t, str) else t for t in (where, source))))]
+        arguments = self.handle, ctypes.c_void_p(query.ctypes.data), *query.shape, top, 2
+        self.library.call(name, *arguments, *filters, ctypes.byref(hits))
         try:
             found = [hits.hits[i] for i in range(hits.count)]
-            return [(h.id.decode(), h.score, h.source.decode(), h.page, h.metadata.decode()) for h in found]
+            return [(text(h.id), h.score, text(h.source), h.page, text(h.metadata)) for h in found]
         finally:
             self.library.dll.cembed_hits_free(ctypes.byref(hits))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import libcembed
 import numpy as np
@@ -13,7 +16,7 @@ from libcembed import CallError, Library
 from test_index import BUNDLE, DIM, PAGES, QUERY, make, some_pages
 
 from cembed.runtime import CembedError
-from cembed.runtime.index import Index
+from cembed.runtime.index import Index, NewPage
 
 
 def same(library: Library, folder: Path, top: int = 10, query: np.typing.NDArray[np.float32] = QUERY) -> None:
@@ -109,3 +112,118 @@ def test_indexes_that_are_refused(library: Library, tmp_path: Path) -> None:
     with pytest.raises(CallError, match="top"):
         index.search(QUERY, 0)
     index.close()
+
+
+# Filters --------------------------------------------------------------------------------------------------------------
+
+BIG = 2**53 + 1
+VALUES: list[Any] = [
+    0, 1, 1.0, -0.0, True, False, None, "1", "", 0.1, 1e300, BIG, BIG - 1, float(BIG - 1), 2**63, 2**64, 10**40, 1e40,
+    int(1e40), -(2**70), "é", "e\u0301", "\0", "\U0010ffff", [], [1, [True]], [1.0, [1]], [[1, 1]], [11], ["1", 1], {},
+    [{}], {"a": 1, "b": [2]}, {"b": [2.0], "a": True}, {"a": {"b": None}},
+]  # fmt: skip
+SOURCES = [
+    "",
+    "a",
+    "b",
+    "-",
+    "!",
+    "]",
+    "[",
+    "^",
+    "\\",
+    "a-b",
+    "ab",
+    "ba",
+    "[a]",
+    "a\nb",
+    "é",
+    "eé",
+    "aéb-",
+    "\U0001f600",
+    "\udc80",
+]
+
+
+@pytest.fixture(scope="module")
+def filtered(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[libcembed.Index, Index]]:
+    """An index with each value, and each source, in two segments; one page is removed."""
+    folder: Path = tmp_path_factory.mktemp("filtered") / "index"
+    metadata: list[dict[str, Any]] = [{}, {"y": 1}, *({"x": value, "y": i % 3} for i, value in enumerate(VALUES))]
+    metadata.append({"x": "\udc80"})  # of a file's name, say
+    vectors = [page.vectors for page in some_pages(len(metadata), seed=2)]
+    pages = [
+        NewPage(str(i), rows, SOURCES[i % len(SOURCES)], 1, data)
+        for i, (rows, data) in enumerate(zip(vectors, metadata, strict=True))
+    ]
+    with make(folder, pages[:20]):
+        pass
+    with Index.open(folder, write=True) as index:
+        index.add(pages[20:], bundle=BUNDLE)
+        index.remove(["1"])
+    ours = libcembed.Index(library, folder)
+    yield ours, Index.open(folder)
+    ours.close()
+
+
+def found(index: tuple[libcembed.Index, Index], where: dict[str, Any] | None, source: str | None, top: int = 99) -> int:
+    """How many both find, alike."""
+    ours, theirs = index
+    wanted = [(hit.id, hit.score) for hit in theirs.search(QUERY, top, where=where, source=source).hits]
+    text = None if where is None else json.dumps(where)
+    assert [hit[:2] for hit in ours.search(QUERY, top, text, source)] == wanted, (where, source)
+    return len(wanted)
+
+
+def test_values_are_equal_where_python_says_so(filtered: tuple[libcembed.Index, Index]) -> None:
+    everything = found(filtered, None, None)
+    assert found(filtered, {}, None) == everything == len(VALUES) + 2
+    counts = [found(filtered, {"x": value}, None) for value in VALUES]
+    assert counts[VALUES.index("1")] == 1
+    assert counts[VALUES.index(1)] == 3
+    assert set(counts) == {1, 2, 3}
+    assert found(filtered, {"x": VALUES[5], "y": 2}, None) < found(filtered, {"y": 2}, None) < everything
+    assert found(filtered, {"z": None}, None) == found(filtered, {"x": 1, "z": 1}, None) == 0
+    assert found(filtered, {"y": 1}, "[ab]*", 2) == 2
+
+
+def test_patterns_fit_where_python_says_so(filtered: tuple[libcembed.Index, Index]) -> None:
+    rng, patterns = (
+        random.Random(0),
+        ["", "*", "?", "??", "[!a]*", "a*b-", "[a", "[]a]", "[!]", "[b-a]", "[z-a!-b]", "A"],
+    )
+    patterns += ["".join(rng.choices("a*b?[]-!^\\é\n", k=rng.randint(1, 9))) for _ in range(3000)]
+    counts = {found(filtered, None, pattern) for pattern in patterns}
+    assert {0, 1, len(VALUES) + 2} < counts
+
+
+def test_a_filter_comes_before_the_stages(library: Library, tmp_path: Path) -> None:
+    pages = some_pages(1100, dim=512, rows=32)
+    with make(tmp_path / "index", pages, "f32,u8,bits"):
+        pass
+    ours, query = libcembed.Index(library, tmp_path / "index"), pages[3].vectors[:4]
+    for where in ({"even": True}, {"number": 7}):
+        theirs = Index.open(tmp_path / "index").search(query, 5, where=where).hits
+        assert [h[:2] for h in ours.search(query, 5, json.dumps(where))] == [(h.id, h.score) for h in theirs]
+    ours.close()
+
+
+@pytest.mark.parametrize(
+    ("where", "source", "message"),
+    [
+        ("[]", None, "where is no JSON object"),
+        ("1", None, "where is no JSON object"),
+        ("", None, "where is no JSON object"),
+        ('{"a": 1', None, "where is no JSON object"),
+        ('{"a": NaN}', None, "where is no JSON object"),
+        (b'{"a": "\xff"}', None, "where is no JSON object"),
+        ("[" * 100_000, None, "where is no JSON object"),
+        (None, b"\xff", "UTF-8"),
+    ],
+)
+def test_filters_that_are_refused(
+    filtered: tuple[libcembed.Index, Index], where: str | bytes | None, source: bytes | None, message: str
+) -> None:
+    with pytest.raises(CallError, match=message) as error:
+        filtered[0].search(QUERY, 5, where, source)
+    assert error.value.status == libcembed.ARGUMENT

@@ -36,6 +36,7 @@ API = [
     "index_get_info",
     "index_open",
     "index_search",
+    "index_search_filtered",
     "kernels",
     "load",
     "maxsim",

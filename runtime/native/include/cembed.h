@@ -24,7 +24,8 @@ extern "C" {
 #define CEMBED_API
 #endif
 
-/* Goes up when a function or a struct of this header changes. cembed_open and cembed_index_open refuse another one. */
+/* Goes up when a function or a struct of this header changes, not when one is added. cembed_open and cembed_index_open
+ * refuse another one. */
 #define CEMBED_ABI_VERSION 1
 
 typedef enum cembed_status {
@@ -141,6 +142,16 @@ CEMBED_API cembed_status cembed_index_get_info(const cembed_index *index, cembed
 /* The best pages for query vectors [rows, dim]. Bytes are compared with their CRC when they are first used. */
 CEMBED_API cembed_status cembed_index_search(cembed_index *index, const float *query, int32_t rows, int32_t dim,
                                              int32_t top, int32_t threads, cembed_hits *hits);
+
+/* Pages that a search looks at; a null field is no condition. */
+typedef struct cembed_filter {
+    const char *where;  /* a JSON object: the page's metadata has all of its keys, with equal values */
+    const char *source; /* a pattern of the page's source, with * for any text, ? for a character, [a-z] and [!a-z] */
+} cembed_filter;
+
+CEMBED_API cembed_status cembed_index_search_filtered(cembed_index *index, const float *query, int32_t rows,
+                                                      int32_t dim, int32_t top, int32_t threads,
+                                                      const cembed_filter *filter, cembed_hits *hits);
 CEMBED_API void cembed_hits_free(cembed_hits *hits);
 
 CEMBED_API const char *cembed_error(void);        /* what was wrong in this thread's last call; empty if nothing */

@@ -209,11 +209,11 @@ class Index {
         return info;
     }
 
-    Result<Hits> search(const Vectors &query, int32_t top = 10, int32_t threads = 0) {
+    Result<Hits> search(const Vectors &query, int32_t top = 10, int32_t threads = 0, const cembed_filter &filter = {}) {
         cembed_hits made{};
         const auto rows = int32_t(query.rows()), dim = int32_t(query.dim());
         const cembed_status status =
-            cembed_index_search(handle_.get(), query.flat().data, rows, dim, top, threads, &made);
+            cembed_index_search_filtered(handle_.get(), query.flat().data, rows, dim, top, threads, &filter, &made);
         if (status) return detail::last(status);
         return Hits(made);
     }

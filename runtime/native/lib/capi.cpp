@@ -295,6 +295,12 @@ cembed_status cembed_index_get_info(const cembed_index *index, cembed_index_info
 
 cembed_status cembed_index_search(cembed_index *index, const float *query, int32_t rows, int32_t dim, int32_t top,
                                   int32_t threads, cembed_hits *hits) {
+    return cembed_index_search_filtered(index, query, rows, dim, top, threads, nullptr, hits);
+}
+
+cembed_status cembed_index_search_filtered(cembed_index *index, const float *query, int32_t rows, int32_t dim,
+                                           int32_t top, int32_t threads, const cembed_filter *filter,
+                                           cembed_hits *hits) {
     return guarded([&] {
         require(index != nullptr && hits != nullptr, "null where an index or hits are wanted");
         *hits = {};
@@ -302,7 +308,8 @@ cembed_status cembed_index_search(cembed_index *index, const float *query, int32
         require(top >= 1, "top is below 1");
         require(dim == index->index.current().dim, "the query has another dim than the index");
         auto owner = std::make_unique<Found>();
-        owner->found = index->index.search(query, rows, top, threads_or_all(threads));
+        owner->found = index->index.search(query, rows, top, threads_or_all(threads),
+                                           filter == nullptr ? Filter() : Filter(filter->where, filter->source));
         for (const Hit &hit : owner->found)
             owner->hits.push_back({hit.score, hit.page, hit.id.c_str(), hit.source.c_str(), hit.metadata.c_str()});
         *hits = {owner->hits.data(), owner->hits.size(), owner.get()};

@@ -64,35 +64,33 @@ Log read_log(const std::string &path, const Current &current, int64_t segment) {
 
 }  // namespace
 
-Segment::Segment(const std::string &folder, const Current &current, int64_t number, bool last) : dim_(current.dim) {
+Segment::Segment(const std::string &folder, const Current &current, int64_t number, bool last)
+    : dim_(current.dim), path_(path_of(folder, number, "log")) {
     for (const std::string &tier : current.tiers) {
         tiers_.emplace_back();
         tiers_.back().path = path_of(folder, number, tier);
         tiers_.back().storage = storage_of(tier);
     }
-    const std::string path = path_of(folder, number, "log");
-    Log log = read_log(path, current, number);
-    if (!last && !log.closed) throw Error(INDEX, path + " lacks its end: " + REPAIR);
+    Log log = read_log(path_, current, number);
+    if (!last && !log.closed) throw Error(INDEX, path_ + " lacks its end: " + REPAIR);
     commits_ = std::move(log.commits);
-    try {
-        for (const Commit &commit : commits_) add(commit);
-    } catch (const Error &error) {
-        throw Error(INDEX, path + ": " + error.what() + ": " + REPAIR);
-    }
+    for (const Commit &commit : commits_) add(commit);
     ones_.assign(rows_.size(), 1);
     open_tiers();
 }
 
+void Segment::damaged(const std::string &why) const { throw Error(INDEX, path_ + ": " + why + ": " + REPAIR); }
+
 void Segment::add(const Commit &commit) {
     const size_t n = commit.serials.size(), at = size_t(&commit - commits_.data());
-    if (n && !serials_.empty() && commit.serials[0] <= serials_.back()) throw Error(INDEX, "its pages are impossible");
+    if (n && !serials_.empty() && commit.serials[0] <= serials_.back()) damaged("its pages are impossible");
     serials_.insert(serials_.end(), commit.serials.begin(), commit.serials.end());
     rows_.insert(rows_.end(), commit.rows.begin(), commit.rows.end());
     scales_.insert(scales_.end(), commit.scales.begin(), commit.scales.end());
     for (size_t i = 0; i < n; ++i) places_.emplace_back(at, i);
     for (size_t t = 0; t < tiers_.size(); ++t) {
         Tier &tier = tiers_[t];
-        if (commit.bases[t] < tier.end) throw Error(INDEX, "its pages lie on others");
+        if (commit.bases[t] < tier.end) damaged("its pages lie on others");
         tier.end = commit.bases[t];
         for (size_t i = 0; i < n; ++i) {
             tier.starts.push_back(tier.end);
@@ -131,6 +129,30 @@ void Segment::remove(const std::vector<int64_t> &serials) {
     }
 }
 
+std::vector<int64_t> Segment::choose(const Filter &filter) const {
+    if (filter.takes_all()) return live_;
+    std::vector<std::vector<bool>> sources, metadata;  // of each commit, where pages share them
+    try {
+        for (const Commit &commit : commits_) {
+            sources.emplace_back();
+            for (size_t i = 0; i < commit.sources.size(); ++i)
+                sources.back().push_back(filter.takes_source(commit.sources[i]));
+            metadata.emplace_back();
+            for (size_t i = 0; i < commit.metadata.size(); ++i)
+                metadata.back().push_back(filter.takes_metadata(commit.metadata[i]));
+        }
+    } catch (const Error &error) {
+        damaged(error.what());
+    }
+    std::vector<int64_t> chosen;
+    std::copy_if(live_.begin(), live_.end(), std::back_inserter(chosen), [&](int64_t page) {
+        const auto [at, i] = places_[size_t(page)];
+        const Commit &commit = commits_[at];
+        return sources[at][size_t(commit.source[i])] && metadata[at][size_t(commit.metadatum[i])];
+    });
+    return chosen;
+}
+
 maxsim_pages Segment::pages(size_t which_tier, const std::vector<int64_t> &which) {
     Tier &tier = tiers_[which_tier];
     for (const int64_t page : which) {
@@ -139,18 +161,25 @@ maxsim_pages Segment::pages(size_t which_tier, const std::vector<int64_t> &which
         const auto *bytes = reinterpret_cast<const char *>(tier.map.data() + tier.starts[i]);
         if (crc32({bytes, size_t(page_size(tier, page))}) != tier.crcs[i])
             throw Error(INDEX, tier.path + " is damaged from byte " + std::to_string(tier.starts[i]) +
-                                   " on: the vectors of '" + hit(page, 0).id + "'; " + REPAIR);
+                                   " on: the vectors of '" + id(page) + "'; " + REPAIR);
         tier.checked[i] = true;
     }
     const float *scales = tier.storage == MAXSIM_U8 ? scales_.data() : ones_.data();
     return {tier.storage, int32_t(dim_), tier.map.data(), tier.starts.data(), rows_.data(), scales};
 }
 
+std::string Segment::id(int64_t page) const {
+    const auto [at, i] = places_[size_t(page)];
+    return commits_[at].ids[i];
+}
+
 Hit Segment::hit(int64_t page, float score) const {
     const auto [at, i] = places_[size_t(page)];
     const Commit &commit = commits_[at];
-    return {score, commit.numbers[i], commit.ids[i], commit.sources[size_t(commit.source[i])],
+    Hit hit{score, commit.numbers[i], commit.ids[i], commit.sources[size_t(commit.source[i])],
             commit.metadata[size_t(commit.metadatum[i])]};
+    if (!values_of(hit.metadata)) damaged("metadata is no JSON object");
+    return hit;
 }
 
 Index::Index(std::string folder) : folder_(std::move(folder)) {
@@ -180,18 +209,18 @@ void Index::load() {
 
 int64_t Index::size() const {
     int64_t pages = 0;
-    for (const auto &segment : segments_) pages += int64_t(segment->live().size());
+    for (const auto &segment : segments_) pages += segment->live();
     return pages;
 }
 
-std::vector<Index::Stage> Index::make_plan(int64_t top) const {
-    int64_t vectors = 0, pages = 0;
+std::vector<Index::Stage> Index::make_plan(int64_t top, int64_t pages) const {
+    int64_t vectors = 0, all = 0;
     for (const auto &segment : segments_) {
         vectors += segment->vectors();
-        pages += segment->size();
+        all += segment->size();
     }
-    const double live = double(vectors) * double(size()) / double(std::max<int64_t>(1, pages));
-    if (std::floor(live) * double(vector_bytes(storage_of(current_.tiers[0]), current_.dim)) <= double(EXACT_BYTES))
+    const double chosen = double(vectors) * double(pages) / double(std::max<int64_t>(1, all));
+    if (std::floor(chosen) * double(vector_bytes(storage_of(current_.tiers[0]), current_.dim)) <= double(EXACT_BYTES))
         return {{0, top}};
     const int64_t first = std::max(CANDIDATES, 20 * top);
     int64_t keep = first;
@@ -220,7 +249,7 @@ std::vector<Index::Ranked> Index::run_stage(const float *query, int32_t rows, St
         for (size_t i = 0; i < size_t(count); ++i) {
             if (!std::isfinite(scores[i]))
                 throw Error(INDEX,
-                            "the vectors of '" + segments_[s]->hit(numbers[i], 0).id + "' are no finite numbers");
+                            "the vectors of '" + segments_[s]->id(numbers[i]) + "' are no finite numbers");
             ranked.push_back({scores[i], s, numbers[i]});
         }
     }
@@ -229,16 +258,20 @@ std::vector<Index::Ranked> Index::run_stage(const float *query, int32_t rows, St
     return ranked;
 }
 
-std::vector<Hit> Index::search(const float *query, int32_t rows, int64_t top, int threads) {
+std::vector<Hit> Index::search(const float *query, int32_t rows, int64_t top, int threads, const Filter &filter) {
     std::vector<std::vector<int64_t>> which;
-    for (const auto &segment : segments_) which.push_back(segment->live());
+    int64_t pages = 0;
+    for (const auto &segment : segments_) {
+        which.push_back(segment->choose(filter));
+        pages += int64_t(which.back().size());
+    }
     std::vector<Ranked> ranked;
-    const auto plan = make_plan(top);
+    const auto plan = make_plan(top, pages);
     for (size_t i = 0; i < plan.size(); ++i) {
         ranked = run_stage(query, rows, plan[i], threads, which);
-        for (auto &pages : which) pages.clear();
+        for (auto &chosen : which) chosen.clear();
         for (const Ranked &page : ranked) which[page.segment].push_back(page.page);
-        for (auto &pages : which) std::sort(pages.begin(), pages.end());
+        for (auto &chosen : which) std::sort(chosen.begin(), chosen.end());
         for (const auto &segment : segments_) {
             if (i > 0) segment->release(plan[i].tier);
         }

@@ -9,6 +9,7 @@
 
 #include "../maxsim.h"
 #include "files.h"
+#include "filter.h"
 #include "log.h"
 
 namespace cembed {
@@ -43,14 +44,20 @@ class Segment {
 
     int64_t size() const { return int64_t(rows_.size()); }
     int64_t vectors() const;
-    const std::vector<int64_t> &live() const { return live_; }
+    int64_t live() const { return int64_t(live_.size()); }
+    // Live pages that a filter takes. Throws Error(INDEX): metadata is damaged.
+    std::vector<int64_t> choose(const Filter &filter) const;
     // Throws Error(INDEX) if one of `which` is damaged in a tier.
     maxsim_pages pages(size_t tier, const std::vector<int64_t> &which);
     // Gives back memory of a tier that was used so far.
     void release(size_t tier) const { tiers_[tier].map.release(); }
+    std::string id(int64_t page) const;
+    // Throws Error(INDEX): its metadata is damaged.
     Hit hit(int64_t page, float score) const;
 
   private:
+    [[noreturn]] void damaged(const std::string &why) const;
+
     struct Tier {
         std::string path;
         int32_t storage;
@@ -66,6 +73,7 @@ class Segment {
     void open_tiers();
 
     const int64_t dim_;
+    const std::string path_;  // of its log
     std::vector<Tier> tiers_;
     std::vector<Commit> commits_;
     std::vector<int64_t> serials_, live_;
@@ -82,7 +90,7 @@ class Index {
     const Current &current() const { return current_; }
     int64_t size() const;
     // The best pages for query vectors [rows, dim], best first, of equal ones the one added first. Throws Error.
-    std::vector<Hit> search(const float *query, int32_t rows, int64_t top, int threads);
+    std::vector<Hit> search(const float *query, int32_t rows, int64_t top, int threads, const Filter &filter);
 
   private:
     struct Stage {
@@ -96,7 +104,7 @@ class Index {
     };
 
     void load();
-    std::vector<Stage> make_plan(int64_t top) const;
+    std::vector<Stage> make_plan(int64_t top, int64_t pages) const;
     std::vector<Ranked> run_stage(const float *query, int32_t rows, Stage stage, int threads,
                                   std::vector<std::vector<int64_t>> &which);
 

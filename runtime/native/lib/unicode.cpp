@@ -100,7 +100,7 @@ void compose(std::u32string &text) {
 }
 
 // The code point at text[i], which moves behind it.
-char32_t next(std::string_view text, size_t &i) {
+char32_t next(std::string_view text, size_t &i, bool surrogates) {
     static constexpr char32_t SMALLEST[] = {0, 0x80, 0x800, 0x10000};
     const auto lead = uint8_t(text[i++]);
     if (lead < 0x80) return lead;
@@ -112,7 +112,7 @@ char32_t next(std::string_view text, size_t &i) {
         valid = (byte & 0xc0) == 0x80;
         c = c << 6 | (byte & 0x3f);
     }
-    if (!valid || c < SMALLEST[more] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000)) {
+    if (!valid || c < SMALLEST[more] || c > 0x10ffff || (!surrogates && c >= 0xd800 && c < 0xe000)) {
         throw Error(INVALID_ARGUMENT, "the text is not UTF-8");
     }
     return c;
@@ -124,10 +124,10 @@ bool is_letter(char32_t c) { return find(LETTERS, c) != nullptr; }
 bool is_number(char32_t c) { return find(NUMBERS, c) != nullptr; }
 bool is_space(char32_t c) { return find(SPACES, c) != nullptr; }
 
-std::u32string decode(std::string_view utf8) {
+std::u32string decode(std::string_view utf8, bool surrogates) {
     std::u32string text;
     text.reserve(utf8.size());
-    for (size_t i = 0; i < utf8.size();) text += next(utf8, i);
+    for (size_t i = 0; i < utf8.size();) text += next(utf8, i, surrogates);
     return text;
 }
 

@@ -26,8 +26,8 @@ bool is_letter(char32_t c);
 bool is_number(char32_t c);
 bool is_space(char32_t c);
 
-// Throws Error(INVALID_ARGUMENT) unless `utf8` is UTF-8: shortest forms, no surrogates.
-std::u32string decode(std::string_view utf8);
+// Throws Error(INVALID_ARGUMENT) unless `utf8` is UTF-8: shortest forms, no surrogates unless they are allowed.
+std::u32string decode(std::string_view utf8, bool surrogates = false);
 
 std::string encode(std::u32string_view text);
 
