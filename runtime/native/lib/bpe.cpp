@@ -1,6 +1,8 @@
 #include "bpe.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <queue>
 
 #include "error.h"
@@ -22,6 +24,15 @@ struct Candidate {
     }
 };
 
+// Room for a hash table of which at most half is used.
+size_t room(size_t count) {
+    size_t places = 2;
+    while (places < 2 * count) places *= 2;
+    return places;
+}
+
+uint32_t hash_of(std::string_view text) { return uint32_t(std::hash<std::string_view>()(text)); }
+
 uint64_t pair_of(uint32_t left, uint32_t right) { return uint64_t(left) << 32 | right; }
 
 size_t length_of_character(std::string_view text, size_t i) {
@@ -42,19 +53,14 @@ std::string_view Strings::operator[](size_t i) const {
     return std::string_view(text_).substr(start, ends_[i] - start);
 }
 
-Bpe::Bpe(Strings tokens, std::vector<uint32_t> ids, const Strings &merges, const BpeOptions &options)
-    : tokens_(std::move(tokens)), options_(options) {
-    vocabulary_.reserve(tokens_.size());
-    for (size_t i = 0; i < tokens_.size(); ++i) vocabulary_[tokens_[i]] = ids[i];
-    size_t slots = 2;
-    while (slots < merges.size()) slots *= 2;  // at most half of them are used
-    merges_.resize(slots);
-    for (size_t i = 0; i + 1 < merges.size(); i += 2) {
-        const uint32_t left = required(merges[i]), right = required(merges[i + 1]);
-        const uint32_t both = required(std::string(merges[i]).append(merges[i + 1]));
-        add_merge({pair_of(left, right), uint32_t(i / 2), both});
-    }
-    if (options_.unk_token) unknown_ = required(*options_.unk_token);
+Bpe::Bpe(const Strings &tokens, const std::vector<uint32_t> &ids, const Strings &merges, const BpeOptions &options)
+    : tokens_(tokens.text()),
+      vocabulary_(room(tokens.size())),
+      merges_(room(merges.size() / 2)),
+      options_(options) {
+    add_tokens(tokens, ids);
+    add_merges(merges);
+    if (options_.unk_token) unknown_ = required(*options_.unk_token, hash_of(*options_.unk_token));
     for (unsigned byte = 0; byte < 256; ++byte) {
         char name[8];
         std::snprintf(name, sizeof name, "<0x%02X>", byte);
@@ -63,34 +69,90 @@ Bpe::Bpe(Strings tokens, std::vector<uint32_t> ids, const Strings &merges, const
 }
 
 std::optional<uint32_t> Bpe::id(std::string_view token) const {
-    const auto found = vocabulary_.find(token);
-    return found == vocabulary_.end() ? std::nullopt : std::optional(found->second);
+    const Token &found = vocabulary_[place(token, hash_of(token))];
+    return found.length == FREE ? std::nullopt : std::optional(found.id);
 }
 
 std::optional<std::string_view> Bpe::token(uint32_t id) const {
-    for (const auto &[token, value] : vocabulary_) {
-        if (value == id) return token;
+    for (const Token &token : vocabulary_) {
+        if (token.length != FREE && token.id == id) return text(token);
     }
     return std::nullopt;
 }
 
-uint32_t Bpe::required(std::string_view token) const {
-    if (const auto found = id(token)) return *found;
+uint32_t Bpe::required(std::string_view token, uint32_t hash) const {
+    const Token &found = vocabulary_[place(token, hash)];
+    if (found.length != FREE) return found.id;
     throw Error(BUNDLE, "the tokenizer needs the token '" + std::string(token) + "', which its vocabulary lacks");
 }
 
-// Where a pair is, or the free place where it belongs.
-size_t Bpe::slot(uint64_t pair) const {
+// Of the same token twice the later id counts.
+void Bpe::add_tokens(const Strings &tokens, const std::vector<uint32_t> &ids) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        const std::string_view token = tokens[i];
+        const uint32_t hash = hash_of(token);
+        Token &found = vocabulary_[place(token, hash)];
+        size_ += found.length == FREE;
+        found = {hash, ids[i], uint32_t(token.data() - tokens.text().data()), uint32_t(token.size())};
+    }
+}
+
+// The tables are far larger than caches, so some merges at a time ask for their places before they read them.
+void Bpe::add_merges(const Strings &merges) {
+    struct Pending {
+        std::string both;
+        uint32_t hashes[3], id;
+        uint64_t pair;
+    };
+    std::array<Pending, 32> pending;
+    const size_t mask = vocabulary_.size() - 1, count = merges.size() / 2;
+    for (size_t first = 0; first < count; first += pending.size()) {
+        const size_t some = std::min(pending.size(), count - first);
+        for (size_t i = 0; i < some; ++i) {
+            Pending &p = pending[i];
+            const std::string_view left = merges[2 * (first + i)], right = merges[2 * (first + i) + 1];
+            p.both.assign(left).append(right);
+            const std::string_view texts[] = {left, right, p.both};
+            for (size_t k = 0; k < 3; ++k) {
+                p.hashes[k] = hash_of(texts[k]);
+                __builtin_prefetch(&vocabulary_[p.hashes[k] & mask]);
+            }
+        }
+        for (size_t i = 0; i < some; ++i) {
+            Pending &p = pending[i];
+            p.pair = pair_of(required(merges[2 * (first + i)], p.hashes[0]),
+                             required(merges[2 * (first + i) + 1], p.hashes[1]));
+            p.id = required(p.both, p.hashes[2]);
+            __builtin_prefetch(&merges_[first_place(p.pair)], 1);
+        }
+        for (size_t i = 0; i < some; ++i)
+            merges_[place(pending[i].pair)] = {pending[i].pair, uint32_t(first + i), pending[i].id};
+    }
+}
+
+// Where a token is, or the free place where it belongs.
+size_t Bpe::place(std::string_view token, uint32_t hash) const {
+    const size_t mask = vocabulary_.size() - 1;
+    for (size_t at = hash & mask;; at = (at + 1) & mask) {
+        const Token &found = vocabulary_[at];
+        if (found.length == FREE || (found.hash == hash && text(found) == token)) return at;
+    }
+}
+
+size_t Bpe::first_place(uint64_t pair) const {
+    return size_t((pair ^ pair >> 29) * 0x9e3779b97f4a7c15 >> 20) & (merges_.size() - 1);
+}
+
+// The same for a pair.
+size_t Bpe::place(uint64_t pair) const {
     const size_t mask = merges_.size() - 1;
-    size_t at = size_t((pair ^ pair >> 29) * 0x9e3779b97f4a7c15 >> 20) & mask;
+    size_t at = first_place(pair);
     while (merges_[at].pair != pair && merges_[at].pair != NONE) at = (at + 1) & mask;
     return at;
 }
 
-void Bpe::add_merge(const Merge &merge) { merges_[slot(merge.pair)] = merge; }
-
 const Bpe::Merge *Bpe::merge(uint32_t left, uint32_t right) const {
-    const Merge &found = merges_[slot(pair_of(left, right))];
+    const Merge &found = merges_[place(pair_of(left, right))];
     return found.pair == NONE ? nullptr : &found;
 }
 

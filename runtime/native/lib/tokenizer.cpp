@@ -34,45 +34,99 @@ const json &part(const json &object, const char *name) {
 
 std::string type_of(const json &component) { return component.at("type").get<std::string>(); }
 
-// The tokenizer's JSON without the vocabulary and the merges, which go into flat memory while they are read.
-class Reader {
+// The tokenizer's JSON; vocabulary and merges, which are nearly all of it, go into flat memory.
+class Reader : public nlohmann::json_sax<json> {
   public:
-    explicit Reader(std::string_view text) {
-        rest = json::parse(text, [this](int depth, json::parse_event_t event, json &value) {
-            return keep(depth, event, value);
-        });
-        if (merges.size() % 2 != 0) throw Error(BUNDLE, "the tokenizer has a merge of one token");
-    }
+    explicit Reader(std::string_view text) { json::sax_parse(text, this); }
 
     json rest;
     Strings tokens, merges;
     std::vector<uint32_t> ids;
 
-  private:
-    bool keep(int depth, json::parse_event_t event, json &value) {
-        if (event == json::parse_event_t::key) {
-            if (depth <= 2) path_[size_t(depth - 1)] = value.get<std::string>();
-            if (depth == 3) token_ = value.get<std::string>();
-            return true;
-        }
-        if (depth < 3 || path_[0] != "model" || (path_[1] != "vocab" && path_[1] != "merges")) return true;
-        if (event != json::parse_event_t::value) return event != json::parse_event_t::array_end;
-        if (path_[1] == "vocab" && depth > 3) return true;  // that of another model, to be refused by its type
-        path_[1] == "vocab" ? add_token(value) : add_merge(value.get_ref<const std::string &>(), depth);
-        return false;
-    }
+    bool null() override { return add(nullptr); }
+    bool boolean(bool value) override { return add(value); }
+    bool number_integer(number_integer_t value) override { return add(value); }
+    bool number_float(number_float_t value, const string_t &) override { return add(value); }
+    bool binary(binary_t &) override { return false; }
 
-    void add_token(const json &id) {
-        if (!id.is_number_unsigned() || id.get<uint64_t>() > INT32_MAX) {
-            throw Error(BUNDLE, "the tokenizer's token '" + token_ + "' has no id");
-        }
+    bool number_unsigned(number_unsigned_t value) override {
+        if (part_ != VOCABULARY || value > INT32_MAX) return add(value);
         tokens.add(token_);
-        ids.push_back(id.get<uint32_t>());
+        ids.push_back(uint32_t(value));
+        return true;
     }
 
-    // Either a list of two tokens, or both with a space between them.
-    void add_merge(const std::string &text, int depth) {
-        if (depth == 4) return merges.add(text);
+    bool string(string_t &value) override {
+        if (part_ != MERGES) return add(value);
+        pair_ == NO_PAIR ? add_merge(value) : merges.add(value);
+        return true;
+    }
+
+    bool key(string_t &value) override {
+        (part_ == VOCABULARY ? token_ : open_.back().key) = value;
+        return true;
+    }
+
+    bool start_object(size_t) override { return is_part("vocab", VOCABULARY) || open(json::object()); }
+    bool end_object() override { return close(); }
+
+    bool start_array(size_t) override {
+        if (is_part("merges", MERGES)) return true;
+        if (part_ != MERGES || pair_ != NO_PAIR) return open(json::array());
+        pair_ = merges.size();
+        return true;
+    }
+
+    bool end_array() override {
+        if (pair_ == NO_PAIR) return close();
+        if (merges.size() != pair_ + 2) throw Error(BUNDLE, "the tokenizer has a merge of one token, or three");
+        pair_ = NO_PAIR;
+        return true;
+    }
+
+    bool parse_error(size_t byte, const std::string &, const nlohmann::detail::exception &) override {
+        throw Error(BUNDLE, "the tokenizer is not JSON, from byte " + std::to_string(byte) + " on");
+    }
+
+  private:
+    static constexpr size_t NO_PAIR = ~size_t(0);
+    enum Part { OTHER, VOCABULARY, MERGES };
+    struct Level {
+        json *value;
+        std::string key;
+    };
+
+    // Whether what starts here is a part of the model that is kept apart.
+    bool is_part(const char *name, Part part) {
+        if (part_ != OTHER || open_.size() != 2 || open_[0].key != "model" || open_[1].key != name) return false;
+        part_ = part;
+        return true;
+    }
+
+    json *place(json value) {
+        if (part_ == VOCABULARY) throw Error(BUNDLE, "the tokenizer's token '" + token_ + "' has no id");
+        if (part_ == MERGES) throw Error(BUNDLE, "the tokenizer has a merge that is no text");
+        if (open_.empty()) return &(rest = std::move(value));
+        json &outer = *open_.back().value;
+        if (outer.is_object()) return &(outer[open_.back().key] = std::move(value));
+        outer.push_back(std::move(value));
+        return &outer.back();
+    }
+
+    bool add(json value) { return place(std::move(value)) != nullptr; }
+
+    bool open(json value) {
+        open_.push_back({place(std::move(value)), {}});
+        return true;
+    }
+
+    bool close() {
+        part_ == OTHER ? open_.pop_back() : void(part_ = OTHER);
+        return true;
+    }
+
+    // Both tokens with a space between them.
+    void add_merge(const std::string &text) {
         const size_t space = text.find(' ');
         if (space == std::string::npos || text.find(' ', space + 1) != std::string::npos) {
             throw Error(BUNDLE, "the tokenizer's merge '" + text + "' is not two tokens");
@@ -81,7 +135,10 @@ class Reader {
         merges.add(std::string_view(text).substr(space + 1));
     }
 
-    std::string path_[2], token_;
+    std::vector<Level> open_;
+    Part part_ = OTHER;
+    size_t pair_ = NO_PAIR;  // merges before the pair that has not ended
+    std::string token_;
 };
 
 BpeOptions bpe_options(const json &model) {
@@ -190,7 +247,7 @@ struct AddedToken {
 
 struct Tokenizer::Parts {
     explicit Parts(Reader &&reader)
-        : bpe(std::move(reader.tokens), std::move(reader.ids), reader.merges, bpe_options(reader.rest.at("model"))),
+        : bpe(reader.tokens, reader.ids, reader.merges, bpe_options(reader.rest.at("model"))),
           normalizer(part(reader.rest, "normalizer")),
           rules(pre_tokenizer_rules(part(reader.rest, "pre_tokenizer"), normalizer)), bytes(byte_characters()) {
         for (const json &token : part(reader.rest, "added_tokens")) add(AddedToken(token));
@@ -237,8 +294,6 @@ Tokenizer Tokenizer::from_json(std::string_view text) {
     Tokenizer tokenizer;
     try {
         tokenizer.parts_ = std::make_shared<const Parts>(Reader(text));
-    } catch (const json::parse_error &error) {
-        throw Error(BUNDLE, "the tokenizer is not JSON, from byte " + std::to_string(error.byte) + " on");
     } catch (const json::exception &error) {
         throw Error(BUNDLE, std::string("the tokenizer is damaged: ") + error.what());
     }
