@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 from libcembed import CallError, Library
 from test_index import BUNDLE, DIM, PAGES, QUERY, make, some_pages
 
-from cembed.runtime import CembedError
+from cembed.runtime import CembedError, records
 from cembed.runtime.index import Index, NewPage
+from cembed.runtime.index_files import read_current
 
 
 def same(library: Library, folder: Path, top: int = 10, query: np.typing.NDArray[np.float32] = QUERY) -> None:
@@ -81,17 +83,47 @@ def test_damage_is_named(library: Library, tmp_path: Path) -> None:
     assert refused > 20
 
 
-def ours(library: Library, folder: Path) -> object:
+CRAFTED = [  # bytes of a record, and what stands in their place
+    (b'{"even":true,"number":0}', b'["even",true,"number",0]'),
+    (b'{"even":true,"number":0}', b'{"even":true,"number":0 '),
+    (b"scans/0.pdf", b"scans/\xff.pdf"),
+    (b"scans/0.pdf", b"scans/0.pd\xc3"),
+    (b"0/10", b"0/\xed\xa0"),
+    (b"0/10", b"0/\xc0\x80"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CRAFTED)
+def test_records_that_make_no_sense_are_refused_whatever_their_crc(
+    library: Library, tmp_path: Path, before: bytes, after: bytes
+) -> None:
+    with make(tmp_path / "index"):
+        pass
+    log = tmp_path / "index" / "00000001.log"
+    raw, seed = log.read_bytes(), records.seed_of(read_current(tmp_path / "index").index, 1)
+    pages, removed = struct.unpack_from("<II", raw, 12)
+    (length,) = struct.unpack_from("<Q", raw, 32)
+    payload = raw[64 : 64 + length]
+    same = records.encode_record(seed, 0, records.COMMIT, pages, removed, payload)
+    assert raw.startswith(same)
+    assert before in payload
+    changed = records.encode_record(seed, 0, records.COMMIT, pages, removed, payload.replace(before, after, 1))
+    log.write_bytes(changed + raw[len(same) :])
+    assert not python_takes(tmp_path / "index", 99)
+    assert ours(library, tmp_path / "index", 99) is None
+
+
+def ours(library: Library, folder: Path, top: int = 10) -> object:
     """Hits, or None where the index is refused."""
     try:
-        return libcembed.Index(library, folder).search(QUERY)
+        return libcembed.Index(library, folder).search(QUERY, top)
     except CallError as error:
         return None if error.status == libcembed.INDEX else error
 
 
-def python_takes(folder: Path) -> bool:
+def python_takes(folder: Path, top: int = 10) -> bool:
     try:
-        return bool(Index.open(folder).search(QUERY).hits)
+        return bool(Index.open(folder).search(QUERY, top).hits)
     except CembedError:
         return False
 

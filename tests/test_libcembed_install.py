@@ -108,6 +108,33 @@ def test_a_project_elsewhere(
         assert "not a bundle" in failed.stderr
 
 
+ARM = Path(os.environ.get("CEMBED_ARM64", "/nowhere"))  # as samples/cpp/README.md says how it is made
+QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+
+
+@pytest.mark.skipif(
+    not ARM.exists(), reason="CEMBED_ARM64 names no folder with libcrypto, zlib and ONNX Runtime for arm64"
+)
+@pytest.mark.skipif(
+    not shutil.which("aarch64-linux-gnu-g++") or not QEMU, reason="no g++-aarch64-linux-gnu, or no qemu-user"
+)
+def test_it_is_built_for_arm64_and_runs(causal_bundle: Path, tmp_path: Path) -> None:
+    toolchain = libcembed.ROOT / "runtime" / "native" / "cmake" / "aarch64.cmake"
+    root = f"-DCMAKE_FIND_ROOT_PATH={ARM}", f"-DONNXRUNTIME_ROOT={os.environ.get('ONNXRUNTIME_ROOT', '')}"
+    run("cmake", "-S", toolchain.parents[1], "-B", tmp_path, f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", *root)
+    run("cmake", "--build", tmp_path, "--parallel", "2")
+    include = f"-I{toolchain.parents[1] / 'include'}"
+    shared = f"-L{tmp_path}", "-lcembed", "-Wl,--allow-shlib-undefined", "-o", tmp_path / "consumer"
+    run("aarch64-linux-gnu-gcc", include, CONSUMER / "consumer.c", *shared)
+    places = ":".join(map(str, [tmp_path, *(ARM / part / "aarch64-linux-gnu" for part in ("lib", "usr/lib"))]))
+    engine = next(ARM.glob("onnxruntime/capi/libonnxruntime.so*"))
+    environment = "-E", f"LD_LIBRARY_PATH={places}", "-E", f"CEMBED_ONNXRUNTIME={engine}"
+    rows, dim, total = run(str(QEMU), "-L", ARM, *environment, tmp_path / "consumer", causal_bundle, TEXT).split()
+    vectors = Embedder.load(causal_bundle).embed_query(TEXT)
+    assert (int(rows), int(dim)) == vectors.shape
+    assert float(total) == pytest.approx(float(vectors.sum()), abs=1e-4)
+
+
 class Service:
     """cembed-service with one caller and four places to wait."""
 

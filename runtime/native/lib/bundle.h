@@ -34,6 +34,7 @@ class Bundle {
     explicit Bundle(std::string root);
 
     const Manifest manifest;
+    const std::string &root() const { return root_; }
     const std::string &hash() const { return hash_; }
 
     // The path of a file, once its sha256 is the manifest's.

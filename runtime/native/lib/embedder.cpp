@@ -8,6 +8,7 @@
 #include "error.h"
 #include "positions.h"
 #include "state.h"
+#include "tensorrt.h"
 
 namespace cembed {
 namespace {
@@ -50,6 +51,14 @@ void normalise(const float *from, int64_t dim, float *to) {
     std::transform(from, from + dim, to, [norm](float value) { return value / norm; });
 }
 
+Engines engines_of(Bundle &bundle, const EngineSettings &settings) {
+    if (settings.provider == TENSORRT) return tensorrt_engines(bundle);
+    check_provider(settings);
+    return [&bundle, settings](const std::string &graph) {
+        return load_onnxruntime(bundle.graph_path(graph), settings);
+    };
+}
+
 std::optional<Table> slot_table(Bundle &bundle) {
     if (!bundle.manifest.slot_embeddings) return std::nullopt;
     return bundle.table(*bundle.manifest.slot_embeddings);
@@ -59,17 +68,15 @@ std::optional<Table> slot_table(Bundle &bundle) {
 
 int64_t Prompt::last_position() const { return *std::max_element(positions.begin(), positions.end()); }
 
-Embedder::Embedder(const std::string &path, Settings settings)
+Embedder::Embedder(const std::string &path, const Settings &settings)
     : bundle(path),
       manifest(bundle.manifest),
       image(limited(manifest, settings.max_visual_tokens)),
       state_memory(settings.state_memory),
-      engine_settings_(std::move(settings.engine)),
       prompter_(Tokenizer::from_json(bundle.read(manifest.tokenizer)), manifest.image_token_id),
       tokens_(bundle.table(manifest.token_embeddings)),
-      slots_(slot_table(bundle)) {
-    check_provider(engine_settings_);
-}
+      slots_(slot_table(bundle)),
+      open_(engines_of(bundle, settings.engine)) {}
 
 void Embedder::check_length(int64_t length) const {
     if (length > manifest.max_sequence_length) {
@@ -209,7 +216,7 @@ Vectors Embedder::finish(const Side &side, std::vector<float> states, int64_t di
 const Engine &Embedder::engine(const std::string &graph) {
     const std::lock_guard<std::mutex> guard(lock_);
     auto &engine = engines_[graph];
-    if (!engine) engine = load_onnxruntime(bundle.graph_path(graph), engine_settings_);
+    if (!engine) engine = open_(graph);
     return *engine;
 }
 

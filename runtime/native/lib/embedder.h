@@ -52,7 +52,7 @@ struct Prompt {
 class Embedder {
   public:
     // Throws Error: no bundle, a damaged one, no engine, an option out of range.
-    Embedder(const std::string &path, Settings settings);
+    Embedder(const std::string &path, const Settings &settings);
 
     Bundle bundle;
     const Manifest &manifest;
@@ -81,10 +81,10 @@ class Embedder {
     std::vector<float> image_features(const PixelValues &pixels);
     std::vector<float> single_pass(const Side &side, const Prompt &prompt, int64_t num_vectors);
 
-    const EngineSettings engine_settings_;
     const Prompter prompter_;
     const Table tokens_;
     const std::optional<Table> slots_;
+    const Engines open_;
     std::mutex lock_;
     std::map<std::string, std::unique_ptr<Engine>> engines_;
 };

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <new>
+#include <numeric>
 #include <utility>
 
 #include <dlfcn.h>
@@ -139,10 +141,8 @@ class OrtEngine : public Engine {
             {Type::FLOAT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
             {Type::FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
             {Type::INT64, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
-        int64_t size = size_of(tensor.type);
-        for (const int64_t length : tensor.shape) size *= length;
         OrtValue *value = nullptr;
-        check(api_.CreateTensorWithDataAsOrtValue(memory_.get(), tensor.data, size_t(size), tensor.shape.data(),
+        check(api_.CreateTensorWithDataAsOrtValue(memory_.get(), tensor.data, size_t(tensor.bytes()), tensor.shape.data(),
                                                   tensor.shape.size(), types.at(tensor.type), &value),
               "ONNX Runtime failed");
         return value;
@@ -196,6 +196,16 @@ Tensor::Tensor(std::string name, Type type, std::vector<int64_t> shape, void *da
       type(type),
       shape(std::move(shape)),
       data(data) {}
+
+int64_t Tensor::bytes() const {
+    return std::accumulate(shape.begin(), shape.end(), size_of(type), std::multiplies<>());
+}
+
+std::shared_ptr<void> Engine::allocate(int64_t bytes) const {
+    void *memory = std::calloc(size_t(bytes), 1);
+    if (memory == nullptr) throw std::bad_alloc();
+    return {memory, std::free};
+}
 
 std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSettings &settings) {
     return std::make_unique<OrtEngine>(path, settings);

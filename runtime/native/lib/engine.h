@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,10 +19,13 @@ struct Tensor {
     Type type;
     std::vector<int64_t> shape;
     void *data;
+    bool resident = false;  // data is of Engine::allocate
 
     Tensor(std::string name, std::vector<int64_t> shape, const std::vector<float> &values);
     Tensor(std::string name, std::vector<int64_t> shape, const std::vector<int64_t> &values);
     Tensor(std::string name, Type type, std::vector<int64_t> shape, void *data);
+
+    int64_t bytes() const;
 };
 
 enum class Activations { KEEP, RELEASE };
@@ -34,10 +38,18 @@ class Engine {
     // is then updated in place. Safe to call from several threads. Throws Error(ENGINE).
     virtual void run(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs,
                      Activations after) const = 0;
+
+    // Zeros, where the engine keeps what lives longer than a run: memory of the host unless it says otherwise.
+    virtual std::shared_ptr<void> allocate(int64_t bytes) const;
 };
 
+// Loads a graph by its name.
+using Engines = std::function<std::unique_ptr<Engine>(const std::string &graph)>;
+
+constexpr const char *TENSORRT = "tensorrt";
+
 struct EngineSettings {
-    std::string provider = "CPUExecutionProvider";
+    std::string provider = "CPUExecutionProvider";  // of ONNX Runtime, or TENSORRT
     std::string library;  // of ONNX Runtime; empty: $CEMBED_ONNXRUNTIME, then the default names
     int threads = 0;      // of an operator; 0: one for each core
     bool mapped_weights = false;

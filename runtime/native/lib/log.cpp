@@ -8,6 +8,7 @@
 #include <zlib.h>
 
 #include "error.h"
+#include "unicode.h"
 
 namespace cembed {
 namespace {
@@ -68,6 +69,13 @@ bool goes_on(std::string_view log, int64_t offset, uint32_t seed, uint64_t seque
     return false;
 }
 
+// Half of a surrogate pair may be in the name of a file.
+void check_text(std::string_view text) try {
+    unicode::check(text, true);
+} catch (const Error &) {
+    damaged("its texts are not UTF-8");
+}
+
 // Takes arrays from the front of a payload, and never more than there is.
 class Payload {
   public:
@@ -89,6 +97,7 @@ class Payload {
         const size_t size = texts.ends.empty() ? 0 : texts.ends.back();
         const auto bytes = array<char>(size);
         texts.text.assign(bytes.begin(), bytes.end());
+        for (size_t i = 0; i < texts.size(); ++i) check_text(texts.at(i));
         return texts;
     }
 
@@ -142,9 +151,9 @@ uint32_t crc32(std::string_view bytes, uint32_t seed) {
     return uint32_t(crc32_z(seed, reinterpret_cast<const Bytef *>(bytes.data()), bytes.size()));
 }
 
-std::string Texts::operator[](size_t i) const {
+std::string_view Texts::at(size_t i) const {
     const size_t first = i ? ends[i - 1] : 0;
-    return text.substr(first, ends[i] - first);
+    return std::string_view(text).substr(first, ends[i] - first);
 }
 
 Log::Log(std::string_view bytes, const std::string &index, int64_t segment, size_t tiers) {

@@ -254,6 +254,9 @@ void check_numbers(const Manifest &m) {
 Manifest read_manifest(const Json &value) {
     Manifest m;
     m.backbone = value.at("backbone");
+    m.target = value.at("target");
+    m.causal = value.at("prompt_attention") == "causal";
+    m.opset = value.at("opset");
     m.hidden_size = value.at("hidden_size");
     m.dim = value.at("dim");
     m.max_sequence_length = value.at("max_sequence_length");

@@ -65,8 +65,9 @@ struct FileRecord {
 };
 
 struct Manifest {
-    std::string backbone;
-    int64_t hidden_size = 0, dim = 0, max_sequence_length = 0, image_token_id = 0;
+    std::string backbone, target;
+    bool causal = false;  // the prompt's attention
+    int64_t opset = 0, hidden_size = 0, dim = 0, max_sequence_length = 0, image_token_id = 0;
     Side document, query;
     ImageProcessing image;
     Positions positions;

@@ -11,6 +11,8 @@ namespace {
 
 const std::string PAST = "past_key_values.", PRESENT = "present.";
 
+int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
 bool is_past(const TensorSpec &tensor) { return tensor.name.compare(0, PAST.size(), PAST) == 0; }
 
 std::vector<int64_t> shape_of(const TensorSpec &tensor, int64_t capacity) {
@@ -50,12 +52,28 @@ int64_t Cache::bytes(const Graph &step, int64_t capacity) {
     return sum;
 }
 
-Cache::Cache(const Graph &step, int64_t capacity) : capacity(capacity) {
+int64_t Cache::capacity_for(const Graph &step, int64_t positions) {
+    for (const TensorSpec &tensor : step.inputs) {
+        if (!is_past(tensor) || tensor.axes.size() != 4 || !tensor.axes[2].empty()) continue;
+        const int64_t fixed = tensor.shape[2];
+        if (fixed >= positions) return fixed;
+        throw Error(INVALID_ARGUMENT, std::to_string(positions) + " positions are needed, the bundle's cache has " +
+                                          std::to_string(fixed) + ": ask for fewer vectors");
+    }
+    return positions;
+}
+
+Cache::Cache(const Graph &step, int64_t capacity, const Engine &engine) : capacity(capacity) {
+    int64_t size = 0;
+    for (const TensorSpec &tensor : step.inputs) size += is_past(tensor) ? aligned(bytes_of(tensor, capacity)) : 0;
+    memory = engine.allocate(size);
+    auto *place = static_cast<char *>(memory.get());
     for (const TensorSpec &tensor : step.inputs) {
         if (!is_past(tensor)) continue;
         const Type type = tensor.dtype == "float16" ? Type::FLOAT16 : Type::FLOAT32;
-        buffers.emplace_back(size_t(bytes_of(tensor, capacity)));
-        past.emplace_back(tensor.name, type, shape_of(tensor, capacity), buffers.back().data());
+        past.emplace_back(tensor.name, type, shape_of(tensor, capacity), place);
+        past.back().resident = true;
+        place += aligned(bytes_of(tensor, capacity));
         present.push_back(past.back());
         present.back().name.replace(0, PAST.size(), PRESENT);
     }
@@ -73,13 +91,13 @@ State::State(Embedder &embedder, const Side &side, const Prompt &prompt, int64_t
     : embedder_(embedder),
       side_(side),
       graph_(embedder.bundle.graph("text_step")),
-      reservation_([&]() -> std::unique_ptr<Reservation> {
+      capacity_([&] {
           embedder.check_length(max_vectors);
           embedder.check_length(prompt.length + side.num_slots(max_vectors));
-          const int64_t bytes = Cache::bytes(graph_, prompt.length + side.num_slots(max_vectors));
-          return kept ? std::make_unique<Reservation>(embedder, bytes) : nullptr;
+          return Cache::capacity_for(graph_, prompt.length + side.num_slots(max_vectors));
       }()),
-      cache_(graph_, prompt.length + side.num_slots(max_vectors)),
+      reservation_(kept ? std::make_unique<Reservation>(embedder, Cache::bytes(graph_, capacity_)) : nullptr),
+      cache_(graph_, capacity_, embedder.engine("text_step")),
       state_(size_t(embedder.manifest.dim)),
       hidden_(size_t(embedder.manifest.hidden_size)),
       prompt_end_(prompt.last_position()) {

@@ -25,11 +25,13 @@ class Reservation {
 
 // Keys and values of each layer, [1, kv_heads, capacity, head_dim]: the engine reads and writes them in place.
 struct Cache {
-    Cache(const Graph &step, int64_t capacity);
+    Cache(const Graph &step, int64_t capacity, const Engine &engine);
 
+    // Positions of a cache with room for so many. Throws Error(INVALID_ARGUMENT): graphs for TensorRT have a number.
+    static int64_t capacity_for(const Graph &step, int64_t positions);
     static int64_t bytes(const Graph &step, int64_t capacity);
 
-    std::vector<std::vector<char>> buffers;
+    std::shared_ptr<void> memory;
     std::vector<Tensor> past, present;
     int64_t capacity, length = 0;
 };
@@ -58,6 +60,7 @@ class State {
     Embedder &embedder_;
     const Side &side_;
     const Graph &graph_;
+    const int64_t capacity_;
     std::unique_ptr<Reservation> reservation_;
     Cache cache_;
     std::vector<float> states_;          // [count, D]

@@ -302,7 +302,7 @@ Tokenizer Tokenizer::from_json(std::string_view text) {
 
 std::vector<int64_t> Tokenizer::encode(std::string_view utf8) const {
     if (utf8.size() > MAX_TEXT) throw Error(INVALID_ARGUMENT, "the text is too long");
-    unicode::decode(utf8);
+    unicode::check(utf8);
     std::vector<int64_t> ids;
     for (const Piece &piece : parts_->raw.split(utf8)) {
         if (piece.id) {

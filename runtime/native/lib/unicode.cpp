@@ -124,6 +124,10 @@ bool is_letter(char32_t c) { return find(LETTERS, c) != nullptr; }
 bool is_number(char32_t c) { return find(NUMBERS, c) != nullptr; }
 bool is_space(char32_t c) { return find(SPACES, c) != nullptr; }
 
+void check(std::string_view utf8, bool surrogates) {
+    for (size_t i = 0; i < utf8.size();) next(utf8, i, surrogates);
+}
+
 std::u32string decode(std::string_view utf8, bool surrogates) {
     std::u32string text;
     text.reserve(utf8.size());

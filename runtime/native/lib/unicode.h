@@ -27,6 +27,9 @@ bool is_number(char32_t c);
 bool is_space(char32_t c);
 
 // Throws Error(INVALID_ARGUMENT) unless `utf8` is UTF-8: shortest forms, no surrogates unless they are allowed.
+void check(std::string_view utf8, bool surrogates = false);
+
+// The same.
 std::u32string decode(std::string_view utf8, bool surrogates = false);
 
 std::string encode(std::u32string_view text);
