@@ -249,7 +249,7 @@ def test_a_filter_comes_before_the_stages(library: Library, tmp_path: Path) -> N
         ('{"a": 1', None, "where is no JSON object"),
         ('{"a": NaN}', None, "where is no JSON object"),
         (b'{"a": "\xff"}', None, "where is no JSON object"),
-        ("[" * 100_000, None, "where is no JSON object"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", None, "where is no JSON object"),
         (None, b"\xff", "UTF-8"),
     ],
 )

@@ -171,6 +171,25 @@ def opens(call: Any) -> bool:
 
 
 @pytest.mark.parametrize(
+    ("at", "value"),
+    [(("positions", "first"), 2**63 - 1), (("positions", "first"), -1), (("image", "window_size"), 2**63 - 1),
+     (("image", "patch_size"), 2**40), (("hidden_size",), 0), (("document", "num_vectors"), 2**62)],
+)  # fmt: skip
+def test_numbers_that_cannot_be_computed_with(
+    library: Library, causal_bundle: Path, at: tuple[str, ...], value: int, tmp_path: Path
+) -> None:
+    root = copy_of(causal_bundle, tmp_path / "bundle")
+    manifest = json.loads((root / "manifest.json").read_text())
+    inner = manifest
+    for name in at[:-1]:
+        inner = inner[name]
+    inner[at[-1]] = value
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CallError, match=f"{at[-1]}.* out of range"):
+        library.open(root)
+
+
+@pytest.mark.parametrize(
     "text", ["", "[]", "{}", "{", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 100_000, "\xff"]
 )
 def test_what_is_no_manifest(library: Library, text: str, tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ void use(cembed::Bundle &bundle, cembed::Index &index, const cembed_image &image
     check(cembed::maxsim(query, pages).value().size() == 1, "scores");
     const auto hits = index.search(query, 5).value();
     check(hits.size() == 5 && hits[0].id[0] != 0, "an index");
+    const cembed_filter filter{"{}", "*[!a-o]age.png"};
+    check(index.search(query, 99, 1, filter).value().size() == 5, "pages that a filter takes");
+    check(!index.search(query, 5, 1, {"[1]", nullptr}), "a filter that is refused");
 }
 
 }  // namespace

@@ -117,26 +117,20 @@ class OrtEngine : public Engine {
   private:
     // Tensors as ONNX Runtime takes them.
     struct Values {
-        Values(const OrtEngine &engine, const std::vector<Tensor> &tensors) : api(engine.api_) {
-            names.reserve(tensors.size());
-            values.reserve(tensors.size());
+        Values(const OrtEngine &engine, const std::vector<Tensor> &tensors) {
             for (const Tensor &tensor : tensors) {
+                owned.push_back(engine.wrap(tensor));
                 names.push_back(tensor.name.c_str());
-                values.push_back(engine.wrap(tensor));
+                values.push_back(owned.back().get());
             }
         }
-        ~Values() {
-            for (OrtValue *value : values) api.ReleaseValue(value);
-        }
-        Values(const Values &) = delete;
-        Values &operator=(const Values &) = delete;
 
-        const OrtApi &api;
+        std::vector<Owned<OrtValue>> owned;
         std::vector<const char *> names;
         std::vector<OrtValue *> values;
     };
 
-    OrtValue *wrap(const Tensor &tensor) const {
+    Owned<OrtValue> wrap(const Tensor &tensor) const {
         static const std::map<Type, ONNXTensorElementDataType> types = {
             {Type::FLOAT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
             {Type::FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
@@ -145,7 +139,7 @@ class OrtEngine : public Engine {
         check(api_.CreateTensorWithDataAsOrtValue(memory_.get(), tensor.data, size_t(tensor.bytes()), tensor.shape.data(),
                                                   tensor.shape.size(), types.at(tensor.type), &value),
               "ONNX Runtime failed");
-        return value;
+        return {value, api_.ReleaseValue};
     }
 
     Owned<OrtSessionOptions> make_options(const EngineSettings &settings) const {

@@ -13,6 +13,7 @@ namespace cembed {
 namespace {
 
 constexpr auto NONE = std::u32string_view::npos;
+constexpr size_t MAX_DEPTH = 1000;  // about what Python's parser takes
 
 // Builds the texts of values from the inside out.
 class Builder : public nlohmann::json_sax<nlohmann::json> {
@@ -70,7 +71,7 @@ class Builder : public nlohmann::json_sax<nlohmann::json> {
     static std::string quoted(const std::string &text) { return "\"" + std::to_string(text.size()) + ":" + text; }
 
     bool start(bool named) {
-        if (open_.empty() && !named) return false;
+        if ((open_.empty() && !named) || open_.size() == MAX_DEPTH) return false;
         open_.push_back({named, {}, {}, {}});
         return true;
     }

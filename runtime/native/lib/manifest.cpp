@@ -231,6 +231,7 @@ EmbeddingTable read_table(const Json &value) {
 // Numbers that sizes are computed from, within what can be computed with.
 void check_numbers(const Manifest &m) {
     const ImageProcessing &image = m.image;
+    const auto from_zero = [](int64_t value) { return std::clamp<int64_t>(value, -1, MAX_ROWS) + 1; };
     const std::vector<std::pair<const char *, std::pair<int64_t, int64_t>>> limits = {
         {"hidden_size", {m.hidden_size, 1 << 20}},
         {"dim", {m.dim, 1 << 20}},
@@ -239,7 +240,8 @@ void check_numbers(const Manifest &m) {
         {"image.merge_size", {image.merge_size, 1 << 5}},
         {"image.min_pixels", {image.min_pixels, image.max_pixels}},
         {"image.max_pixels", {image.max_pixels, 1 << 28}},
-        {"image.window_size", {image.window_size + 1, 1 << 16}},
+        {"image.window_size", {from_zero(image.window_size), 1 << 16}},
+        {"positions.first", {from_zero(m.positions.first), 1 << 16}},
         {"token_embeddings.rows", {m.token_embeddings.rows, MAX_ROWS}},
         {"slot_embeddings.rows", {m.slot_embeddings ? m.slot_embeddings->rows : 1, MAX_ROWS}},
     };

@@ -38,11 +38,11 @@ int64_t bytes_of(Type type, const trt::Dims &dims) {
     return std::accumulate(dims.d, dims.d + dims.nbDims, size_of(type), std::multiplies<>());
 }
 
-// Elements of `from` [size] to where they are in [room], which has as many axes.
-const char *spread(const char *from, const int64_t *size, const int64_t *room, size_t axes, int64_t item, char *to) {
-    if (axes == 0) {
-        std::memcpy(to, from, size_t(item));
-        return from + item;
+// Items of `from` [size] to where they are in [room], which has as many axes.
+const char *spread(const char *from, const int64_t *size, const int64_t *room, int32_t axes, int64_t item, char *to) {
+    if (axes == 1) {
+        std::memcpy(to, from, size_t(size[0] * item));
+        return from + size[0] * item;
     }
     const int64_t step = std::accumulate(room + 1, room + axes, item, std::multiplies<>());
     for (int64_t i = 0; i < size[0]; ++i) from = spread(from, size + 1, room + 1, axes - 1, item, to + i * step);
@@ -172,8 +172,7 @@ class TrtEngine : public Engine {
     static void put(const Feed &feed, void *to) {
         const Tensor &tensor = feed.tensor;
         if (feed.bytes != tensor.bytes()) std::memset(to, 0, size_t(feed.bytes));
-        std::vector<int64_t> room(feed.room.d, feed.room.d + feed.room.nbDims);
-        spread(static_cast<const char *>(tensor.data), tensor.shape.data(), room.data(), room.size(),
+        spread(static_cast<const char *>(tensor.data), tensor.shape.data(), feed.room.d, feed.room.nbDims,
                size_of(tensor.type), static_cast<char *>(to));
     }
 
