@@ -136,10 +136,10 @@ std::vector<int64_t> Segment::choose(const Filter &filter) const {
         for (const Commit &commit : commits_) {
             sources.emplace_back();
             for (size_t i = 0; i < commit.sources.size(); ++i)
-                sources.back().push_back(filter.takes_source(commit.sources.at(i)));
+                sources.back().push_back(filter.takes_source(commit.sources[i]));
             metadata.emplace_back();
             for (size_t i = 0; i < commit.metadata.size(); ++i)
-                metadata.back().push_back(filter.takes_metadata(commit.metadata.at(i)));
+                metadata.back().push_back(filter.takes_metadata(commit.metadata[i]));
         }
     } catch (const Error &error) {
         damaged(error.what());
@@ -170,14 +170,14 @@ maxsim_pages Segment::pages(size_t which_tier, const std::vector<int64_t> &which
 
 std::string Segment::id(int64_t page) const {
     const auto [at, i] = places_[size_t(page)];
-    return std::string(commits_[at].ids.at(i));
+    return std::string(commits_[at].ids[i]);
 }
 
 Hit Segment::hit(int64_t page, float score) const {
     const auto [at, i] = places_[size_t(page)];
     const Commit &commit = commits_[at];
-    const auto source = commit.sources.at(size_t(commit.source[i]));
-    const auto metadata = commit.metadata.at(size_t(commit.metadatum[i]));
+    const auto source = commit.sources[size_t(commit.source[i])];
+    const auto metadata = commit.metadata[size_t(commit.metadatum[i])];
     if (!values_of(metadata)) damaged("metadata is no JSON object");
     return {score, commit.numbers[i], id(page), std::string(source), std::string(metadata)};
 }

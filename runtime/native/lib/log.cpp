@@ -97,7 +97,7 @@ class Payload {
         const size_t size = texts.ends.empty() ? 0 : texts.ends.back();
         const auto bytes = array<char>(size);
         texts.text.assign(bytes.begin(), bytes.end());
-        for (size_t i = 0; i < texts.size(); ++i) check_text(texts.at(i));
+        for (size_t i = 0; i < texts.size(); ++i) check_text(texts[i]);
         return texts;
     }
 
@@ -151,7 +151,7 @@ uint32_t crc32(std::string_view bytes, uint32_t seed) {
     return uint32_t(crc32_z(seed, reinterpret_cast<const Bytef *>(bytes.data()), bytes.size()));
 }
 
-std::string_view Texts::at(size_t i) const {
+std::string_view Texts::operator[](size_t i) const {
     const size_t first = i ? ends[i - 1] : 0;
     return std::string_view(text).substr(first, ends[i] - first);
 }

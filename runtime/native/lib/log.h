@@ -20,7 +20,7 @@ struct Texts {
     std::string text;
 
     size_t size() const { return ends.size(); }
-    std::string_view at(size_t i) const;
+    std::string_view operator[](size_t i) const;
 };
 
 // What a record says of the pages that count from it on, and of those that no longer do.
