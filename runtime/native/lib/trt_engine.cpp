@@ -114,12 +114,14 @@ class TrtEngine : public Engine {
         lane.ran = true;
         port = lane.outputs.begin();
         for (const Tensor &output : outputs) {  // of one that was filled up the first rows
-            if (!output.resident) std::memcpy(output.data, (port++)->host.get(), size_t(output.bytes()));
+            if (output.resident) continue;
+            done(output.bytes() <= port->bytes, "give all of " + output.name);
+            std::memcpy(output.data, (port++)->host.get(), size_t(output.bytes()));
         }
     }
 
     std::shared_ptr<void> allocate(int64_t bytes) const override {
-        const std::lock_guard<std::mutex> guard(device_->lock);
+        std::unique_lock<std::mutex> guard(device_->lock);
         std::vector<Memory> &unused = device_->caches[bytes];
         if (unused.empty()) unused.push_back(allocated(bytes, true));
         check(cudaMemsetAsync(unused.back().get(), 0, size_t(bytes), device_->stream), "clear a cache");
@@ -129,6 +131,7 @@ class TrtEngine : public Engine {
         };
         void *memory = unused.back().release();
         unused.pop_back();
+        guard.unlock();  // where this fails, the memory is given back
         return {memory, give_back};
     }
 
