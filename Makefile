@@ -52,13 +52,17 @@ CLANG ?= clang++
 FUZZ_SECONDS ?= 600
 FUZZERS := $(patsubst tests/native/fuzz_%.cpp,build/fuzz/%,$(wildcard tests/native/fuzz_*.cpp))
 ENGINE := $(addprefix runtime/native/lib/,engine.cpp embedder.cpp state.cpp capi.cpp)
+FUZZED := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out $(ENGINE),$(filter %.cpp,$(LIBRARY))))
 
 fuzz: $(FUZZERS)
 	for program in $^; do mkdir -p $${program}_corpus; $$program -max_total_time=$(FUZZ_SECONDS) $${program}_corpus || exit 1; done
 
-build/fuzz/%: tests/native/fuzz_%.cpp $(filter-out $(ENGINE),$(LIBRARY))
+build/fuzz/%: build/fuzz/tests/native/fuzz_%.o $(FUZZED)
+	$(CLANG) -fsanitize=fuzzer,address,undefined $^ -lcrypto -lz -o $@
+
+build/fuzz/%.o: %.cpp $(filter %.h,$(LIBRARY)) $(wildcard runtime/native/*.h)
 	mkdir -p $(@D)
-	$(CLANG) $(KERNEL_FLAGS) -fsanitize=fuzzer,address,undefined $(filter %.cpp,$^) -lcrypto -lz -o $@
+	$(CLANG) $(KERNEL_FLAGS) -fsanitize=fuzzer,address,undefined -c $< -o $@
 
 # The ARM kernels on this machine: needs g++-aarch64-linux-gnu and qemu-user.
 test-arm: $(NATIVE) $(wildcard runtime/native/*.h)
