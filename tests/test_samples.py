@@ -1,4 +1,4 @@
-"""The sample pages and the training recipe: what is drawn is what is asked, training learns, its result exports.
+"""The sample pages, the training recipe, the service under load: what is drawn is what is asked, training learns.
 
 Faces come from matplotlib's own folder here, so that no Debian package is needed.
 """
@@ -6,10 +6,13 @@ Faces come from matplotlib's own folder here, so that no Debian package is neede
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from random import Random
 
+import libcembed
 import matplotlib
 import numpy as np
 import pytest
@@ -21,10 +24,11 @@ from cembed.runtime import Embedder
 from cembed.runtime.evaluate import Dataset
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
-sys.path[:0] = [str(SAMPLES / "pages"), str(SAMPLES / "train")]
+sys.path[:0] = [str(SAMPLES / "pages"), str(SAMPLES / "train"), str(SAMPLES / "cpp")]
 import data  # noqa: E402
 import fonts  # noqa: E402
 import generate  # noqa: E402
+import load  # noqa: E402
 import losses  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
@@ -254,3 +258,20 @@ def test_diversity_is_the_mean_squared_cosine_of_pairs() -> None:
     rows = torch.nn.functional.normalize(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     pairs = [float(q[a] @ q[b]) ** 2 for q in rows for a in range(4) for b in range(4) if a != b]
     assert losses.diversity(rows).item() == pytest.approx(np.mean(pairs), rel=1e-5)
+
+
+def test_the_service_under_load(
+    built: Path, causal_bundle: Path, onnxruntime_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second each: ten times what it can do is refused, it recovers, slow connections cost nobody, SIGTERM drains."""
+    if (lacking := libcembed.missing(libcembed.SAMPLE_HEADERS)) or not shutil.which("wrk"):
+        pytest.skip(f"the service is not put under load: {lacking or 'no wrk'}")
+    monkeypatch.setenv("CEMBED_ONNXRUNTIME", str(onnxruntime_library))
+    program = built / "samples" / "cembed-service"
+    with load.Service(program, causal_bundle, "text/plain", b"warranty period") as service:
+        second = subprocess.run([program, causal_bundle, str(service.port)], capture_output=True, text=True)
+        assert second.stderr == f"cembed-service: port {service.port} is taken\n"
+        loads = dict(load.measure(service, 1))
+        assert loads["overload"].statuses.keys() == {"200", "429"}
+        assert all(loads[name].statuses.keys() == {"200"} for name in ("alone", "after it", "slow ones")), loads
+        assert service.drain()[0] == {200: load.CALLERS + load.QUEUE}

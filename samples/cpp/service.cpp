@@ -1,10 +1,13 @@
 // cembed-service BUNDLE [PORT [CALLERS [QUEUE [SECONDS]]]]: vectors over HTTP, on the loopback interface.
 //
-//     POST /embed    image/png, image/jpeg or text/plain; float32 [rows, dim], little-endian, with Cembed-Rows and
-//     Cembed-Dim GET /health    200, or 503 while it drains GET /metrics   for Prometheus
+//     POST /embed    image/png, image/jpeg or text/plain; the answer is float32 [rows, dim], little-endian, with
+//                    Cembed-Rows and Cembed-Dim
+//     GET /health    200, or 503 while it drains
+//     GET /metrics   for Prometheus
 //
 // CALLERS requests run at once, QUEUE more wait for up to SECONDS; any other is refused at once (429), as is one whose
-// wait was too long (503). A connection has a thread of its own, so that slow ones cost no caller. SIGTERM drains.
+// wait was too long (503). A connection has a thread of its own, so that slow ones cost no caller; where there are more
+// connections than threads, each is closed after an answer, so that all get their turn. SIGTERM drains.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -15,12 +18,14 @@
 #include <list>
 #include <map>
 #include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include <malloc.h>
+#include <sys/socket.h>
 
 #include <cembed.hpp>
 #include <httplib.h>
@@ -31,9 +36,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr size_t CONNECTIONS = 900;  // select() takes 1024 files
+constexpr int CONNECTIONS = 900;  // an httplib that calls select() takes 1024 files
 constexpr size_t MAX_BODY = 32 << 20;
-constexpr int IDLE_SECONDS = 5;
+constexpr std::chrono::seconds IDLE(5);
 
 // Runs jobs in so many threads, and lets so many more wait.
 class Workers {
@@ -70,6 +75,11 @@ class Workers {
         return DONE;
     }
 
+    bool idle() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return waiting_.empty() && running_ == 0;
+    }
+
   private:
     enum State { WAITING, RUNNING, ENDED };
     struct Job {
@@ -103,6 +113,25 @@ class Workers {
     const size_t places_;
     const std::chrono::seconds patience_;
     bool stop_ = false;
+};
+
+// Threads for connections; how many there are is counted, with those that wait for a thread.
+class Connections : public httplib::ThreadPool {
+    using Answer = decltype(std::declval<httplib::ThreadPool &>().enqueue({}));  // depends on the version
+
+  public:
+    explicit Connections(std::atomic<int> &open) : ThreadPool(CONNECTIONS), open_(open) {}
+
+    Answer enqueue(std::function<void()> serve) override {
+        ++open_;
+        return ThreadPool::enqueue([this, serve = std::move(serve)] {
+            serve();
+            --open_;
+        });
+    }
+
+  private:
+    std::atomic<int> &open_;
 };
 
 class Metrics {
@@ -158,7 +187,13 @@ void embed(cembed::Bundle &bundle, const httplib::Request &request, httplib::Res
 }
 
 void admit(Workers &workers, cembed::Bundle &bundle, const httplib::Request &request, httplib::Response &response) {
-    const auto answer = workers.run([&] { embed(bundle, request, response); });
+    const auto answer = workers.run([&] {
+        try {
+            embed(bundle, request, response);
+        } catch (const std::bad_alloc &) {
+            refuse(response, 503, "out of memory");
+        }
+    });
     if (answer == Workers::FULL) refuse(response, 429, "too many requests: try again");
     if (answer == Workers::LATE) refuse(response, 503, "overloaded: try again");
 }
@@ -174,9 +209,8 @@ int main(int argc, char **argv) {
         std::fprintf(stderr, "usage: cembed-service BUNDLE [PORT [CALLERS [QUEUE [SECONDS]]]]\n");
         return 2;
     }
-    mallopt(M_MMAP_THRESHOLD,
-            1 << 20);  // else pages after pages leave ever more holes: 2 GB after 300, and 80 MB with it
-    sigset_t stop;     // taken by the one thread that waits for them
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);  // else pages leave ever more holes: 2 GB after 300, and 80 MB with it
+    sigset_t stop;                       // taken by the one thread that waits for them
     sigemptyset(&stop);
     sigaddset(&stop, SIGTERM);
     sigaddset(&stop, SIGINT);
@@ -190,12 +224,20 @@ int main(int argc, char **argv) {
                     std::chrono::seconds(number(argc, argv, 5, 10)));
     Metrics metrics;
     std::atomic<bool> draining{false};
+    std::atomic<int> open{0};
+    socket_t listener = INVALID_SOCKET;
     httplib::Server server;
-    server.new_task_queue = [] { return new httplib::ThreadPool(CONNECTIONS); };
+    server.new_task_queue = [&open] { return new Connections(open); };
+    server.set_socket_options([&listener](socket_t made) {  // not SO_REUSEPORT, httplib's own: two would share a port
+        const int yes = 1;
+        setsockopt(made, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+        listener = made;
+    });
+    server.set_tcp_nodelay(true);
     server.set_payload_max_length(MAX_BODY);
-    server.set_read_timeout(IDLE_SECONDS);
-    server.set_write_timeout(IDLE_SECONDS);
-    server.set_keep_alive_timeout(IDLE_SECONDS);
+    server.set_read_timeout(IDLE);
+    server.set_write_timeout(IDLE);
+    server.set_keep_alive_timeout(IDLE.count());
     server.set_keep_alive_max_count(1000);
     server.Post("/embed", [&](const httplib::Request &request, httplib::Response &response) {
         const auto start = Clock::now();
@@ -209,16 +251,24 @@ int main(int argc, char **argv) {
     server.Get("/metrics", [&](const httplib::Request &, httplib::Response &response) {
         response.set_content(metrics.text(), "text/plain; version=0.0.4");
     });
+    server.set_post_routing_handler([&](const httplib::Request &, httplib::Response &response) {
+        if (draining || open > CONNECTIONS) response.set_header("Connection", "close");
+    });
     const int port = number(argc, argv, 2, 8080);
-    if (!server.bind_to_port("127.0.0.1", port)) {
+    if (!server.bind_to_port("127.0.0.1", port) || listen(listener, SOMAXCONN) != 0) {  // httplib's backlog is 5
         std::fprintf(stderr, "cembed-service: port %d is taken\n", port);
         return 1;
     }
-    std::thread([&server, &draining, stop] {
+    std::thread([&, stop] {
         int signal = 0;
         sigwait(&stop, &signal);
         draining = true;
-        server.stop();  // takes no more connections; those that are open get their answers
+        server.stop();  // takes no more connections, and main() goes on when those that are open have their answers
+        do {
+            std::this_thread::sleep_for(IDLE);
+        } while (!workers.idle());
+        std::this_thread::sleep_for(IDLE);
+        std::_Exit(0);  // what is still open sends its request a byte at a time
     }).detach();
     std::printf("listening on 127.0.0.1:%d\n", port);
     std::fflush(stdout);
