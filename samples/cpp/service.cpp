@@ -9,6 +9,7 @@
 // wait was too long (503). A connection has a thread of its own, so that slow ones cost no caller; where there are more
 // connections than threads, each is closed after an answer, so that all get their turn. SIGTERM drains.
 #include <atomic>
+#include <charconv>
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
@@ -20,6 +21,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -198,14 +200,92 @@ void admit(Workers &workers, cembed::Bundle &bundle, const httplib::Request &req
     if (answer == Workers::LATE) refuse(response, 503, "overloaded: try again");
 }
 
-int number(int argc, char **argv, int i, int otherwise) {
-    return argc > i ? std::max(0, std::atoi(argv[i])) : otherwise;
-}
+struct Number {
+    int value, least, most;
+
+    bool read(std::string_view text) {
+        const auto [rest, error] = std::from_chars(text.begin(), text.end(), value);
+        return error == std::errc() && rest == text.end() && value >= least && value <= most;
+    }
+};
+
+class Service {
+  public:
+    Service(cembed::Bundle bundle, int callers, int queue, int seconds)
+        : bundle_(std::move(bundle)),
+          workers_(callers, queue, std::chrono::seconds(seconds)) {
+        set_limits();
+        set_answers();
+    }
+
+    bool bind(int port) {
+        return server_.bind_to_port("127.0.0.1", port) && listen(socket_, SOMAXCONN) == 0;  // httplib's backlog is 5
+    }
+
+    void serve() { server_.listen_after_bind(); }
+
+    // Takes no more connections; serve() returns when those that are open have their answers.
+    void drain() {
+        draining_ = true;
+        server_.stop();
+        do {
+            std::this_thread::sleep_for(IDLE);
+        } while (!workers_.idle());
+        std::this_thread::sleep_for(IDLE);
+        std::_Exit(0);  // what is still open sends its request a byte at a time
+    }
+
+  private:
+    void set_limits() {
+        server_.new_task_queue = [this] { return new Connections(open_); };
+        server_.set_socket_options([this](socket_t made) {  // httplib's own would let two services share a port
+            const int yes = 1;
+            setsockopt(made, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+            socket_ = made;
+        });
+        server_.set_tcp_nodelay(true);
+        server_.set_payload_max_length(MAX_BODY);
+        server_.set_read_timeout(IDLE);
+        server_.set_write_timeout(IDLE);
+        server_.set_keep_alive_timeout(IDLE.count());
+        server_.set_keep_alive_max_count(1000);
+    }
+
+    void set_answers() {
+        server_.Post("/embed", [this](const httplib::Request &request, httplib::Response &response) {
+            const auto start = Clock::now();
+            response.status = 200;
+            admit(workers_, bundle_, request, response);
+            metrics_.count(response.status, std::chrono::duration<double>(Clock::now() - start).count());
+        });
+        server_.Get("/health", [this](const httplib::Request &, httplib::Response &response) {
+            draining_ ? refuse(response, 503, "draining") : response.set_content("ok\n", "text/plain");
+        });
+        server_.Get("/metrics", [this](const httplib::Request &, httplib::Response &response) {
+            response.set_content(metrics_.text(), "text/plain; version=0.0.4");
+        });
+        server_.set_post_routing_handler([this](const httplib::Request &, httplib::Response &response) {
+            if (draining_ || open_ > CONNECTIONS) response.set_header("Connection", "close");
+        });
+    }
+
+    cembed::Bundle bundle_;
+    Workers workers_;
+    Metrics metrics_;
+    std::atomic<bool> draining_{false};
+    std::atomic<int> open_{0};
+    socket_t socket_ = INVALID_SOCKET;
+    httplib::Server server_;
+};
 
 }  // namespace
 
 int main(int argc, char **argv) {
-    if (argc < 2) {
+    Number port{8080, 1, 65535}, callers{2, 1, 256}, queue{32, 0, CONNECTIONS}, seconds{10, 0, 3600};
+    Number *numbers[] = {&port, &callers, &queue, &seconds};
+    bool right = argc >= 2 && argc <= 6;
+    for (int i = 2; right && i < argc; ++i) right = numbers[i - 2]->read(argv[i]);
+    if (!right) {
         std::fprintf(stderr, "usage: cembed-service BUNDLE [PORT [CALLERS [QUEUE [SECONDS]]]]\n");
         return 2;
     }
@@ -220,58 +300,18 @@ int main(int argc, char **argv) {
         std::fprintf(stderr, "cembed-service: %s\n", bundle ? cembed_error() : bundle.error().message.c_str());
         return 1;
     }
-    Workers workers(std::max(1, number(argc, argv, 3, 2)), number(argc, argv, 4, 32),
-                    std::chrono::seconds(number(argc, argv, 5, 10)));
-    Metrics metrics;
-    std::atomic<bool> draining{false};
-    std::atomic<int> open{0};
-    socket_t listener = INVALID_SOCKET;
-    httplib::Server server;
-    server.new_task_queue = [&open] { return new Connections(open); };
-    server.set_socket_options([&listener](socket_t made) {  // not SO_REUSEPORT, httplib's own: two would share a port
-        const int yes = 1;
-        setsockopt(made, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-        listener = made;
-    });
-    server.set_tcp_nodelay(true);
-    server.set_payload_max_length(MAX_BODY);
-    server.set_read_timeout(IDLE);
-    server.set_write_timeout(IDLE);
-    server.set_keep_alive_timeout(IDLE.count());
-    server.set_keep_alive_max_count(1000);
-    server.Post("/embed", [&](const httplib::Request &request, httplib::Response &response) {
-        const auto start = Clock::now();
-        response.status = 200;
-        admit(workers, *bundle, request, response);
-        metrics.count(response.status, std::chrono::duration<double>(Clock::now() - start).count());
-    });
-    server.Get("/health", [&](const httplib::Request &, httplib::Response &response) {
-        draining ? refuse(response, 503, "draining") : response.set_content("ok\n", "text/plain");
-    });
-    server.Get("/metrics", [&](const httplib::Request &, httplib::Response &response) {
-        response.set_content(metrics.text(), "text/plain; version=0.0.4");
-    });
-    server.set_post_routing_handler([&](const httplib::Request &, httplib::Response &response) {
-        if (draining || open > CONNECTIONS) response.set_header("Connection", "close");
-    });
-    const int port = number(argc, argv, 2, 8080);
-    if (!server.bind_to_port("127.0.0.1", port) || listen(listener, SOMAXCONN) != 0) {  // httplib's backlog is 5
-        std::fprintf(stderr, "cembed-service: port %d is taken\n", port);
+    Service service(std::move(*bundle), callers.value, queue.value, seconds.value);
+    if (!service.bind(port.value)) {
+        std::fprintf(stderr, "cembed-service: port %d is taken\n", port.value);
         return 1;
     }
-    std::thread([&, stop] {
+    std::thread([&service, stop] {
         int signal = 0;
         sigwait(&stop, &signal);
-        draining = true;
-        server.stop();  // takes no more connections, and main() goes on when those that are open have their answers
-        do {
-            std::this_thread::sleep_for(IDLE);
-        } while (!workers.idle());
-        std::this_thread::sleep_for(IDLE);
-        std::_Exit(0);  // what is still open sends its request a byte at a time
+        service.drain();
     }).detach();
-    std::printf("listening on 127.0.0.1:%d\n", port);
+    std::printf("listening on 127.0.0.1:%d\n", port.value);
     std::fflush(stdout);
-    server.listen_after_bind();
+    service.serve();
     return 0;
 }
