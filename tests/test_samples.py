@@ -17,6 +17,8 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
+from PIL import ExifTags, Image
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions
@@ -275,3 +277,34 @@ def test_the_service_under_load(
         assert loads["overload"].statuses.keys() == {"200", "429"}
         assert all(loads[name].statuses.keys() == {"200"} for name in ("alone", "after it", "slow ones")), loads
         assert service.drain()[0] == {200: load.CALLERS + load.QUEUE}
+
+
+def write_pictures(folder: Path) -> None:
+    """Of every kind that libpng and TurboJPEG read."""
+    page = Image.open(GOLDEN / "causalqwen2_5" / "page.png").convert("RGB")
+    alpha = Image.linear_gradient("L").resize(page.size)
+    kinds = {mode: page.convert(mode) for mode in ("RGB", "L", "LA", "P", "1")}
+    kinds["RGBA"] = Image.merge("RGBA", (*page.split(), alpha))
+    kinds["I;16"] = Image.fromarray(np.asarray(page.convert("L")).astype(np.uint16) * 251)
+    for name, image in kinds.items():
+        image.save(folder / f"{name}.png")
+    page.convert("L").save(folder / "grey.jpg")
+    page.save(folder / "progressive.jpg", progressive=True, subsampling=0)
+    exif = Image.Exif()
+    for exif[ExifTags.Base.Orientation] in range(1, 10):
+        page.save(folder / f"orientation{exif[ExifTags.Base.Orientation]}.jpg", exif=exif)
+
+
+def test_the_cpp_samples_see_pictures_as_python_does(
+    built: Path, causal_bundle: Path, onnxruntime_library: Path, tmp_path: Path
+) -> None:
+    if lacking := libcembed.missing(libcembed.SAMPLE_HEADERS):
+        pytest.skip(f"the samples are not built: {lacking}")
+    write_pictures(tmp_path)
+    paths = sorted(tmp_path.iterdir())
+    program, variables = built / "samples" / "cembed-embed", {"CEMBED_ONNXRUNTIME": str(onnxruntime_library)}
+    lines = [line.split(" ") for line in libcembed.run(program, causal_bundle, *paths, **variables).splitlines()]
+    embedder = Embedder.load(causal_bundle)
+    for path in paths:
+        vectors = np.array([line[2:] for line in lines if line[0] == str(path)], np.float32)
+        assert np.abs(vectors - embedder.embed_image(Image.open(path))).max() < 1e-6, path.name
