@@ -281,7 +281,7 @@ class Service {
 }  // namespace
 
 int main(int argc, char **argv) {
-    Number port{8080, 1, 65535}, callers{2, 1, 256}, queue{32, 0, CONNECTIONS}, seconds{10, 0, 3600};
+    Number port{8080, 1, 65535}, callers{2, 1, 256}, queue{32, 0, CONNECTIONS}, seconds{10, 1, 3600};
     Number *numbers[] = {&port, &callers, &queue, &seconds};
     bool right = argc >= 2 && argc <= 6;
     for (int i = 2; right && i < argc; ++i) right = numbers[i - 2]->read(argv[i]);
