@@ -29,7 +29,8 @@ export CEMBED_ONNXRUNTIME ?= $(firstword $(wildcard $(CURDIR)/$(VENV)/lib/python
 WATCHED = build/watched/bundle build/watched/index
 
 test-library: $(SANITIZERS:%=build/watched/%/program) build/watched/none/program build/watched/index
-	for program in $(SANITIZERS:%=build/watched/%/program); do $$program $(WATCHED) 4 || exit 1; done
+	for program in $(SANITIZERS:%=build/watched/%/program); do \
+	    TSAN_OPTIONS=suppressions=tests/native/tsan.supp $$program $(WATCHED) 4 || exit 1; done
 	valgrind --quiet --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=1 \
 	    --suppressions=tests/native/valgrind.supp build/watched/none/program $(WATCHED) 2
 
