@@ -76,16 +76,8 @@ class Service:
         with tempfile.NamedTemporaryFile() as body:
             body.write(self.body)
             body.flush()
-            command = [
-                "wrk",
-                "-t1",
-                "--timeout=30",
-                f"-c{connections}",
-                f"-d{seconds}",
-                "-s",
-                str(Path(__file__).with_suffix(".lua")),
-            ]
-            command += [f"http://127.0.0.1:{self.port}/embed", "--", self.kind, body.name, str(pause)]
+            command = f"wrk -t1 -c{connections} -d{seconds} --timeout=30 http://127.0.0.1:{self.port}/embed -s".split()
+            command += [str(Path(__file__).with_suffix(".lua")), "--", self.kind, body.name, str(pause)]
             lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         load = Load(**json.loads(lines[-1]))
         if load.errors or not load.statuses.keys() <= {"200", "429", "503"}:
@@ -111,8 +103,10 @@ class Service:
             for connection in connections[1::2]:
                 connection.sendall(SLOW_HEAD)
             sending = pool.submit(send)
-            yield
-            done.set()
+            try:
+                yield
+            finally:
+                done.set()
             sending.result()  # raises where the service closed one
 
     def drain(self) -> tuple[Counter[int], float]:
