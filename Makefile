@@ -56,7 +56,9 @@ ENGINE := $(addprefix runtime/native/lib/,engine.cpp embedder.cpp state.cpp capi
 FUZZED := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out $(ENGINE),$(filter %.cpp,$(LIBRARY))))
 
 fuzz: $(FUZZERS)
-	for program in $^; do mkdir -p $${program}_corpus; $$program -artifact_prefix=$${program}_ -max_total_time=$(FUZZ_SECONDS) $${program}_corpus || exit 1; done
+	for name in $(notdir $^); do mkdir -p build/fuzz/$${name}_corpus; \
+	    build/fuzz/$$name -artifact_prefix=build/fuzz/ -max_total_time=$(FUZZ_SECONDS) \
+	    build/fuzz/$${name}_corpus tests/native/seeds/$$name || exit 1; done
 
 build/fuzz/%: build/fuzz/tests/native/fuzz_%.o $(FUZZED)
 	$(CLANG) -fsanitize=fuzzer,address,undefined $^ -lcrypto -lz -o $@
