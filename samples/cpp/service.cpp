@@ -118,21 +118,24 @@ class Workers {
 };
 
 // Threads for connections; how many there are is counted, with those that wait for a thread.
-class Connections : public httplib::ThreadPool {
-    using Answer = decltype(std::declval<httplib::ThreadPool &>().enqueue({}));  // depends on the version
+class Connections : public httplib::TaskQueue {
+    using Answer = decltype(std::declval<httplib::TaskQueue &>().enqueue({}));  // depends on the version
 
   public:
-    explicit Connections(std::atomic<int> &open) : ThreadPool(CONNECTIONS), open_(open) {}
+    explicit Connections(std::atomic<int> &open) : open_(open) {}
 
     Answer enqueue(std::function<void()> serve) override {
         ++open_;
-        return ThreadPool::enqueue([this, serve = std::move(serve)] {
+        return threads_.enqueue([this, serve = std::move(serve)] {
             serve();
             --open_;
         });
     }
 
+    void shutdown() override { threads_.shutdown(); }
+
   private:
+    httplib::ThreadPool threads_{CONNECTIONS};
     std::atomic<int> &open_;
 };
 
