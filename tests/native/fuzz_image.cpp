@@ -1,4 +1,5 @@
 // Sizes of an image and fields of a bundle's image processing: an Error, or pixel values of the grid that is said.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -16,7 +17,7 @@ struct Input {
     uint8_t fixed;
 };
 
-constexpr int64_t MOST = 1 << 20;  // pixels that are worth computing
+constexpr int64_t MOST = 1 << 16;  // pixels that are worth computing
 
 void run(const Input &input) {
     const cembed::ImageProcessing spec{input.fixed & 1 ? cembed::Resize::FIXED : cembed::Resize::SMART,
@@ -24,7 +25,7 @@ void run(const Input &input) {
                                        {0.5, 0.4, 0.3}, {0.2, 0.3, 0.0}, input.window};
     const int64_t width = input.width % 2048, height = input.height % 2048;
     const cembed::Size size = cembed::resized_size(height, width, spec);
-    if (size.height > MOST || size.width > MOST || size.height * size.width > MOST) return;
+    if (size.height > MOST || size.width > MOST || std::max(size.height * size.width, height * width) > MOST) return;
     const std::vector<uint8_t> data(size_t(width * height * 3), 200);
     const auto pixels = cembed::preprocess({data.data(), width, height, width * 3 - input.skipped}, spec);
     if (int64_t(pixels.values.size()) != size.height * size.width * 3) std::abort();
