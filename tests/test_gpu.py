@@ -242,7 +242,7 @@ def test_what_the_tensorrt_plugin_launches(device: Gpu, library: ctypes.CDLL, le
     vectors = [unit(i, count, dim) for i, count in enumerate(rows, 1) if count]
     pages = gpu.store(vectors, "u8" if levels else "f16")
     matrix = gpu._matrix(pages, sum(rows)) ^ np.uint8(128 * levels)
-    offsets, scales = np.cumsum([0, *rows], dtype=np.int64), np.insert(pages.scales, 1, 1)
+    offsets, scales = np.cumsum([0, *rows], dtype=np.int64), np.insert(pages.scales, 1, 0)
     there = [device.driver.upload(array) for array in (query, matrix, offsets, scales)]
     scores, work = device.driver.allocate(6 * 4), device.driver.allocate(library.plugin_workspace(levels, num, dim))
     places = [ctypes.c_uint64(part.address) for part in (*there, scores, work)]

@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -141,6 +142,8 @@ T across(T value, int mask) {
 static void copy_async(Words *to, const void *from, bool there) {
     mistakes += reinterpret_cast<uintptr_t>(from) % 16 != 0 || (there && !may_read(from, sizeof(Words)));
     std::memset(to, 255, sizeof(Words));
+    for (const auto &group : block->here().groups) // copies to one place may arrive in any order
+        mistakes += std::any_of(group.begin(), group.end(), [to](const Copy &open) { return open.to == to; });
     block->here().groups.back().push_back({to, from, there});
 }
 

@@ -176,11 +176,11 @@ struct Scorer {
 
     // The score of the page at hand, and on to the next. A page without rows has none: minus infinity.
     __device__ void finish() {
-        const float found = end > start ? total() : -__int_as_float(0x7f800000);
-        if (lane_number() == 0) {
-            const float score = pages.scales ? __fmul_rn(found, pages.scales[page]) : found;
+        float score = -__int_as_float(0x7f800000);
+        if (end > start)
+            score = __fmul_rn(total(), pages.scales ? pages.scales[page] : 1.0f);
+        if (lane_number() == 0)
             scores[page] = first ? __fadd_rn(scores[page], score) : score;
-        }
         forget();
         page += 1;
         start = end;
@@ -229,6 +229,7 @@ __device__ void score_unit(const MaxSimPages &pages, const MaxSimQuery &query, c
     }
     while (scorer.page < last) // of a unit without any rows
         scorer.finish();
+    wait_groups<0>(); // the feed ran ahead of the end: its zeros must not arrive behind the next unit's rows
 }
 
 template <class Kind, int kBlocks>
