@@ -41,12 +41,15 @@ class Cuda:
 
     def __init__(self, api: Any = None) -> None:
         self.api = load_api() if api is None else api
-        self.stream = self.call("StreamCreate")
+        # What MaxSim, torch or whoever puts into the default stream meanwhile would spoil a capture in a blocking one.
+        self.stream = self.call("StreamCreateWithFlags", self.api.cudaStreamNonBlocking)
+        weakref.finalize(self, self.api.cudaStreamDestroy, self.stream)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """What `cudaNAME` gives, or raises what it says."""
         status, *values = getattr(self.api, f"cuda{name}")(*arguments)
         if int(status):
+            self.api.cudaGetLastError()  # else TensorRT takes it for its own
             raise CembedError(f"CUDA cannot do {name}: {describe(self.api, status)}")
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -78,7 +81,7 @@ class Cuda:
         self.call("StreamSynchronize", self.stream)
 
     def capture(self, record: Callable[[], None]) -> CudaGraph:
-        """What `record` puts into the stream, as a graph; it does not run yet."""
+        """What `record` puts into the stream, as a graph that has not run. Raises CembedError if it cannot be one."""
         mode = self.api.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed  # memory may be freed meanwhile
         self.call("StreamBeginCapture", self.stream, mode)
         try:

@@ -7,6 +7,7 @@ call by call, its second is captured as a CUDA graph, and from then on one launc
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -110,10 +111,10 @@ class TrtSession:
         """The lane for these shapes, and for these values of inputs that shapes depend on."""
         key = tuple((n, f.shape, f.tobytes() if n in self.on_host else b"") for n, f in sorted(feeds.items()))
         if key not in lanes:
+            if len(lanes) == MAX_LANES:
+                lanes.popitem(last=False)
             lanes[key] = Lane(self, feeds, cache)
         lanes.move_to_end(key)
-        while len(lanes) > MAX_LANES:
-            lanes.popitem(last=False)
         return lanes[key]
 
     def profile_for(self, feeds: Mapping[str, Array]) -> int:
@@ -139,8 +140,8 @@ class Lane:
     """An execution context for inputs of one shape, its buffers, and, once it has run, its CUDA graph."""
 
     def __init__(self, session: TrtSession, feeds: Mapping[str, Array], cache: Mapping[str, DeviceBuffer]) -> None:
-        self._session, self._cuda, self._cache = session, session.device.cuda, cache
-        self._runs = 0
+        self._session: TrtSession = weakref.proxy(session)  # without a circle, memory is given back at once
+        self._cuda, self._cache, self._runs = session.device.cuda, cache, 0
         self._graph: CudaGraph | None = None
         self._context = self._make_context(session.profile_for(feeds))
         self._inputs = {name: self._bind_input(name, feeds[name]) for name in session.inputs if name not in cache}
@@ -196,8 +197,8 @@ class Lane:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         for name, (pinned, _) in self._inputs.items():
             np.copyto(pinned.array, feeds[name])
-        if self._graph is None and self._runs:
-            self._graph = self._cuda.capture(self._record)
+        if self._runs == 1:
+            self._graph = self._capture()
         if self._graph is None:
             self._record()
         else:
@@ -205,6 +206,14 @@ class Lane:
         self._cuda.synchronize()
         self._runs += 1
         return {name: pinned.array.copy() for name, (pinned, _) in self._outputs.items()}
+
+    def _capture(self) -> CudaGraph | None:
+        """A run as a graph; none if the engine does what a graph cannot hold, which costs time only."""
+        try:
+            return self._cuda.capture(self._record)
+        except CembedError as error:
+            warnings.warn(f"{self._session.name} runs without a CUDA graph: {error}", RuntimeWarning, stacklevel=2)
+            return None
 
     def _record(self) -> None:
         """Puts a run into the stream: inputs up, the engine, outputs down."""

@@ -27,6 +27,7 @@ class FakeCuda:
     cudaMemcpyKind = SimpleNamespace(  # noqa: N815
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )
+    cudaStreamNonBlocking = 1  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeRelaxed=2)  # noqa: N815
 
     def __init__(self) -> None:
@@ -37,6 +38,8 @@ class FakeCuda:
         self.graphs: dict[int, list[Work]] = {}
         self.log: list[str] = []
         self.numbers = itertools.count(100)
+        self.error = 0
+        self.capturable = True
 
     def enqueue(self, name: str, work: Work) -> None:
         self.log.append(name if self.captured is None else f"capture {name}")
@@ -77,8 +80,17 @@ class FakeCuda:
         self.enqueue("clear", lambda: ctypes.memset(address, value, size))
         return (0,)
 
-    def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:  # noqa: N802
+        assert flags == self.cudaStreamNonBlocking, "the default stream must not spoil a capture"
         return 0, STREAM
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802
+        self.log.append("destroy")
+        return (0,)
+
+    def cudaGetLastError(self) -> tuple[int]:  # noqa: N802
+        found, self.error = self.error, 0
+        return (found,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
         assert stream == STREAM
@@ -95,7 +107,8 @@ class FakeCuda:
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, list[Work]]:  # noqa: N802
         assert self.captured is not None
         work, self.captured = self.captured, None
-        return 0, work
+        self.error = 0 if self.capturable else 901
+        return self.error, work
 
     def cudaGraphInstantiate(self, graph: list[Work], flags: int) -> tuple[int, int]:  # noqa: N802
         number = next(self.numbers)
@@ -250,6 +263,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM
+        assert not self.engine.cuda.error, "an error that was left behind"
         assert self.memory in self.engine.cuda.device
         assert self.addresses.keys() == self.engine.tensors.keys(), "every tensor has an address"
         for name, past in ((n, n.replace("present.", "past_key_values.")) for n in self.addresses if "present." in n):

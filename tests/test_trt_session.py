@@ -87,6 +87,18 @@ def test_a_graph_is_captured_once_for_a_shape(rig_of: Callable[..., Rig]) -> Non
     assert sum(len(rig.trt.engines[name].runs) for name in ("vision", "text")) == 14
 
 
+def test_an_engine_that_cannot_be_captured_runs_without_a_graph(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of("causalqwen2_5")
+    rig.cuda.capturable = False
+    embedder, cpu = rig.open(), rig.cpu
+    embedder.embed_query("one")
+    with pytest.warns(RuntimeWarning, match="text runs without a CUDA graph: CUDA cannot do StreamEndCapture"):
+        found = embedder.embed_query("two")
+    for vectors, text in ((found, "two"), (embedder.embed_query("three"), "three")):
+        np.testing.assert_allclose(vectors, cpu.embed_query(text), atol=TOLERANCE)
+    assert rig.cuda.log.count("capture engine") == 1  # it is not tried again
+
+
 def test_texts_of_similar_lengths_share_a_shape(rig_of: Callable[..., Rig]) -> None:
     rig = rig_of("causalqwen2_5")
     embedder = rig.open()
@@ -147,9 +159,17 @@ def test_all_memory_is_given_back(rig_of: Callable[..., Rig]) -> None:
         embedder.embed_image(page(300, 200))
     assert rig.cuda.device
     assert rig.cuda.graphs
+    gc.disable()
+    try:
+        for name in ("vision", "text", "text_step"):
+            embedder.release(name)
+    finally:
+        gc.enable()
+    assert not rig.cuda.device  # at once, not when circles are looked for
+    assert not rig.cuda.graphs
     del embedder
     gc.collect()
-    assert not rig.cuda.device
+    assert rig.cuda.log[-1] == "destroy"
     assert not rig.cuda.pinned
     assert not rig.cuda.graphs
 
@@ -165,23 +185,24 @@ def test_what_is_missing_is_said_in_one_line(rig_of: Callable[..., Rig], monkeyp
     rig = rig_of("causalqwen2_5")
     bundle = Bundle(rig.bundle)
     cache = EngineCache(bundle, Library(rig.trt, "tensorrt"), Cuda(rig.cuda).gpu())
-    cache.path("text").write_bytes(b"damaged")
-    with pytest.raises(CembedError, match=r"text-.* is damaged: run `cembed build-engine"):
-        rig.open().embed_query("one")
+    for content in (b"damaged", b""):
+        cache.path("text").write_bytes(content)
+        with pytest.raises(CembedError, match=r"text-.* is damaged: run `cembed build-engine"):
+            rig.open().embed_query("one")
     cache.path("text").unlink()
     with pytest.raises(CembedError, match=r"no engine of text for tensorrt-10.16.1-Fake-GPU-sm87: run `cembed build"):
         rig.open()
     with pytest.warns(RuntimeWarning, match="no engine of text .*; going on with CPUExecutionProvider"):
         fallen_back = Embedder.load(rig.bundle, providers=["tensorrt", "CPUExecutionProvider"])
     assert np.array_equal(fallen_back.embed_query("one"), rig.cpu.embed_query("one"))
-    monkeypatch.setattr(rig.cuda, "cudaStreamCreate", lambda: (35, None))
-    with pytest.raises(CembedError, match="CUDA cannot do StreamCreate: a fake error"):
+    monkeypatch.setattr(rig.cuda, "cudaStreamCreateWithFlags", lambda flags: (35, None))
+    with pytest.raises(CembedError, match="CUDA cannot do StreamCreateWithFlags: a fake error"):
         rig.open()
 
 
 @pytest.mark.parametrize(
     ("version", "reason"),
-    [("8.6.1", "10.0 or later is needed"), ("10.3.0", "opset 24 needs TensorRT 10.15, this is 10.3.0")],
+    [("10.0.1", "10.1 or later is needed"), ("10.3.0", "opset 24 needs TensorRT 10.15, this is 10.3.0")],
 )
 def test_a_library_that_is_too_old_is_refused(
     version: str, reason: str, tensorrt_bundle_of: BundleMaker, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +213,15 @@ def test_a_library_that_is_too_old_is_refused(
     monkeypatch.setattr("importlib.import_module", lambda name: Old)
     with pytest.raises(CembedError, match=reason):
         Library.load().check(Bundle(tensorrt_bundle_of("causalqwen2_5")).manifest)
+
+
+def test_a_library_that_cannot_be_loaded_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr("importlib.import_module", load)
+    with pytest.raises(CembedError, match=r"^tensorrt is installed but cannot be loaded: libnvinfer.so.10: cannot"):
+        Library.load()
 
 
 def test_the_fakes_have_only_what_the_real_ones_have() -> None:
