@@ -30,7 +30,7 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import Graph, Tensor
 
 OPSETS = range(18, 26)  # torch 2.13 writes broken graphs above
-TENSORRT_OPSETS = (*range(18, 21), 24, 25)  # TensorRT from 10.0 on, and from 10.15 on, which has attention and caches
+TENSORRT_OPSETS = (*range(18, 21), 24, 25)  # TensorRT from 10.1 on, and from 10.15 on, which has attention and caches
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 EXAMPLE_SIZES = {
     "batch_size": 2,

@@ -6,7 +6,6 @@ is native code: it is never part of a bundle, and never shipped.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import mmap
@@ -24,6 +23,7 @@ from cembed.runtime.manifest import Graph, Manifest
 from cembed.runtime.vectors import write_whole
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")  # the latter is TensorRT for RTX, which builds without a GPU
+OLDEST = (10, 1)  # it counts scratch memory in 64 bits
 ATTENTION_SINCE = (10, 15)  # with it came rotary embedding, norms and caches, which opset 24 graphs have
 SHORT = 128  # positions that queries seldom exceed: they have a profile of their own
 
@@ -44,10 +44,12 @@ class Library:
         for name in LIBRARIES:
             try:
                 found = cls(importlib.import_module(name), name)
-            except ImportError:
+            except ModuleNotFoundError:
                 continue
-            if name == "tensorrt" and found.version < (10,):
-                raise CembedError(f"TensorRT is version {found.trt.__version__}: 10.0 or later is needed")
+            except (ImportError, OSError) as error:
+                raise CembedError(f"{name} is installed but cannot be loaded: {str(error).splitlines()[0]}") from error
+            if name == "tensorrt" and found.version < OLDEST:
+                raise CembedError(f"TensorRT is version {found.trt.__version__}: 10.1 or later is needed")
             return found
         raise CembedError("TensorRT is not installed: it comes with JetPack, or with `pip install tensorrt`")
 
@@ -125,11 +127,10 @@ class EngineCache:
     def read(self, graph: str) -> mmap.mmap:
         """The engine's bytes, mapped. Raises CembedError: there is none, or it is damaged."""
         about, path = self.require(graph), self.path(graph)
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hashlib.sha256(content).hexdigest() != about.get("sha256"):
+        if sha256(path) != about.get("sha256"):
             raise CembedError(f"{path} is damaged: {self.advice(graph)}")
-        return content
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,7 @@ class Build:
             config.clear_flag(self.trt.BuilderFlag.TF32)
         timing = self.cache.timing() if self.cache.library.name == "tensorrt" else None  # RTX takes no timings
         if timing is not None:
-            known = config.create_timing_cache(timing.read_bytes() if timing.exists() else b"")
-            config.set_timing_cache(known, ignore_mismatch=False)
+            use_timings(config, timing)
         plan = self.builder.build_serialized_network(network, config)
         if plan is None:
             raise CembedError(f"TensorRT cannot build {self.name}: its reason is above")
@@ -216,6 +216,14 @@ class Build:
             elif -1 in tuple(tensor.shape):
                 found.set_shape(tensor.name, *tensor_range(shapes[tensor.name], axes))
         return found
+
+
+def use_timings(config: Any, path: Path) -> None:
+    """Those of earlier builds; none if the file is not for this device and driver, or damaged."""
+    for known in (path.read_bytes() if path.exists() else b"", b""):
+        cache = config.create_timing_cache(known)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
 
 
 def tensor_range(shape: tuple[int | str, ...], axes: Mapping[str, Range]) -> list[tuple[int, ...]]:

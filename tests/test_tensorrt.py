@@ -39,6 +39,7 @@ from cembed.runtime.engines import (
     needed_graphs,
     profiles,
     tensor_range,
+    use_timings,
 )
 from cembed.runtime.fit import Fit, Limits, Model, longest_row, max_windows
 from cembed.runtime.manifest import Graph, ImageProcessing
@@ -110,6 +111,27 @@ def test_the_command_builds_once_for_a_device(library: Library, tensorrt_bundle_
     assert len(cache.read("text")) == about["bytes"]
     with pytest.raises(CembedError, match=r"no engine of text for .*-Orin-sm87"):
         replace(cache, gpu=Gpu("Orin", (8, 7), True)).read("text")
+
+
+@pytest.mark.parametrize(("content", "used"), [(b"", b""), (b"mine", b"mine"), (b"old", b""), (b"damaged", b"")])
+def test_timings_that_do_not_belong_here_are_left_out(content: bytes, used: bytes, tmp_path: Path) -> None:
+    """TensorRT refuses those of another driver, and makes nothing of what is none."""
+    taken = list[bytes]()
+
+    class Config:
+        def create_timing_cache(self, known: bytes) -> bytes | None:
+            return None if known == b"damaged" else known
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            if cache != b"old":
+                taken.append(cache)
+            return cache != b"old"
+
+    (tmp_path / "there.timing").write_bytes(content)
+    use_timings(Config(), tmp_path / "there.timing")
+    use_timings(Config(), tmp_path / "missing.timing")
+    assert taken == [used, b""]
 
 
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), tokens=st.sampled_from([16, 64, 300, 768]))
