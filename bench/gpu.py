@@ -239,8 +239,6 @@ def measure_pages(model: Random, device: str, dtype: str, rounds: int, say: Call
                 )
                 theirs, reference = expected.setdefault(batch, (vectors, page))
                 cosine = float((vectors * theirs).sum(-1).min())
-                if cosine < SAME_MODEL:
-                    raise SystemExit(f"{name} does not compute what transformers does: cosine {cosine:.3f}")
                 row = {
                     "side": name,
                     "batch": batch,
@@ -307,6 +305,13 @@ def show(console: Console, title: str, rows: list[Numbers]) -> None:
         console.print(table)
 
 
+def show_maxsim(console: Console, found: Numbers | None) -> None:
+    if found:
+        copy = f"{found['copy']['bytes_per_second'] / 1e9:.0f} GB/s"
+        show(console, f"MaxSim; a copy: {copy}", import_module("gpu_maxsim").rows(found))
+        console.print("errors", found["errors"], "published elsewhere, of the bandwidth", found["published"])
+
+
 def main(
     size: Annotated[Literal["2b", "mid", "tiny"], typer.Option(help="2b: the shapes of Qwen2.5-VL-3B.")] = "2b",
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="cpu: to try the script.")] = "cuda",
@@ -339,6 +344,7 @@ def main(
         part("pages", lambda: measure_pages(Random(folder, size, dtype), device, dtype, rounds, say))
     say("done")
     console.print(result["hardware"])
+    show_maxsim(console, result.get("maxsim"))
     show(console, f"a page, Qwen2.5-VL {size}, {NUM_VECTORS} vectors", result.get("pages", []))
     show(
         console,
@@ -348,6 +354,8 @@ def main(
     path = results / f"gpu-{'-'.join(str(result['hardware']['device']).lower().split())}.json"
     path.write_text(json.dumps(result, indent=1, default=float) + "\n", encoding="utf-8")
     console.print(f"{path}")
+    if wrong := [row["side"] for row in result.get("pages", []) if not row["lowest cosine"] >= SAME_MODEL]:
+        sys.exit(f"{', '.join(wrong)}: not what transformers computes, the lowest cosine is below {SAME_MODEL}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python bench/gpu_maxsim.py
 
 Needs torch with CUDA; the kernels are those of cembed.runtime.gpu, over memory that torch fills. Without NVRTC they are
-compiled by nvcc. Takes about two minutes; prints every number as JSON. bench/gpu.py calls measure().
+compiled by nvcc. Takes about two minutes; prints every number as JSON. bench/gpu.py shows it as a table.
 """
 
 from __future__ import annotations
@@ -219,22 +219,24 @@ def with_torch(pages: torch.Tensor, query: NDArray[np.float32]) -> dict[str, flo
     return found
 
 
-def report(found: dict[str, Any]) -> None:
-    print(f"{found['device']}: copies at {found['copy']['bytes_per_second'] / 1e9:.0f} GB/s; errors {found['errors']}")
-    for name, by_query in found["cases"].items():
-        for query, result in by_query.items():
-            met = "met   " if result["share_of_copy"] >= result["asked"] else "MISSED"
-            share = f"{result['share_of_copy']:.1%} of a copy, asked {result['asked']:.0%}"
-            spent = ", ".join(f"{way} {value:.2f} ms" for way, value in result["milliseconds"].items())
-            print(f"{met} {name}, {query}: {result['gigabytes_per_second']:.0f} GB/s, {share}; {spent}")
-    for what, share in found["published"].items():
-        print(f"published elsewhere, {what}: {share} of the bandwidth")
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What measure() found, a row for each case and query."""
+    return [
+        {
+            "pages": name,
+            "query": query,
+            "GB/s": result["gigabytes_per_second"],
+            "of a copy": result["share_of_copy"],
+            "asked": result["asked"],
+            **{f"{way}, ms": spent for way, spent in result["milliseconds"].items()},
+        }
+        for name, by_query in found["cases"].items()
+        for query, result in by_query.items()
+    ]
 
 
 if __name__ == "__main__":
     try:
-        results = measure()
+        print(json.dumps(measure(), indent=1))
     except CembedError as error:
         sys.exit(str(error))
-    report(results)
-    print(json.dumps(results))
