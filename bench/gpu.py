@@ -275,14 +275,16 @@ def measure_vectors(folder: Path, provider: str) -> Numbers:
     for dtype, where in (("fp32", "CPUExecutionProvider"), ("fp16", provider)):
         embedder = Embedder.load(folder / dtype, providers=[where])
         found.append((embedder.embed_images(images), embedder.embed_queries(texts)))
-    cosines = [(a * b).sum(-1).min() for side in (0, 1) for a, b in zip(found[0][side], found[1][side], strict=True)]
+    pairs = [pair for side in (0, 1) for pair in zip(found[0][side], found[1][side], strict=True)]
+    cosines = np.concatenate([(a * b).sum(-1) for a, b in pairs])
     best = [maxsim(queries, pages).argmax(axis=1) for pages, queries in found]
     counts = {"pages": len(images), "queries": len(texts)}
     same = float((best[0] == best[1]).mean())
     return {
         **counts,
-        "lowest cosine": float(min(cosines)),
-        "median cosine": float(median(cosines)),
+        "lowest cosine": float(cosines.min()),
+        f"of {len(cosines)} below {MIN_COSINE}": int((cosines < MIN_COSINE).sum()),
+        "median cosine": float(np.median(cosines)),
         "rank 1 kept": same,
     }
 
