@@ -7,7 +7,8 @@
 //          scales   float   [P]        with int8 only: what a page's levels are multiplied with
 // output   scores   float   [P]        minus infinity for a page without rows
 //
-// D is a multiple of 8, with int8 of 16. It has no attributes: nothing is serialised.
+// D is a multiple of 8, with int8 of 16. It has no attributes: nothing is serialised. TensorRT 10.3 takes no tensor of
+// 2^31 numbers or more, which are 524,288 pages of 32 x 128; the kernels themselves count rows in 64 bits.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
