@@ -138,6 +138,21 @@ def test_pages_without_vectors(device: Gpu, pages_at_once: int) -> None:
     empty.close()
 
 
+@pytest.mark.parametrize("storage", gpu.STORED)
+def test_rows_are_counted_in_64_bits(device: Gpu, storage: str) -> None:
+    """As the last of many pages: only they are there, the row before them would be number 2^33 - 1."""
+    query, rows, first = unit(0, 5, 128), [3, 40, 1, 32], 1 << 33
+    pages = stored(storage, rows, 128)
+    matrix, offsets = gpu._matrix(pages, sum(rows)), first + np.cumsum([0, *rows], dtype=np.int64)
+    memory = [device.driver.upload(array) for array in (matrix, offsets, pages.scales)]
+    addresses = [part.address for part in memory][: 3 if storage == "u8" else 2]
+    addresses[0] -= first * matrix.shape[1]
+    there = GpuPages(device, storage, 128, (len(rows), sum(rows)), addresses, memory)
+    wanted = exact(query, pages) if storage == "f16" else kernels.score(query, pages)
+    with there, units(2):
+        np.testing.assert_allclose(there.score(query), wanted, rtol=2e-6)
+
+
 def test_similarities_that_are_all_negative(device: Gpu) -> None:
     """Neither filled-up rows nor filled-up components nor filled-up query vectors take part."""
     for storage in gpu.STORED:

@@ -8,7 +8,7 @@ brings TensorRT for RTX (370 MB); without it those tests are skipped. What is de
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,11 +59,11 @@ def library() -> Library:
     )
 
 
-def build_all(library: Library, root: Path) -> None:
+def build_all(library: Library, root: Path, but: Collection[str] = ()) -> None:
     bundle = Bundle(root)
     cache, options = EngineCache(bundle, library, None), BuildOptions(Limits.of(bundle, batch=2))
     cache.folder.mkdir(exist_ok=True)
-    for graph in bundle.manifest.graphs:
+    for graph in bundle.manifest.graphs.keys() - but:
         assert Build(cache, graph, options).run().nbytes > (root / bundle.manifest.graphs[graph].file).stat().st_size
 
 
@@ -94,7 +94,7 @@ def test_every_graph_builds(
     model = onnx.load(str(root / "text.onnx"), load_external_data=False)
     blocks = 21 if precision == "int4" else 0  # which DequantizeLinear has since then
     assert [entry.version for entry in model.opset_import if not entry.domain] == [max(opset, blocks)]
-    build_all(library, root)
+    build_all(library, root, but={"text_step"} if opset == 20 and precision != "fp32" else ())  # it is built as text is
 
 
 def test_the_command_builds_once_for_a_device(library: Library, tensorrt_bundle_of: BundleMaker) -> None:
