@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
 EXIT_INTERRUPTED = 130
+SHOW_WARNING = warnings.showwarning
 
 app = typer.Typer(
     name="cembed",
@@ -485,6 +487,14 @@ def as_numbers(name: str, value: str | None) -> list[int] | None:
         raise CembedError(f"--{name} is {value!r}: give whole numbers with commas between") from error
 
 
+def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Ours on one line, without where they come from; others as ever."""
+    if category is RuntimeWarning:
+        complain(f"warning: {message}")
+    else:
+        SHOW_WARNING(message, category, *where, **more)
+
+
 def complain(message: str) -> None:
     """One line on standard error, whatever a file's name has in it."""
     typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message), err=True)
@@ -502,6 +512,8 @@ app.add_typer(bench_app)
 def main() -> None:
     """Runs the command; an error of the user's is one line and exit status 1, unless --debug asks for more."""
     debug = "--debug" in sys.argv[1:]
+    if not debug:
+        warnings.showwarning = show_warning
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments, prog_name="cembed")

@@ -12,6 +12,7 @@ import pytest
 from conftest import BundleMaker
 from fake_gpu import FakeContext, FakeCuda, FakeEngine, FakeTrt
 from PIL import Image
+from test_cli import cembed
 
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle import Bundle
@@ -198,6 +199,19 @@ def test_what_is_missing_is_said_in_one_line(rig_of: Callable[..., Rig], monkeyp
     monkeypatch.setattr(rig.cuda, "cudaStreamCreateWithFlags", lambda flags: (35, None))
     with pytest.raises(CembedError, match="CUDA cannot do StreamCreateWithFlags: a fake error"):
         rig.open()
+
+
+def test_the_command_line_says_in_one_line_what_it_goes_on_without(
+    tensorrt_bundle_of: BundleMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing() -> None:
+        raise CembedError("TensorRT is not there")
+
+    monkeypatch.setattr(Library, "load", missing)
+    page(100, 100).save(tmp_path / "page.png")
+    inputs = "embed", tensorrt_bundle_of("causalqwen2_5"), tmp_path / "page.png", "--out", tmp_path / "pages.npz"
+    outcome = cembed(*inputs, "--provider", "tensorrt", "--provider", "CPUExecutionProvider")
+    assert (outcome.status, outcome.err) == (0, "warning: TensorRT is not there; going on with CPUExecutionProvider\n")
 
 
 @pytest.mark.parametrize(
