@@ -41,8 +41,10 @@ class Cuda:
 
     def __init__(self, api: Any = None) -> None:
         self.api = load_api() if api is None else api
-        # What MaxSim, torch or whoever puts into the default stream meanwhile would spoil a capture in a blocking one.
-        self.stream = self.call("StreamCreateWithFlags", self.api.cudaStreamNonBlocking)
+        try:  # what others put into the default stream meanwhile would spoil a capture in a blocking one
+            self.stream = self.call("StreamCreateWithFlags", self.api.cudaStreamNonBlocking)
+        except CembedError as error:
+            raise CembedError(f"no NVIDIA GPU can be used: {error}") from error
         weakref.finalize(self, self.api.cudaStreamDestroy, self.stream)
 
     def call(self, name: str, *arguments: Any) -> Any:

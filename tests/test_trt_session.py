@@ -197,7 +197,9 @@ def test_what_is_missing_is_said_in_one_line(rig_of: Callable[..., Rig], monkeyp
         fallen_back = Embedder.load(rig.bundle, providers=["tensorrt", "CPUExecutionProvider"])
     assert np.array_equal(fallen_back.embed_query("one"), rig.cpu.embed_query("one"))
     monkeypatch.setattr(rig.cuda, "cudaStreamCreateWithFlags", lambda flags: (35, None))
-    with pytest.raises(CembedError, match="CUDA cannot do StreamCreateWithFlags: a fake error"):
+    with pytest.raises(
+        CembedError, match="no NVIDIA GPU can be used: CUDA cannot do StreamCreateWithFlags: a fake error"
+    ):
         rig.open()
 
 
