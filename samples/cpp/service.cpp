@@ -316,5 +316,5 @@ int main(int argc, char **argv) {
     std::printf("listening on 127.0.0.1:%d\n", port.value);
     std::fflush(stdout);
     service.serve();
-    return 0;
+    std::_Exit(0);  // the thread above may still look at the service, which must not go before it
 }
