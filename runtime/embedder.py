@@ -80,11 +80,12 @@ class Embedder:
     ) -> Embedder:
         """Open a bundle.
 
-        `providers` are `tensorrt` (see `cembed build-engine`) and ONNX Runtime's execution providers, in order of
-        preference; `threads` is per operator, None for all
-        cores; `prepack=False` leaves the weights memory-mapped, which opens at once and is a little slower per page;
-        `max_visual_tokens` lowers the bundle's own limit, for speed; `state_memory` bounds, in bytes, what the states
-        of `start` hold together; `verify=False` skips the sha256 of files.
+        `providers` are `tensorrt` (see `cembed build-engine`), `openvino`, `openvino-bf16` and ONNX Runtime's execution
+        providers, in order of preference; `threads` is per operator, None for all cores; `prepack=False` leaves the
+        weights memory-mapped, which opens at once, is a little slower per page, and with int8 or int4 weights fifteen
+        times or more slower per step of the loop; `max_visual_tokens` lowers the bundle's own limit, for speed;
+        `state_memory` bounds, in bytes, what the states of `start` hold together; `verify=False` skips the sha256 of
+        files.
         Raises CembedError: no bundle, a damaged one, a provider that is not available.
         """
         engine = EngineSettings(tuple(providers), threads, prepack)

@@ -88,7 +88,7 @@ class SegmentWriter:
     def append(self, pages: Sequence[StoredPage], removed: Sequence[int] = ()) -> None:
         """Adds pages and removes others, both or neither; returns when they are on disk.
 
-        Raises CembedError: the disk is full or fails. It is as it was then, or the message says that it may not be.
+        Raises CembedError: the disk is full or fails. The index is as it was then, or the message says otherwise.
         """
         if self._broken:
             raise CembedError(f"an earlier write to {self.segment.folder} failed: open the index again")
