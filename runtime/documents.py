@@ -1,7 +1,8 @@
 """Reads PDFs and pictures into RGB pages. One process does all decoding: it may be slow, exhaust memory or crash.
 
 A request is a line of JSON, `[path, number]`, with number 0 when only the page count is wanted. Replies are headers in
-JSON, each after its length: `{"pages": n}`, then `{"shape": [h, w, 3]}` and the bytes; `{"error": text}` for either.
+JSON, each after its length: `{"pages": n}`, then `{"shape": [h, w, 3], "warning": text or null}` and the bytes;
+`{"error": text}` for either.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cembed.runtime.errors import CembedError
-from cembed.runtime.images import Pixels
-from cembed.runtime.page_worker import Settings
+from cembed.runtime.images import Drawn, Settings
 
 SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 
@@ -37,11 +37,15 @@ _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.page_worker
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """A page of a file: `number` counts PDF pages or TIFF frames from 1, `image` is RGB uint8 [height, width, 3]."""
+    """A page of a file: `number` counts PDF pages or TIFF frames from 1, `image` is RGB uint8 [height, width, 3].
+
+    `warning` is one line for a person where something of the page may be missing or wrong, else None.
+    """
 
     path: str
     number: int
     image: npt.NDArray[np.uint8]
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class PageReader:
             if isinstance(reply, str):
                 yield PageError(path, number if pages else None, reply)
             else:
-                yield Page(path, number, reply)
+                yield Page(path, number, reply.image, reply.warning)
             del reply  # it may be the largest thing in memory, and the next one is about to come
             number += 1
             if strikes >= _STRIKES and number <= pages:
@@ -225,7 +229,7 @@ class _Worker:
         except OSError:
             raise _LostError(self._ending()) from None
 
-    def receive(self, seconds: float) -> Pixels | str:
+    def receive(self, seconds: float) -> Drawn | str:
         """The image asked for (empty if none was) or why there is none; ends the process when `seconds` have passed."""
         expired = threading.Event()
 
@@ -253,7 +257,7 @@ class _Worker:
             raise _LostError(self._ending())
         return reply
 
-    def _reply(self) -> Pixels | str:
+    def _reply(self) -> Drawn | str:
         header = self._header()
         if "pages" in header:
             self.pages = header["pages"]
@@ -262,7 +266,7 @@ class _Worker:
             return str(header["error"])
         image = np.empty(header["shape"], np.uint8)
         self._fill(image.data.cast("B") if image.size else bytearray())
-        return image
+        return Drawn(image, header.get("warning"))
 
     def _header(self) -> dict[str, Any]:
         length = bytearray(4)

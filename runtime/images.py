@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +14,27 @@ from PIL import ExifTags, Image, ImageOps
 from cembed.runtime.errors import CembedError
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pages are read; see `documents.PageReader`."""
+
+    dpi: float
+    max_pixels: int
+    memory_limit: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A page that was read, RGB uint8 [height, width, 3]; `warning` is one line about what may be missing of it."""
+
+    image: Pixels
+    warning: str | None = None
+
+
+class RefusedError(Exception):
+    """Input that is left alone, for the reason given."""
 
 
 def to_rgb(image: Image.Image | npt.NDArray[np.uint8]) -> Image.Image:
