@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python samples/demo.py
 
+# Two processes; the tests of a file share what its fixtures make, so they stay in one.
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The C++ kernels by themselves, with the compiler's checks of memory, arithmetic and threads.
 SANITIZERS := address,undefined thread

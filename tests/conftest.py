@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import libcembed
 import onnxruntime
 import pytest
+from filelock import FileLock
 
+if TYPE_CHECKING:
+    from reference import Zoo
+
+    from cembed.export.plan import ExportOptions
+
+SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 GOLDEN = Path(__file__).parent / "golden"
 BACKBONE_OF = {
     "causalqwen2_5": "qwen2.5-vl",
@@ -22,39 +33,74 @@ BundleMaker = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders by name that all test processes of this run have in common."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name: str) -> Path:
+        (root / "shared" / name).mkdir(parents=True, exist_ok=True)
+        return root / "shared" / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(shared: Callable[[str], Path]) -> Callable[[ExportOptions], Path]:
+    """The bundle of a checkpoint that no test changes: exported once, whichever process asks first. Only to be read."""
+
+    def make(options: ExportOptions) -> Path:
+        from cembed.export.exporter import export
+
+        name = hashlib.sha256(repr(options).encode()).hexdigest()[:16]
+        return once(shared("exported") / name, lambda path: export(options, path))
+
+    return make
+
+
+def once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, which `make` puts there whole if nothing is; other processes wait meanwhile."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle_of(exported: Callable[[ExportOptions], Path]) -> BundleMaker:
     """The bundle of a golden checkpoint, by folder name: fp32, 8 document and 4 query vectors."""
-    root = tmp_path_factory.mktemp("bundles")
 
     def make(name: str) -> Path:
-        if not (root / name).exists():
-            from cembed.export.exporter import export
-            from cembed.export.plan import ExportOptions
-
-            budgets = (8, 4) if name in CAUSAL else (None, None)
-            options = ExportOptions(
-                BACKBONE_OF[name], str(GOLDEN / name), num_vectors=budgets[0], query_vectors=budgets[1]
-            )
-            export(options, root / name)
-        return root / name
+        return exported(golden(name, *((8, 4) if name in CAUSAL else (None, None))))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tensorrt_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+def tensorrt_bundle_of(exported: Callable[[ExportOptions], Path]) -> BundleMaker:
     """The bundle of a golden checkpoint for TensorRT: fp32, opset 24."""
-    root = tmp_path_factory.mktemp("tensorrt")
+    return lambda name: exported(replace(golden(name), target="tensorrt"))
 
-    def make(name: str) -> Path:
-        if not (root / name).exists():
-            from cembed.export.exporter import export
-            from cembed.export.plan import ExportOptions
 
-            export(ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), target="tensorrt"), root / name)
-        return root / name
+def golden(name: str, num_vectors: int | None = None, query_vectors: int | None = None) -> ExportOptions:
+    from cembed.export.plan import ExportOptions
 
-    return make
+    return ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), num_vectors=num_vectors, query_vectors=query_vectors)
+
+
+@pytest.fixture(scope="session")
+def zoo(shared: Callable[[str], Path]) -> Zoo:
+    from reference import Zoo
+
+    return Zoo(shared("zoo"))
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(exported: Callable[[ExportOptions], Path]) -> Path:
+    """The bundle of the sample model."""
+    from cembed.export.plan import ExportOptions
+
+    return exported(ExportOptions("qwen2.5-vl", str(SAMPLES / "model"), slot_positions="continue"))
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +109,12 @@ def causal_bundle(bundle_of: BundleMaker) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built() -> Path:
+def built(shared: Callable[[str], Path]) -> Path:
     """The folder that libcembed and its samples were built in; skips where that is impossible."""
     if lacking := libcembed.missing():
         pytest.skip(f"libcembed is not built: {lacking}")
-    return libcembed.build()
+    with FileLock(shared("libcembed") / "lock"):
+        return libcembed.build()
 
 
 @pytest.fixture(scope="session")

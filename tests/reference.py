@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -243,6 +244,7 @@ class Zoo:
         self.root = root
         self.model = cache(self._model)
         self.sides = cache(self._sides)
+        self.lock = FileLock(f"{root}.lock")  # other test processes use the same folder
 
     def checkpoint(self, backbone: Any) -> Path:
         root = self.root / f"checkpoint-{backbone}"
@@ -295,18 +297,20 @@ class Zoo:
         return ExportOptions(name, str(self.checkpoint(name)), head="metaembed", head_weights=weights), weights
 
     def _model(self, name: str) -> Model:
-        options, weights = self.options(name)
         bundle = self.root / f"bundle-{name}"
-        if not bundle.exists():
-            export(options, bundle)
+        with self.lock:
+            options, weights = self.options(name)
+            if not bundle.exists():
+                export(options, bundle)
         reference = Reference(Path(options.model), options.num_layers)
         embedder = Embedder(Bundle(bundle), EngineSettings(threads=1))
         return Model(bundle, embedder, reference, load_file(weights))
 
     def _sides(self, backbone: str, head: str, num_vectors: int | None = None) -> tuple[Side, Side]:
         """The sides that the exporter makes of a head; the learned rows are as in the backbone's bundle."""
-        weights = self.head_weights() if head in ("metaembed", "btoks") else None
-        root = self.checkpoint(backbone)
+        with self.lock:
+            weights = self.head_weights() if head in ("metaembed", "btoks") else None
+            root = self.checkpoint(backbone)
         options = ExportOptions(
             backbone, str(root), head=head, head_weights=weights, num_vectors=num_vectors, query_vectors=num_vectors
         )

@@ -43,11 +43,6 @@ def page(width: int, height: int, seed: int) -> Image.Image:
 PAGE = page(150, 100, 1)
 
 
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return Zoo(tmp_path_factory.getbasetemp() / "zoo")
-
-
 def unit(states: torch.Tensor) -> NDArray[np.float32]:
     vectors: NDArray[np.float32] = torch.nn.functional.normalize(states, dim=-1).numpy()
     return vectors

@@ -45,11 +45,6 @@ PAGES = [page(90, 150, 1), page(30, 30, 2), page(300, 60, 3), Image.new("RGB", (
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return Zoo(tmp_path_factory.getbasetemp() / "zoo")
-
-
-@pytest.fixture(scope="session")
 def feedback(zoo: Zoo) -> Embedder:
     return zoo.under("qwen2-vl", "feedback").embedder
 

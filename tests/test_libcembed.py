@@ -16,8 +16,6 @@ from libcembed import Bundle, CallError, Library
 from PIL import Image
 from reference import Zoo
 
-from cembed.export.exporter import export
-from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import Embedder, maxsim
@@ -27,13 +25,6 @@ from cembed.runtime.evaluate import Dataset
 SAMPLES = libcembed.ROOT / "samples"
 IMAGES = ("page", "wide", "small")
 TEXT = "warranty period"
-
-
-@pytest.fixture(scope="session")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out: Path = tmp_path_factory.mktemp("libcembed") / "sample"
-    export(ExportOptions("qwen2.5-vl", str(SAMPLES / "model"), slot_positions="continue"), out)
-    return out
 
 
 def page() -> Image.Image:
@@ -64,11 +55,9 @@ def test_vectors_are_those_of_python(library: Library, name: str, bundle_of: Bun
 
 
 @pytest.mark.parametrize("name", ["projected", "shallow", "qwen2-vl"])
-def test_heads_are_those_of_python(library: Library, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_heads_are_those_of_python(library: Library, name: str, zoo: Zoo) -> None:
     """Fed-back slots behind a projection and without one, learned slots, pooled ones."""
-    root = tmp_path_factory.getbasetemp() / "zoo"
-    root.mkdir(exist_ok=True)
-    embedder = Zoo(root).model(name).embedder
+    embedder = zoo.model(name).embedder
     bundle = library.open(embedder.bundle.root)
     picture = page().resize((90, 60))
     close(bundle.embed_image(picture), embedder.embed_image(picture))
@@ -91,13 +80,13 @@ def test_stored_rows_are_those_of_python(
     bundle.close()
 
 
-def test_the_sample_model_finds_the_same_pages(library: Library, sample: Path) -> None:
+def test_the_sample_model_finds_the_same_pages(library: Library, sample_bundle: Path) -> None:
     data = Dataset.read(SAMPLES / "pages" / "sample")
     files = sorted((SAMPLES / "pages" / "sample" / "pages").iterdir())
     assert len(files) >= 60
     images = [Image.open(file).convert("RGB") for file in files]
     texts = list(data.queries.values())
-    embedder, bundle = Embedder.load(sample), library.open(sample)
+    embedder, bundle = Embedder.load(sample_bundle), library.open(sample_bundle)
     theirs, ours = embedder.embed_images(images), [bundle.embed_image(image) for image in images]
     for a, b in zip(ours, theirs, strict=True):
         close(a, b)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BACKBONE_OF, GOLDEN, BundleMaker
+from conftest import GOLDEN, BundleMaker, golden
 from PIL import Image
 
-from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
@@ -24,19 +25,17 @@ HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILIT
 
 
 @pytest.fixture(scope="module")
-def standard(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+def standard(exported: Callable[[ExportOptions], Path], tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
     """The bundle of a golden checkpoint in standard operators of opset 20; `name w8a8` and so on is quantised."""
     root = tmp_path_factory.mktemp("standard")
 
     def make(name: str) -> Path:
         checkpoint, *weights = name.split()
         path = root / name.replace(" ", "-")
-        if path.exists():
-            return path
-        if weights:
+        if not weights:
+            return exported(replace(golden(name), target="onnx", opset=20))
+        if not path.exists():
             quantise(make(checkpoint), QuantiseOptions(weights[0], accept_loss=True), path)
-        else:
-            export(ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), target="onnx", opset=20), path)
         return path
 
     return make

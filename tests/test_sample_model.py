@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from cembed.export.exporter import export
-from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import Embedder
@@ -17,20 +15,13 @@ SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 MODEL, PAGES = SAMPLES / "model", SAMPLES / "pages" / "sample"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out: Path = tmp_path_factory.mktemp("sample") / "bundle"
-    export(ExportOptions("qwen2.5-vl", str(MODEL), slot_positions="continue"), out)
-    return out
-
-
 def test_it_is_small() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 16 * 2**20
 
 
-def test_it_finds_the_sample_pages(bundle: Path) -> None:
+def test_it_finds_the_sample_pages(sample_bundle: Path) -> None:
     """60 pages that training never saw, a quarter of them in unseen layouts and faces; chance is about 0.05."""
-    found = evaluate(Embedder.load(bundle), Dataset.read(PAGES), [1, 32])
+    found = evaluate(Embedder.load(sample_bundle), Dataset.read(PAGES), [1, 32])
     quality = {(row.vectors, row.part): row.measures["nDCG@5"] for row in found.rows}
     assert quality[32, "all"] >= QUALITY, quality
     assert quality[32, "all"] > quality[1, "all"]
@@ -42,10 +33,10 @@ QUALITY = 0.93
 @pytest.mark.parametrize(
     ("scheme", "cosine", "drop"), [("int8", 0.999, 0.03), ("int4", 0.94, 0.08), ("w8a8", 0.98, 0.03)]
 )
-def test_integers_lose_little(bundle: Path, tmp_path: Path, scheme: str, cosine: float, drop: float) -> None:
+def test_integers_lose_little(sample_bundle: Path, tmp_path: Path, scheme: str, cosine: float, drop: float) -> None:
     """On 60 questions one rank moves nDCG@5 by 0.006; the card has the loss on 1,200."""
     options = QuantiseOptions(scheme, calibration=(PAGES,), accept_loss=True)
-    report = quantise(bundle, options, tmp_path / "q").quantisation
+    report = quantise(sample_bundle, options, tmp_path / "q").quantisation
     assert report is not None
     assert report.comparison.median_cosine >= cosine
     assert report.comparison.ndcg5 is not None

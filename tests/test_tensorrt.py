@@ -8,13 +8,13 @@ brings TensorRT for RTX (370 MB); without it those tests are skipped. What is de
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
-from conftest import BACKBONE_OF, GOLDEN, BundleMaker
+from conftest import BundleMaker, golden
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from cembed.cli import app
 from cembed.engine_cli import is_tf32
-from cembed.export.exporter import export
 from cembed.export.graph import choose_dialect
 from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
@@ -68,16 +67,9 @@ def build_all(library: Library, root: Path, but: Collection[str] = ()) -> None:
 
 
 @pytest.fixture(scope="module")
-def decomposed_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+def decomposed_bundle_of(exported: Callable[[ExportOptions], Path]) -> BundleMaker:
     """For TensorRT 10.3, whose parser knows no attention."""
-    root = tmp_path_factory.mktemp("decomposed")
-
-    def make(name: str) -> Path:
-        if not (root / name).exists():
-            export(ExportOptions(BACKBONE_OF[name], str(GOLDEN / name), target="tensorrt", opset=20), root / name)
-        return root / name
-
-    return make
+    return lambda name: exported(replace(golden(name), target="tensorrt", opset=20))
 
 
 @pytest.mark.parametrize("opset", [24, 20])
