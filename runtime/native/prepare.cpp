@@ -1,6 +1,5 @@
 // A query prepared for the kernels, and what they found added up.
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "query.h"
@@ -10,16 +9,29 @@ namespace {
 
 int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
+// Of the sizes; as integers, which compilers compare several at a time.
+float largest(const float *row, int count) {
+    int32_t most = 0;
+    for (int i = 0; i < count; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, row + i, 4);
+        most = std::max(most, bits & INT32_MAX);
+    }
+    float value;
+    std::memcpy(&value, &most, 4);
+    return value;
+}
+
+constexpr float ROUNDING = 3 << 22;  // what is added to it has no bits for a fraction left
+
 // Query vectors as integers between -limit and limit, [num to 16, padded] with zeros, and a scale of each.
 Buffer quantised(const float *from, int limit, Query &query) {
     Buffer rows(size_t(round_up(query.num, LANES)) * query.padded);
     for (int q = 0; q < query.num; ++q) {
         const float *row = from + size_t(q) * query.dim;
-        float largest = 0;
-        for (int d = 0; d < query.dim; ++d) largest = std::max(largest, std::fabs(row[d]));
-        const float scale = std::max(largest, std::numeric_limits<float>::min() * 127) / float(limit);
+        const float scale = std::max(largest(row, query.dim), std::numeric_limits<float>::min() * 127) / float(limit);
         auto *out = rows.as<int8_t>() + size_t(q) * query.padded;
-        for (int d = 0; d < query.dim; ++d) out[d] = int8_t(std::nearbyint(row[d] / scale));
+        for (int d = 0; d < query.dim; ++d) out[d] = int8_t(row[d] / scale + ROUNDING - ROUNDING);
         query.scales.push_back(scale);
     }
     return rows;
@@ -78,10 +90,10 @@ Buffer sign_tables(const int8_t *rows, const Query &query) {
     Buffer tables(size_t(round_up(query.num, LANES)) * groups * 16);
     for (size_t i = 0; i < size_t(query.num) * groups; ++i) {
         const int8_t *four = rows + i * 4;
-        for (int signs = 0; signs < 16; ++signs) {
-            int sum = TABLE_ZERO;
-            for (int j = 0; j < 4; ++j) sum += signs >> j & 1 ? -four[j] : four[j];
-            tables.as<uint8_t>()[i * 16 + signs] = uint8_t(sum);
+        uint8_t *sums = tables.as<uint8_t>() + i * 16;
+        sums[0] = uint8_t(TABLE_ZERO + four[0] + four[1] + four[2] + four[3]);
+        for (int j = 0; j < 4; ++j) {
+            for (int signs = 0; signs < 1 << j; ++signs) sums[signs | 1 << j] = uint8_t(sums[signs] - 2 * four[j]);
         }
     }
     return tables;

@@ -84,7 +84,8 @@ struct Kernels {
 constexpr int CHUNK = 2048;  // bytes of a row that are converted at once
 
 inline size_t scratch_bytes(const Query &query) {
-    return size_t(32) * query.padded + 16 * CHUNK + size_t(64) * (query.num + 2 * LANES);
+    const size_t block = holds_floats(query.storage) ? 0 : size_t(32) * query.padded;
+    return block + 16 * CHUNK + size_t(64) * (query.num + 2 * LANES);
 }
 
 // Of float32 [num, dim]. The same for all storage types that hold floats.
