@@ -74,8 +74,8 @@ def score_arrays(queries: Side, documents: Side, threads: int | None) -> NDArray
     if library is None or len(queries) == 0:
         return _with_numpy(queries, documents)
     dim = queries.checked(0, None).shape[1]
-    asked, kept_queries = _described(library, queries, dim)
-    found, kept_documents = _described(library, documents, dim)
+    asked, kept_queries = described(library, queries, dim)
+    found, kept_documents = described(library, documents, dim)
     scores = np.empty((len(asked), len(found)), np.float32)
     sides = asked.ctypes.data, len(asked), dim, found.ctypes.data, len(found)
     wrong = library.maxsim_arrays(*sides, thread_count(threads), scores.ctypes.data)
@@ -88,7 +88,7 @@ def score_arrays(queries: Side, documents: Side, threads: int | None) -> NDArray
     raise not_finite(f"{side.what} {index}", side.item(index))
 
 
-def _described(library: ctypes.CDLL, side: Side, dim: int) -> tuple[Table, Sequence[Floats] | Floats]:
+def described(library: ctypes.CDLL, side: Side, dim: int) -> tuple[Table, Sequence[Floats] | Floats]:
     """The table of a side, and what holds the memory that it tells of."""
     array, table = side.given, np.empty(len(side), ARRAY)
     if isinstance(array, np.ndarray) and side.lengths is not None and array.dtype in TYPES and len(array):

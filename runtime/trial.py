@@ -121,8 +121,8 @@ def _seconds(run: Run, calls: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one storage type: bytes read, median milliseconds of maxsim(), how many times faster than numpy with float32 in
-    the median round, and the largest error relative to the scores' mean size."""
+    """Of one storage type: bytes read, median milliseconds of maxsim(), how many times faster than numpy with float32
+    in the median round, and the largest error relative to the scores' mean size."""
 
     storage: str
     bytes: int
@@ -132,8 +132,8 @@ class Timing:
 
 
 def try_out(shape: Shape, storage: Sequence[str], threads: int, rounds: int) -> list[Timing]:
-    """f32 is a list of arrays, the other types are stored pages. Raises CembedError: an unknown storage type, a dim that it
-    cannot have."""
+    """f32 is a list of arrays, the other types are stored pages. Raises CembedError: an unknown storage type, a dim
+    that it cannot have."""
     if unknown := [name for name in storage if name not in STORAGE]:
         raise CembedError(f"unknown storage {unknown[0]!r}: cembed has {', '.join(STORAGE)}")
     case = Case.draw(shape)

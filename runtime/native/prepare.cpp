@@ -1,6 +1,7 @@
 // A query prepared for the kernels, and what they found added up.
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "query.h"
 
@@ -144,7 +145,7 @@ Query prepare(const float *from, int num, int32_t storage, int dim, const Kernel
         query.zeros.assign(round_up(num, LANES), 0);
         for (int q = 0; q < num; ++q) {
             const int8_t *row = rows.as<int8_t>() + size_t(q) * query.padded;
-            for (int d = 0; d < query.dim; ++d) query.zeros[q] += 128 * row[d];
+            query.zeros[q] = 128 * std::accumulate(row, row + query.dim, 0);
         }
     } else {
         const Buffer rows = quantised(from, 31, query);
