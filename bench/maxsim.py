@@ -105,11 +105,11 @@ def library_alone(case: Case, threads: int) -> Run:
     if (library := load()) is None:
         raise SkipError("not built")
     pages, scores = separate(case), np.empty(case.shape.pages, np.float32)
-    query, _ = described(library, Side("query", [case.query], None), case.shape.dim)
-    documents, _ = described(library, Side("document", pages, None), case.shape.dim)
+    query = described(library, Side("query", [case.query], None), case.shape.dim)
+    documents = described(library, Side("document", pages, None), case.shape.dim)
 
     def run() -> Floats:
-        sides = query.ctypes.data, 1, case.shape.dim, documents.ctypes.data, len(pages)
+        sides = query.address, query.count, case.shape.dim, documents.address, documents.count
         assert library.maxsim_arrays(*sides, threads, scores.ctypes.data) == len(pages)
         return scores
 

@@ -74,13 +74,11 @@ def score_arrays(queries: Side, documents: Side, threads: int | None) -> NDArray
     if library is None or len(queries) == 0:
         return _with_numpy(queries, documents)
     dim = queries.checked(0, None).shape[1]
-    asked, kept_queries = described(library, queries, dim)
-    found, kept_documents = described(library, documents, dim)
-    scores = np.empty((len(asked), len(found)), np.float32)
-    sides = asked.ctypes.data, len(asked), dim, found.ctypes.data, len(found)
+    asked, found = described(library, queries, dim), described(library, documents, dim)
+    scores = np.empty((asked.count, found.count), np.float32)
+    sides = asked.address, asked.count, dim, found.address, found.count
     wrong = library.maxsim_arrays(*sides, thread_count(threads), scores.ctypes.data)
-    del kept_queries, kept_documents  # they had to live until now
-    if wrong == len(found):
+    if wrong == found.count:
         return scores
     if wrong == -1:
         raise MemoryError("MaxSim had no memory for the queries")
@@ -88,21 +86,31 @@ def score_arrays(queries: Side, documents: Side, threads: int | None) -> NDArray
     raise not_finite(f"{side.what} {index}", side.item(index))
 
 
-def described(library: ctypes.CDLL, side: Side, dim: int) -> tuple[Table, Sequence[Floats] | Floats]:
-    """The table of a side, and what holds the memory that it tells of."""
+@dataclass(frozen=True, eq=False)
+class Described:
+    """Where a table of arrays is, how many it has, and what holds its memory and theirs."""
+
+    address: int
+    count: int
+    held: tuple[Table, Sequence[Floats] | Floats]
+
+
+def described(library: ctypes.CDLL, side: Side, dim: int) -> Described:
+    """Raises CembedError: see Side.checked()."""
     array, table = side.given, np.empty(len(side), ARRAY)
+    address = table.ctypes.data
     if isinstance(array, np.ndarray) and side.lengths is not None and array.dtype in TYPES and len(array):
         side.checked(0, dim)
         table["data"] = array.ctypes.data + array.strides[0] * np.arange(len(array))
         table["rows"] = side.lengths
         table["row_step"], table["step"], table["type"] = *array.strides[1:], TYPES[array.dtype]
-        return table, array
+        return Described(address, len(table), (table, array))
     items = list(array) if side.lengths is None else [side.item(index) for index in range(len(side))]
     describe, at = _describer(library), 0
-    while (at := describe(items, at, dim, table)) < len(items):
+    while (at := describe(items, at, dim, address)) < len(items):
         with np.errstate(over="ignore"):
             items[at] = side.checked(at, dim).astype(np.float32, order="C")
-    return table, items
+    return Described(address, len(table), (table, items))
 
 
 class _Python(ctypes.Structure):
@@ -112,13 +120,13 @@ class _Python(ctypes.Structure):
 
 
 @cache
-def _describer(library: ctypes.CDLL) -> Callable[[list[Floats], int, int, Table], int]:
-    """maxsim_describe, which keeps the interpreter's lock: takes items, the first to describe, dim, a table of all."""
+def _describer(library: ctypes.CDLL) -> Callable[[list[Floats], int, int, int], int]:
+    """maxsim_describe, which keeps the interpreter's lock: items, the first to describe, dim, the table's address."""
     python = _Python(*(ctypes.cast(ctypes.pythonapi[name], ctypes.c_void_p) for name in _PYTHON))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     kind = ctypes.PYFUNCTYPE(size, ctypes.POINTER(_Python), ctypes.py_object, size, size, ctypes.c_int32, pointer)
     describe = kind(("maxsim_describe", library))
-    return lambda items, first, dim, table: describe(python, items, first, len(items), dim, table.ctypes.data)
+    return lambda items, first, dim, address: describe(python, items, first, len(items), dim, address)
 
 
 def _with_numpy(queries: Side, documents: Side) -> NDArray[np.float32]:
