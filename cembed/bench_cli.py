@@ -33,13 +33,13 @@ def maxsim(
     dim: Annotated[int, typer.Option(min=1, help="Components of a vector.")] = 128,
     query_vectors: Annotated[int, typer.Option(min=1, help="Vectors of a query.")] = 16,
     storage: Annotated[
-        str, typer.Option(metavar="TYPE,TYPE,…", help="How vectors are kept: f32, f16, u8, bits, one or more.")
+        str, typer.Option(metavar="TYPE,TYPE,…", help="f32, a list of arrays, or stored as f16, u8, bits; one or more.")
     ] = "f32,f16,u8,bits",
     rounds: Annotated[int, typer.Option(min=1, help="Medians are of so many.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="Of numpy too; by default all cores.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the scoring of synthetic pages beside numpy's in float32, and compare scores with float64."""
+    """Time maxsim() with synthetic pages beside numpy's fastest way in float32, and compare scores with float64."""
     if threads is not None:
         limit_threads(threads)
     from cembed.runtime.kernels import kernel_sets, thread_count

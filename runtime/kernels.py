@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
+from cembed.runtime.finite import finite
 from cembed.runtime.storage import STORAGE
 from cembed.runtime.vectors import Vectors
 
@@ -119,15 +120,12 @@ def matches(query: Vectors, pages: Pages, page: int) -> NDArray[np.int32]:
 
 def checked_query(query: Vectors, dim: int, what: str = "the query") -> Vectors:
     """As float32 [Q, D]. Raises CembedError as score() does; `what` is how the message calls it."""
-    with np.errstate(over="ignore"):
-        query = np.ascontiguousarray(query, np.float32)
+    query = np.asarray(query)
     if query.ndim != 2 or 0 in query.shape:
         raise CembedError(f"{what} has shape {query.shape}: [num_vectors, dim], neither zero, is wanted")
     if query.shape[1] != dim:
         raise CembedError(f"{what} has dim {query.shape[1]}, the pages have {dim}")
-    if not np.isfinite(query).all():
-        raise CembedError(f"{what} contains NaN, infinity, or values that float32 cannot hold")
-    return query
+    return finite(what, query)
 
 
 def _checked(query: Vectors, pages: Pages, which: Numbers | None) -> tuple[Vectors, Numbers]:
@@ -176,6 +174,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.maxsim_top.argtypes = [*head, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
     library.maxsim_top.restype = ctypes.c_int64
     library.maxsim_kernels.restype = ctypes.c_char_p
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.maxsim_arrays.argtypes = [pointer, size, number, pointer, size, number, pointer]
+    library.maxsim_arrays.restype = size
     return library
 
 
@@ -228,7 +229,7 @@ def _score_with_numpy(query: Vectors, pages: Pages, which: Numbers) -> Scores:
     unit = np.float32(1 / np.sqrt(np.float32(pages.dim)) if pages.storage == "bits" else 1)
     for index, page in enumerate(which):
         similarity, scales = _similarity(query, pages, page)
-        found[index] = _tree_sum(similarity.max(axis=1).astype(np.float32) * scales) * (unit * pages.scales[page])
+        found[index] = sum_of(similarity.max(axis=1).astype(np.float32) * scales) * (unit * pages.scales[page])
     return found
 
 
@@ -255,7 +256,7 @@ def _similarity(query: NDArray[np.floating[Any]], pages: Pages, page: int) -> tu
     return np.rint(query / scales[:, None]).astype(exact) @ vectors.T.astype(exact), scales
 
 
-def _tree_sum(terms: Scores) -> np.float32:
+def sum_of(terms: Scores) -> np.float32:
     """The sum in the order of the library: 16 lanes, then halves of them."""
     lanes = np.zeros(_LANES, np.float32)
     for first in range(0, len(terms), _LANES):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cembed.runtime.errors import CembedError
+from cembed.runtime.finite import not_finite
 from cembed.runtime.index_writer import StoredPage
 from cembed.runtime.known_pages import KnownPages
 from cembed.runtime.records import CONTENT_BYTES
@@ -77,9 +78,10 @@ def draft(page: NewPage, serial: int, dim: int, tiers: Sequence[str]) -> Draft:
     with np.errstate(over="ignore"):
         vectors = np.array(page.vectors, order="C", dtype=np.float32)  # a copy: the caller may use the memory again
     largest = max(float(vectors.max()), -float(vectors.min()))
-    if not largest < np.inf or (largest > _LARGEST_HALF and "f16" in tiers):
-        what = "NaN or infinity" if not largest < np.inf else "values that f16 cannot hold"
-        raise CembedError(f"page {page.id!r} contains {what}: normalise its vectors")
+    if not largest < np.inf:
+        raise not_finite(f"page {page.id!r}", np.asarray(page.vectors))
+    if largest > _LARGEST_HALF and "f16" in tiers:
+        raise CembedError(f"page {page.id!r} contains values that f16 cannot hold: normalise its vectors")
     return Draft(serial, page, vectors, encode_metadata(page) if page.metadata else "{}")
 
 

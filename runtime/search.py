@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cembed.runtime import kernels
 from cembed.runtime.errors import CembedError
+from cembed.runtime.finite import finite
 from cembed.runtime.records import Commit
 from cembed.runtime.vectors import Vectors
 from cembed.runtime.views import View, page_sizes, parse_metadata
@@ -88,11 +89,7 @@ def check_query(query: NDArray[Any], dim: int) -> Vectors:
     """The query in float32. Raises CembedError: no vectors of this dim, NaN or infinity."""
     if np.ndim(query) != 2 or len(query) == 0 or query.shape[1] != dim:
         raise CembedError(f"the query has shape {np.shape(query)}: this index takes [num_vectors, {dim}]")
-    with np.errstate(over="ignore"):
-        checked = np.ascontiguousarray(query, np.float32)
-    if not np.isfinite(checked).all():
-        raise CembedError("the query contains NaN, infinity, or values that float32 cannot hold")
-    return checked
+    return finite("the query", query)
 
 
 def check_plan(plan: Sequence[Stage], tiers: Sequence[str]) -> None:

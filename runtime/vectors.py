@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cembed.runtime.errors import CembedError
+from cembed.runtime.finite import finite
 
 Vectors = NDArray[np.float32]
 SUFFIXES = (".npz", ".safetensors")
@@ -95,8 +96,9 @@ class VectorFile:
             and self.offsets[-1] == len(self.vectors)
             and bool((np.diff(self.offsets) > 0).all())
         )
-        if not fits or not np.isfinite(self.vectors).all():
+        if not fits:
             raise CembedError(f"{path} is damaged: its arrays do not fit each other")
+        finite(f"{path} is damaged: it", self.vectors)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

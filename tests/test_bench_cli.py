@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from test_cli import cembed, cembed_process
 
-from cembed.runtime import trial
-from cembed.runtime.kernels import kernel_sets
+from cembed.runtime import maxsim, trial
+from cembed.runtime.kernels import Pages, kernel_sets
 from cembed.runtime.storage import STORAGE
-from cembed.runtime.trial import Case, Shape
+from cembed.runtime.trial import Case, Floats, Shape
 
 SMALL = ("--pages", 40, "--vectors", 5, "--dim", 16, "--query-vectors", 3, "--rounds", 2)
 
@@ -36,7 +37,7 @@ def test_the_table() -> None:
 
 
 def test_wrong_scores_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "score", lambda *given, threads: np.full(40, 2.5, np.float32))
+    monkeypatch.setattr(trial, "maxsim", lambda *given, threads: np.full((1, 40), 2.5, np.float32))
     outcome = cembed("bench", "maxsim", *SMALL, "--storage", "f32", "--json")
     assert outcome.status == 1
     assert "f32 are not those of float64" in outcome.err
@@ -47,7 +48,24 @@ def test_what_cannot_be_stored(option: str, value: object, said: str) -> None:
     assert said in cembed("bench", "maxsim", *SMALL, option, value).error
 
 
-def test_numpy_as_peers_write_it_is_the_definition() -> None:
+def test_numpy_as_one_writes_it_is_the_definition() -> None:
     case = Case.draw(Shape(3, 16, 50, 4))
     similarity = np.einsum("qd,nkd->nqk", case.query.astype(np.float64), case.documents)
-    assert np.allclose(trial.numpy_way(case)(), similarity.max(axis=2).sum(axis=1), atol=1e-5)
+    for way in trial.numpy_ways(case):
+        assert np.allclose(way(), similarity.max(axis=2).sum(axis=1), atol=1e-5)
+
+
+def test_what_is_timed_is_the_call_that_users_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """maxsim(), with a list of arrays for float32 and with stored pages for the rest."""
+    given = []
+
+    def called(queries: Sequence[Floats], documents: Sequence[Floats] | Pages, *, threads: int) -> Floats:
+        given.append(documents)
+        return maxsim(queries, documents, threads=threads)
+
+    monkeypatch.setattr(trial, "maxsim", called)
+    trial.try_out(Shape(3, 16, 40, 5), ["f32", "u8"], 1, 1)
+    lists = [documents for documents in given if not isinstance(documents, Pages)]
+    assert all(isinstance(documents, list) and len(documents) == 40 for documents in lists)
+    assert {documents.storage for documents in given if isinstance(documents, Pages)} == {"u8"}
+    assert lists

@@ -257,8 +257,8 @@ bool permitted() {
 const Kernels *amx() {
     const Kernels *floats = avx512();
     if (floats == nullptr || !permitted()) return nullptr;
-    static const Kernels kernels = {"amx",          floats->f32,    floats->f16, page_u8, page_bits,
-                                    floats->floats, {LANES, false}, false,       begin,   end};
+    static const Kernels kernels = {"amx", floats->f32, floats->f16, page_u8, page_bits, floats->f64,
+                                    floats->floats, {LANES, false}, false, begin, end};
     return &kernels;
 }
 

@@ -159,7 +159,7 @@ void page_bits(const Query &query, const char *page, int rows, char *scratch, vo
 
 const Kernels *avx2() {
     static const Packing packing = {Avx2::WIDTH, true};
-    static const Kernels kernels = {"avx2",  page_f32<Avx2>, page_f16<Avx2>, page_u8<Avx2>, page_bits,
+    static const Kernels kernels = {"avx2", page_f32<Avx2>, page_f16<Avx2>, page_u8<Avx2>, page_bits, page_f64<Avx2>,
                                     packing, packing, true, nullptr, nullptr};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels : nullptr;  // F16C is older
 }

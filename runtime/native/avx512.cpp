@@ -145,7 +145,7 @@ void page_bits(const Query &query, const char *page, int rows, char *scratch, vo
 
 const Kernels *avx512() {
     static const Packing packing = {Avx512::WIDTH, true};
-    static const Kernels kernels = {"avx512",  page_f32<Avx512>, page_f16<Avx512>, page_u8<Avx512>, page_bits,
+    static const Kernels kernels = {"avx512", page_f32<Avx512>, page_f16<Avx512>, page_u8<Avx512>, page_bits, page_f64<Avx512>,
                                     packing, packing, true, nullptr, nullptr};
     const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

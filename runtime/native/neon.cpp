@@ -141,7 +141,7 @@ bool has_dot_products() {
 
 const Kernels *neon() {
     static const Packing packing = {Neon::WIDTH, true};
-    static const Kernels kernels = {"neon",  page_f32<Neon>, page_f16<Neon>, page_u8<Neon>, page_bits,
+    static const Kernels kernels = {"neon", page_f32<Neon>, page_f16<Neon>, page_u8<Neon>, page_bits, page_f64<Neon>,
                                     packing, packing, true, nullptr, nullptr};
     return has_dot_products() ? &kernels : nullptr;
 }

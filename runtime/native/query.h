@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -18,7 +19,7 @@ class Buffer {
     explicit Buffer(size_t bytes) {
         data_ = static_cast<char *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
         if (data_ == nullptr) throw std::bad_alloc();
-        for (size_t i = 0; i < bytes; ++i) data_[i] = 0;
+        std::memset(data_, 0, bytes);
     }
     Buffer(Buffer &&other) noexcept : data_(other.data_) { other.data_ = nullptr; }
     Buffer &operator=(Buffer &&other) noexcept {
@@ -50,24 +51,30 @@ struct Packing {
 constexpr int LANES = 16;        // most groups; query vectors of a tile; terms of a score are added in as many lanes
 constexpr int TABLE_ZERO = 124;  // added to table entries: four components of at most 31 each
 
+inline bool holds_floats(int32_t storage) {
+    return storage == MAXSIM_F32 || storage == MAXSIM_F16 || storage == MAXSIM_F64;
+}
+
 struct Query {
     int32_t storage, num, dim;
     int padded;                  // components, filled up with zeros: a multiple of 16 floats or 64 levels or signs
-    std::vector<Unit> units;     // f32, f16, u8
-    // f32, f16, u8: what the units point to. bits, integers between -31 and 31: uint8 [num to 16, padded / 4, 16], sums
+    std::vector<Unit> units;     // floats, u8
+    // floats, u8: what the units point to. bits, integers between -31 and 31: uint8 [num to 16, padded / 4, 16], sums
     // of four components with all signs and TABLE_ZERO; or int8 [num to 16 / 16, padded / 64, 16 vectors, 64].
     Buffer packed;
     std::vector<int32_t> zeros;  // u8: what a vector of levels at the zero point scores, [num to 16]
     std::vector<float> scales;   // what a query vector's integers are multiplied with, [num]
 };
 
-// Writes the largest dot product of each query vector: float for f32 and f16, int32 for u8 and bits. `best` has room
-// for num to 16, `scratch` for scratch_bytes().
+// Writes the largest dot product of each query vector: float for floats, int32 for u8 and bits. After those of floats
+// comes the sum of what the first query vector makes with each row: a component that is NaN or infinite makes it so too
+// (with zero as well, whose product with infinity is NaN), while the maximum may have come from another row. `best` has
+// room for num + 1 to 16, `scratch` for scratch_bytes().
 using Kernel = void (*)(const Query &, const char *page, int rows, char *scratch, void *best);
 
 struct Kernels {
     const char *name;
-    Kernel f32, f16, u8, bits;
+    Kernel f32, f16, u8, bits, f64;  // as maxsim_storage has them
     Packing floats, levels;
     bool tables;                   // bits wants the sums, see Query; else components
     void (*begin)(const Query &);  // called by each thread before and after its pages, if there
@@ -77,8 +84,24 @@ struct Kernels {
 constexpr int CHUNK = 2048;  // bytes of a row that are converted at once
 
 inline size_t scratch_bytes(const Query &query) {
-    return size_t(32) * query.padded + 16 * CHUNK + size_t(64) * (query.num + 2 * LANES);
+    const size_t block = holds_floats(query.storage) ? 0 : size_t(32) * query.padded;
+    return block + 16 * CHUNK + size_t(64) * (query.num + 2 * LANES);
 }
+
+// Of float32 [num, dim]. The same for all storage types that hold floats.
+Query prepare(const float *from, int num, int32_t storage, int dim, const Kernels &kernels);
+
+// The score, but for what the page's components are multiplied with: the largest products times the scales.
+float total(const Query &query, const void *best);
+
+// The set that is in use, and its kernel.
+const Kernels &chosen();
+inline Kernel kernel_of(const Kernels &kernels, int32_t storage) {
+    const Kernel table[] = {kernels.f32, kernels.f16, kernels.u8, kernels.bits, kernels.f64};
+    return table[storage];
+}
+
+float half_to_float(uint16_t bits);
 
 // Null where the machine or the compiler cannot.
 const Kernels *amx();

@@ -1,24 +1,19 @@
 // Any machine: plain loops over 16 lanes, which compilers turn into whatever vectors there are.
-#include <cmath>
 #include <limits>
 
 #include "tile.h"
 
 namespace maxsim {
-namespace {
 
 float half_to_float(uint16_t bits) {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float value;
-    if (exponent == 31) {
-        value = fraction ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-    } else if (exponent == 0) {
-        value = std::ldexp(float(fraction), -24);
-    } else {
-        value = std::ldexp(float(fraction + 1024), exponent - 25);
-    }
+    const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const uint32_t wide = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    float value = float(fraction) * 0x1p-24f;
+    if (exponent != 0) std::memcpy(&value, &wide, 4);
     return bits & 0x8000 ? -value : value;
 }
+
+namespace {
 
 struct Scalar {
     static constexpr int LANES_PER = 16, WIDTH = 16, TILE = 4;
@@ -111,7 +106,7 @@ void page_bits(const Query &query, const char *page, int rows, char *scratch, vo
 
 const Kernels *scalar() {
     static const Packing packing = {Scalar::WIDTH, true};
-    static const Kernels kernels = {"scalar",  page_f32<Scalar>, page_f16<Scalar>, page_u8<Scalar>, page_bits,
+    static const Kernels kernels = {"scalar", page_f32<Scalar>, page_f16<Scalar>, page_u8<Scalar>, page_bits, page_f64<Scalar>,
                                     packing, packing, true, nullptr, nullptr};
     return &kernels;
 }

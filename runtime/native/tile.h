@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "query.h"
 
@@ -41,7 +42,20 @@ template <class V, int BYTES> void stage_copy(const char *const *rows, int first
     }
 }
 
-// What is fetched while a tile is multiplied: the tile behind it. With each cache line of the rows as many are fetched,
+template <class V> void stage_double(const char *const *rows, int first, int count, char *out) {
+    for (int r = 0; r < V::TILE; ++r, out += CHUNK) {
+        const char *from = rows[r] + size_t(first) * 8;
+        auto *to = reinterpret_cast<float *>(out);
+        for (int i = 0; i < count; ++i) {
+            double wide;
+            std::memcpy(&wide, from + i * 8, 8);
+            to[i] = float(wide);
+        }
+        std::memset(out + size_t(count) * 4, 0, -(size_t(count) * 4) % 64);
+    }
+}
+
+// What is fetched while a tile is multiplied: the tile after it. With each cache line of the rows as many are fetched,
 // `apart` bytes from one to the next, and the next time `advance` bytes further. A small tile comes as one stream, which
 // is 1.6 times as fast as a stream for each row; a large one would drive the tile at hand out of the nearest cache.
 struct Ahead {
@@ -117,9 +131,12 @@ INLINE void sweep(Sums<V, A> &sums, const char *const *rows, int bytes, Ahead ah
     sums = local;
 }
 
-// A tile of rows and a unit: best[WIDTH] = max(best, dot products).
+template <class V, class A> constexpr bool FLOATS = std::is_same<A, typename V::F>::value;
+
+// A tile of rows and a unit: best[WIDTH] = max(best, dot products). Of floats, returns the sum of the rows' products
+// with the unit's first query vectors.
 template <class V, class A, int G>
-void tile(const char *const *rows, Ahead ahead, const Query &query, const Unit &unit, Stage stage, char *scratch,
+A tile(const char *const *rows, Ahead ahead, const Query &query, const Unit &unit, Stage stage, char *scratch,
           char *best) {
     constexpr int BYTES = sizeof(V::component(A()));  // of a component in a lane
     Sums<V, A> sums;
@@ -142,16 +159,19 @@ void tile(const char *const *rows, Ahead ahead, const Query &query, const Unit &
     }
     Step<V, A> top;
     for (int t = 0; t < top.PARTS; ++t) top.part[t] = V::load(A(), best + t * V::LANES_PER * 4);
+    A sum = V::zero(A());
     for (auto &row : sums.row) {
         row.template fold<1, G>();
         for (int t = 0; t < top.PARTS; ++t) top.part[t] = V::max(row.part[t], top.part[t]);
+        if constexpr (FLOATS<V, A>) sum = V::add(sum, row.part[0]);
     }
     for (int t = 0; t < top.PARTS; ++t) V::store(best + t * V::LANES_PER * 4, top.part[t]);
+    return sum;
 }
 
 template <class V, class A>
-void unit_tile(const char *const *rows, Ahead ahead, const Query &query, const Unit &unit, Stage stage,
-               char *scratch, char *best) {
+A unit_tile(const char *const *rows, Ahead ahead, const Query &query, const Unit &unit, Stage stage,
+            char *scratch, char *best) {
     switch (unit.group) {
         case 1: return tile<V, A, 1>(rows, ahead, query, unit, stage, scratch, best);
         case 2: return tile<V, A, 2>(rows, ahead, query, unit, stage, scratch, best);
@@ -161,7 +181,7 @@ void unit_tile(const char *const *rows, Ahead ahead, const Query &query, const U
     }
 }
 
-// A page whose rows are `stride` bytes. `top` is [units, WIDTH], `best` [num].
+// A page whose rows are `stride` bytes. `top` is [units, WIDTH], `best` as Kernel says.
 template <class V, class A>
 void page_of(const Query &query, const char *page, int rows, size_t stride, Stage stage, char *scratch, void *best) {
     using Value = decltype(V::component_sum(A()));
@@ -169,6 +189,7 @@ void page_of(const Query &query, const char *page, int rows, size_t stride, Stag
     const bool once = stage != nullptr && bytes <= CHUNK;  // all units have the same staged rows
     char *top = scratch + V::TILE * CHUNK;
     for (int t = 0; t < units * V::WIDTH / V::LANES_PER; ++t) V::store(top + t * V::LANES_PER * 4, V::lowest(A()));
+    A sum = V::zero(A());
     for (int first = 0; first < rows; first += V::TILE) {
         const char *tile_rows[V::TILE];
         for (int r = 0; r < V::TILE; ++r) tile_rows[r] = page + smaller(first + r, rows - 1) * stride;
@@ -178,14 +199,19 @@ void page_of(const Query &query, const char *page, int rows, size_t stride, Stag
         }
         Ahead ahead = Ahead::of(page + size_t(first + V::TILE) * stride, V::TILE, stride, size_t(bytes));
         for (int u = 0; u < units; ++u, ahead.next = nullptr) {
-            unit_tile<V, A>(tile_rows, ahead, query, query.units[u], once ? nullptr : stage, scratch,
-                            top + u * V::WIDTH * 4);
+            const A more = unit_tile<V, A>(tile_rows, ahead, query, query.units[u], once ? nullptr : stage, scratch,
+                                           top + u * V::WIDTH * 4);
+            if constexpr (FLOATS<V, A>) sum = u == 0 ? V::add(sum, more) : sum;
         }
     }
     for (int u = 0; u < units; ++u) {
         const Unit &unit = query.units[u];
         const Value *values = reinterpret_cast<const Value *>(top) + u * V::WIDTH;
         for (int i = 0; i < unit.count; ++i) static_cast<Value *>(best)[unit.first + i] = values[i * unit.group];
+    }
+    if constexpr (FLOATS<V, A>) {
+        V::store(scratch, sum);
+        std::memcpy(static_cast<Value *>(best) + query.num, scratch, sizeof(Value));
     }
 }
 
@@ -196,6 +222,10 @@ template <class V> void page_f32(const Query &query, const char *page, int rows,
 
 template <class V> void page_f16(const Query &query, const char *page, int rows, char *scratch, void *best) {
     page_of<V, typename V::F>(query, page, rows, size_t(query.dim) * 2, stage_half<V>, scratch, best);
+}
+
+template <class V> void page_f64(const Query &query, const char *page, int rows, char *scratch, void *best) {
+    page_of<V, typename V::F>(query, page, rows, size_t(query.dim) * 8, stage_double<V>, scratch, best);
 }
 
 template <class V> void page_u8(const Query &query, const char *page, int rows, char *scratch, void *best) {
