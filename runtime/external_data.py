@@ -158,6 +158,8 @@ def varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
     while at < end and shift < 70:
         byte = data[at]
         at += 1
+        if shift == 63 and byte > 1:
+            break
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at

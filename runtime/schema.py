@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from cembed.runtime.errors import CembedError
@@ -141,6 +142,7 @@ def plain(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
+@cache
 def kinds_of(kind: type) -> dict[str, Any]:
     """The kind of each field of a dataclass, with its range."""
     return typing.get_type_hints(kind, include_extras=True)
@@ -157,6 +159,7 @@ def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
     return kind(**{name: decode(kinds[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
+@cache
 def required_fields(kind: type) -> set[str]:
     """The fields of a dataclass that have no default."""
     known = fields(typing.cast(Any, kind))

@@ -18,6 +18,7 @@
 #include "embedder.h"
 #include "error.h"
 #include "index.h"
+#include "manifest_schema.h"
 #include "state.h"
 
 using namespace cembed;
@@ -329,6 +330,6 @@ uint32_t cembed_abi_version(void) { return CEMBED_ABI_VERSION; }
 
 const char *cembed_version(void) { return CEMBED_VERSION; }
 
-int32_t cembed_schema_version(void) { return SCHEMA_VERSION; }
+int32_t cembed_schema_version(void) { return schema::VERSION; }
 
 const char *cembed_kernels(int32_t i) { return i < 0 ? nullptr : maxsim_kernels(i); }
