@@ -24,13 +24,23 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
     Raises CembedError: none that can be read, one that does not match its digest or contradicts itself. Schema 1, which
     has no digest, is a RuntimeWarning.
     """
-    content = read_bytes(root)
+    manifest, name = check_manifest(root, read_bytes(root))
+    if manifest.schema_version == OLDEST_SCHEMA:
+        told = f"{root} has schema {OLDEST_SCHEMA}, in which nothing checks the manifest"
+        warnings.warn(f"{told}: `cembed verify --upgrade` mends that", RuntimeWarning, stacklevel=3)
+    return manifest, name
+
+
+def check_manifest(root: Path, content: bytes) -> tuple[Manifest, str]:
+    """`read_manifest` of bytes that were read, without the warning."""
+    has_digest = check_digest(root, content)
     try:
         manifest = parse_manifest(content)
         name = hash_of(content, manifest)
     except CembedError as error:
         raise CembedError(f"{root}: {error}") from error
-    check_digest(root, content, manifest)
+    if not has_digest and manifest.schema_version > OLDEST_SCHEMA:
+        raise CembedError(f"{root}: missing {DIGEST}: the bundle is incomplete, copy it again")
     return manifest, name
 
 
@@ -57,21 +67,18 @@ def digest_line(content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def check_digest(root: Path, content: bytes, manifest: Manifest) -> None:
-    """Raises CembedError unless `manifest.sha256` is that of the manifest's bytes. Schema 1 may be without it.
+def check_digest(root: Path, content: bytes) -> bool:
+    """Whether there is a `manifest.sha256`. Raises CembedError: it is not that of the manifest's bytes.
 
     While a bundle is upgraded, the file has a line for the manifest before and one for the manifest after.
     """
     if not os.path.lexists(root / DIGEST):
-        if manifest.schema_version > OLDEST_SCHEMA:
-            raise CembedError(f"{root}: missing {DIGEST}: the bundle is incomplete, copy it again")
-        told = f"{root} has schema {OLDEST_SCHEMA}, in which nothing checks the manifest"
-        warnings.warn(f"{told}: `cembed verify --upgrade` mends that", RuntimeWarning, stacklevel=4)
-        return
+        return False
     line = digest_line(content)
     known = read_plain(root / DIGEST, 2 * len(line))
     if known != line and line not in lines_of_upgrade(known):
         raise CembedError(f"{root / MANIFEST} does not match {DIGEST}: one of them is damaged, copy the bundle again")
+    return True
 
 
 def lines_of_upgrade(known: bytes) -> list[bytes]:
@@ -126,7 +133,7 @@ def upgrade(root: Path, disk: Disk | None = None) -> str:
     Raises CembedError: no bundle, nothing can be written there.
     """
     disk, content = disk or Disk(), read_bytes(root)
-    manifest, name = read_manifest(root)
+    manifest, name = check_manifest(root, content)
     new = upgraded(content) if manifest.schema_version == OLDEST_SCHEMA else content
     if new == content and read_plain(root / DIGEST, MAX_MANIFEST) == digest_line(content):
         return f"nothing to do, schema {manifest.schema_version}"

@@ -75,15 +75,15 @@ def library_refuses(library: Library, root: Path) -> str | None:
 
 
 def told(action: Callable[[], object]) -> str | None:
+    message = None
     try:
         action()
     except CembedError as error:
-        assert "\n" not in str(error)
-        return str(error)
+        message = str(error)
     except CallError as error:
-        assert "\n" not in error.message
-        return error.message
-    return None
+        message = error.message
+    assert "\n" not in (message or "")
+    return message
 
 
 def make_full(source: Path, to: Path) -> Path:

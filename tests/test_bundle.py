@@ -499,7 +499,11 @@ def more_heads(step: Json) -> None:
 @pytest.mark.parametrize(
     ("graph", "edit", "words"),
     [
-        ("text", lambda graph: graph["inputs"].append({"name": "prompt_length", "dtype": "int64", "shape": [1]}), "prompt"),
+        (
+            "text",
+            lambda graph: graph["inputs"].append({"name": "prompt_length", "dtype": "int64", "shape": [1]}),
+            "prompt",
+        ),
         ("text_step", more_heads, "past_key_values.0.key"),
         ("vision", lambda graph: graph["inputs"].pop(1), "patch_positions"),
     ],

@@ -32,7 +32,7 @@ from manifests import (
     told,
 )
 
-from cembed.runtime import Bundle, Embedder
+from cembed.runtime import Embedder
 from cembed.runtime.manifest_file import write_manifest
 
 Edit = Callable[[Json], object]
@@ -123,7 +123,9 @@ def test_values_of_other_kinds_are_refused_by_both_or_by_none(library: Library, 
             assert (python is None) == (c is None), (place, value, python, c)
 
 
-@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e400", "01", "+1", ".5", "1."])
+@pytest.mark.parametrize(
+    "literal", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e400", "01", "+1", ".5", "1."]
+)
 def test_numbers_that_are_none(library: Library, full: Path, raw: Json, literal: str) -> None:
     for place in (("self_test", "tolerance"), ("image", "std", 0), ("dim",)):
         text = json.dumps(changed(raw, place, 123454321)).replace("123454321", literal)
@@ -254,7 +256,9 @@ VALUES = st.recursive(
     | st.integers(-2, 700)
     | st.integers()
     | st.floats()
-    | st.sampled_from([2**31, 2**53 + 1, 2**63, 10**400, 1e-7, 1e300, "constant", "feedback", "vision.onnx", "\ud800", ""])
+    | st.sampled_from(
+        [2**31, 2**53 + 1, 2**63, 10**400, 1e-7, 1e300, "constant", "feedback", "vision.onnx", "\ud800", ""]
+    )
     | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,

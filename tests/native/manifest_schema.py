@@ -88,7 +88,9 @@ def table(kind: str, name: str, rows: Iterable[str]) -> str:
 
 
 def main() -> None:
-    print("// Written by tests/native/manifest_schema.py from manifest.py, contract.py and external_data.py: do not edit.")
+    print(
+        "// Written by tests/native/manifest_schema.py from manifest.py, contract.py and external_data.py: do not edit."
+    )
     print("#pragma once\n\n#include <cstdint>\n\nnamespace cembed::schema {\n")
     print("// What a kind is: tests/native/manifest_schema.py. TENSORS and MESSAGES: where they come from.")
     print("struct Field {\n    const char *owner, *name, *kind;\n    bool required;\n    double least, most;\n};\n")
@@ -97,7 +99,9 @@ def main() -> None:
     print(f'constexpr const char *MANIFEST = "{manifest.MANIFEST}", *DIGEST = "{manifest.DIGEST}";')
     for name in NUMBERS:
         print(f"constexpr int64_t {name} = {getattr(manifest, name)};")
-    print(f"constexpr int64_t MAX_ONNX = {external_data.MAX_ONNX};\nconstexpr int MAX_DEPTH = {external_data.MAX_DEPTH};")
+    print(
+        f"constexpr int64_t MAX_ONNX = {external_data.MAX_ONNX};\nconstexpr int MAX_DEPTH = {external_data.MAX_DEPTH};"
+    )
     print(f"constexpr const char *FORBIDDEN = {json.dumps(external_data.FORBIDDEN)};\n")
     print(table("Field", "FIELDS", (f"{{{', '.join(map(json.dumps, row))}}}" for row in field_rows())))
     print(table("const char *const", "ORDER", map(json.dumps, contract.ORDER)))

@@ -66,16 +66,6 @@ std::string read_manifest(const std::string &root) {
     }
 }
 
-Manifest parse(const std::string &root, const std::string &text) {
-    try {
-        Manifest manifest = Manifest::from_json(text);
-        check_contract(manifest);
-        return manifest;
-    } catch (const Error &error) {
-        throw Error(BUNDLE, root + ": " + error.what());
-    }
-}
-
 bool exists(const std::string &path) {
     struct stat status{};
     return lstat(path.c_str(), &status) == 0;
@@ -89,19 +79,17 @@ bool is_line(std::string_view line, const std::string &like) {
            line.substr(0, 64).find_first_not_of("0123456789abcdef") == line.npos;
 }
 
-// Schema 1 may be without a digest. One that is being upgraded has a line for the manifest after, too.
-void check_digest(const std::string &root, const std::string &text, const Manifest &manifest) {
+// Whether there is a digest. One that is being upgraded has a line for the manifest after, too.
+bool check_digest(const std::string &root, const std::string &text) {
     const std::string path = root + "/" + schema::DIGEST, line = digest_line(text);
-    if (!exists(path)) {
-        if (manifest.schema_version == schema::OLDEST) return;
-        throw Error(BUNDLE, root + ": missing " + schema::DIGEST + ": the bundle is incomplete, copy it again");
-    }
+    if (!exists(path)) return false;
     const std::string known = File(path, BUNDLE).read(2 * int64_t(line.size()));
     const std::string first = known.substr(0, line.size()), second = known.substr(first.size());
     const bool two = is_line(first, line) && is_line(second, line);
     if (known != line && !(two && (first == line || second == line)))
         throw Error(BUNDLE, root + "/" + schema::MANIFEST + " does not match " + schema::DIGEST +
                                 ": one of them is damaged, copy the bundle again");
+    return true;
 }
 
 // Where `text` goes on after a word, and blanks if any; npos if it does not.
@@ -124,6 +112,19 @@ std::string hash_of(const std::string &root, const std::string &text, const Mani
         throw Error(BUNDLE, root + ": " + schema::MANIFEST +
                                 ": upgraded_from is not the hash of the manifest that this was made from");
     return *manifest.upgraded_from;
+}
+
+Manifest parse(const std::string &root, const std::string &text) {
+    const bool has_digest = check_digest(root, text);
+    try {
+        Manifest manifest = Manifest::from_json(text);
+        if (!has_digest && manifest.schema_version != schema::OLDEST)
+            throw Error(BUNDLE, std::string("missing ") + schema::DIGEST + ": the bundle is incomplete, copy it again");
+        check_contract(manifest);
+        return manifest;
+    } catch (const Error &error) {
+        throw Error(BUNDLE, root + ": " + error.what());
+    }
 }
 
 }  // namespace
@@ -157,7 +158,6 @@ Bundle::Bundle(std::string root, const std::string &text)
     : manifest(parse(root, text)),
       root_(std::move(root)),
       hash_(hash_of(root_, text, manifest)) {
-    check_digest(root_, text, manifest);
     check_listing();
 }
 

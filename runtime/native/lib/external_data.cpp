@@ -19,6 +19,13 @@ constexpr int TEXT = 2;  // the wire type of texts and messages
 
 [[noreturn]] void refuse(const std::string &why) { throw Error(BUNDLE, why); }
 
+// What a file says, in a message: of its bytes those that can be printed.
+std::string shown(std::string text) {
+    const auto odd = [](char c) { return c < ' ' || c > '~'; };
+    std::replace_if(text.begin(), text.end(), odd, '?');
+    return "'" + text.substr(0, 200) + "'";
+}
+
 // A text or message within a file.
 struct Found {
     std::string name;  // as in MESSAGES
@@ -107,7 +114,7 @@ class Walk {
                 texts[text.field] = data_.substr(text.start, text.end - text.start);
             const auto known = std::find(std::begin(schema::DATA_KEYS), std::end(schema::DATA_KEYS), texts[1]);
             if (known == std::end(schema::DATA_KEYS) || !found.emplace(texts[1], texts[2]).second)
-                refuse("a tensor's data has the key '" + texts[1].substr(0, 80) + "'");
+                refuse("a tensor's data has the key " + shown(texts[1]));
         }
         if (!entries.empty()) check_place(found);
     }
@@ -116,7 +123,7 @@ class Walk {
         const std::string &location = found["location"];
         const auto size = sizes_.find(location);
         if (size == sizes_.end())
-            refuse("a tensor's data is in '" + location.substr(0, 200) + "', which is none of the graph's data files");
+            refuse("a tensor's data is in " + shown(location) + ", which is none of the graph's data files");
         const int64_t offset = number(found, "offset"), length = number(found, "length");
         if (offset > size->second || length > size->second - offset)
             refuse("a tensor's data is outside of " + location + ", which has " + std::to_string(size->second) +
@@ -128,7 +135,7 @@ class Walk {
         if (value == found.end()) return 0;
         const std::string &text = value->second;
         if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != std::string::npos)
-            refuse(std::string("a tensor's data has the ") + key + " '" + text.substr(0, 80) + "'");
+            refuse(std::string("a tensor's data has the ") + key + " " + shown(text));
         return std::stoll(text);
     }
 
