@@ -85,11 +85,12 @@ def read_header(path: Path, file: BinaryIO, size: int) -> Header:
         raise CembedError(f"{path} is no safetensors file, or cut off: its header is said to have {length} bytes")
     try:
         raw = parse(_read(path, file, _LENGTH.size, length).decode("utf-8"), "its header")
-        metadata: dict[str, str] = decode(Mapping[str, str], raw.pop("__metadata__", {}), "__metadata__")
+        metadata: Any = raw.pop("__metadata__", {}) if isinstance(raw, dict) else {}
+        metadata = decode(Mapping[str, str], metadata, "__metadata__")
         arrays: dict[str, Stored] = decode(Mapping[str, Stored], raw, "header")
         header = Header(arrays, metadata, _LENGTH.size + length)
         _check_places(header, size)
-    except (CembedError, AttributeError, UnicodeDecodeError) as error:
+    except (CembedError, UnicodeDecodeError) as error:
         raise CembedError(f"{path} is a damaged safetensors file: {error}") from error
     return header
 

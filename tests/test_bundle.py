@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -466,6 +469,99 @@ def test_verify_finds_vectors_of_nan(bundle: Path, number: str) -> None:
     save_file(vectors, path)
     edit_manifest(bundle, lambda raw: None)
     assert failed(bundle) == ["self-test"]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture of one colour, whatever its size says."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1 << 16))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+POSTSCRIPT = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 280 364\n%%EndComments\n0 0 moveto 9 9 lineto stroke\nshowpage\n"
+)
+PICTURES = {
+    "eps": POSTSCRIPT,
+    "eps in binary": struct.pack("<IIIIIIIH", 0xC6D3D0C5, 30, len(POSTSCRIPT), 0, 0, 0, 0, 0xFFFF) + POSTSCRIPT,
+    "2.5 gigapixels": png(50_000, 50_000),
+    "wide": png(2**31 - 1, 1),
+    "cut off": png(280, 364)[:60],
+    "ppm": b"P6 280 364 255\n" + bytes(280 * 364 * 3),
+    "icon": b"\0\0\1\0\1\0" + bytes(64),
+    "text": b"a page",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_verify_opens_the_page_as_any_other_document(
+    bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the process that decodes, with its formats and limits: nothing else is started, and nothing is drawn."""
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(Image, "open", never)
+    (bundle / "self_test.png").write_bytes(PICTURES[name])
+    edit_manifest(bundle, lambda raw: None)
+    checks = list(verify(Bundle(bundle)))
+    assert [check.name for check in checks if not check.passed] == ["self-test"]
+    assert "self-test page" in checks[-1].detail
+    assert not started.exists()
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("opened in this process")
+
+
+def safetensors(header: Json | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(shape: list[int], end: int, dtype: str = "F32", start: int = 0) -> Json:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+QUERY = 4 * 96 * 4
+DOCUMENT = 2 * QUERY
+BOTH = {"document": tensor([8, 96], DOCUMENT), "query": tensor([4, 96], DOCUMENT + QUERY, start=DOCUMENT)}
+VECTORS = {
+    "huge shape": safetensors({"document": tensor([0, 2**62], 0), "query": tensor([0, 2**62], 0)}),
+    "huge length": safetensors(BOTH, bytes(DOCUMENT + QUERY), length=2**63),
+    "huge header": safetensors(BOTH, bytes(DOCUMENT + QUERY), length=2**30),
+    "huge offsets": safetensors({"document": tensor([8, 96], 2**62), "query": BOTH["query"]}, bytes(DOCUMENT + QUERY)),
+    "negative": safetensors({"document": tensor([-8, -96], DOCUMENT), "query": BOTH["query"]}, bytes(DOCUMENT + QUERY)),
+    "many axes": safetensors({"document": tensor([2**40] * 5000, DOCUMENT), "query": BOTH["query"]}, bytes(DOCUMENT)),
+    "no rows": safetensors({"document": tensor([0, 96], 0), "query": tensor([4, 96], QUERY)}, bytes(QUERY)),
+    "another type": safetensors(
+        {**BOTH, "query": tensor([8, 96], DOCUMENT + QUERY, "F16", DOCUMENT)}, bytes(DOCUMENT + QUERY)
+    ),
+    "one more": safetensors(
+        {**BOTH, "more": tensor([0], DOCUMENT + QUERY, start=DOCUMENT + QUERY)}, bytes(DOCUMENT + QUERY)
+    ),
+    "nested": safetensors(b"[" * 100_000),
+    "cut off": safetensors(BOTH, bytes(DOCUMENT + QUERY - 1)),
+    "longer": safetensors(BOTH, bytes(DOCUMENT + QUERY + 1)),
+    "overlapping": safetensors({**BOTH, "query": tensor([4, 96], QUERY)}, bytes(DOCUMENT)),
+    "empty": b"",
+    "short": b"\1\0\0\0",
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_verify_reads_vectors_within_bounds(bundle: Path, name: str) -> None:
+    (bundle / "self_test.safetensors").write_bytes(VECTORS[name])
+    edit_manifest(bundle, lambda raw: None)
+    checks = list(verify(Bundle(bundle)))
+    assert [check.name for check in checks if not check.passed] == ["self-test"]
+    assert "self_test.safetensors" in checks[-1].detail
 
 
 def test_verify_finds_another_page(bundle: Path) -> None:

@@ -199,3 +199,36 @@ def test_what_is_no_manifest(library: Library, text: str, tmp_path: Path) -> Non
     with pytest.raises(CallError) as error:
         library.open(tmp_path)
     assert error.value.status == libcembed.BUNDLE
+
+
+FAKE = """
+struct base { const void *(*api)(unsigned); const char *(*version)(void); };
+static const void *api(unsigned version) { return 0; }
+static const char *version(void) { return VERSION; }
+const struct base *OrtGetApiBase(void) { static struct base found = {api, version}; return &found; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("1.23.2", "ONNX Runtime 1.23.2 is too old: 1.24 or later is needed"),
+        ("1.16.0", "ONNX Runtime 1.16.0 is too old: 1.24 or later is needed"),
+        ("0.99.1", "ONNX Runtime 0.99.1 is too old: 1.24 or later is needed"),
+        ("", "ONNX Runtime  is too old: 1.24 or later is needed"),
+        ("nightly", "ONNX Runtime nightly is too old: 1.24 or later is needed"),
+        ("1.24.0", "does not have the functions"),
+        ("2.0", "does not have the functions"),
+    ],
+)
+def test_versions_of_onnxruntime(
+    library: Library, causal_bundle: Path, version: str, message: str, tmp_path: Path
+) -> None:
+    """Earlier ones open whatever file a tensor names."""
+    (tmp_path / "fake.c").write_text(FAKE)
+    out = tmp_path / "libonnxruntime.so"
+    libcembed.run("cc", "-shared", "-fPIC", f'-DVERSION="{version}"', "-o", out, tmp_path / "fake.c")
+    with pytest.raises(CallError, match=message) as error:
+        library.open(causal_bundle, onnxruntime=str(out).encode())
+    assert error.value.status == libcembed.ENGINE
+    assert "\n" not in error.value.message
