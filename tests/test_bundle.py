@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -518,6 +519,17 @@ def test_verify_opens_the_page_as_any_other_document(
 
 def never(*_: object, **__: object) -> None:
     raise AssertionError("opened in this process")
+
+
+def test_no_picture_is_opened_without_a_list_of_formats() -> None:
+    """Pillow tries every format it has, and some start other programs."""
+    root, found = Path(__file__).parents[1], []
+    for folder in ("runtime", "cembed", "export", "quantize", "samples", "bench"):
+        for path in (root / folder).glob("**/*.py"):
+            text = path.read_text(encoding="utf-8")
+            found += [(path.name, call) for call in re.findall(r"Image\.open\([^()]*(?:\([^()]*\))?[^()]*\)", text)]
+    assert len(found) >= 5
+    assert [call for call in found if "formats=" not in call[1]] == []
 
 
 def safetensors(header: Json | bytes, data: bytes = b"", length: int | None = None) -> bytes:

@@ -146,14 +146,17 @@ class Walk {
 
 }  // namespace
 
+void check_external_bytes(std::string_view bytes, const std::map<std::string, int64_t> &sizes) {
+    if (bytes.empty()) refuse("it is empty");
+    Walk(bytes, sizes).walk("Model", 0, bytes.size(), 0);
+}
+
 void check_external_data(const std::string &path, const std::map<std::string, int64_t> &sizes) {
     const File file(path, BUNDLE);
     try {
-        if (file.size() == 0) refuse("it is empty");
         if (file.size() > schema::MAX_ONNX) refuse("it is larger than any");
         const Mapping data(file, file.size());
-        const std::string_view bytes(reinterpret_cast<const char *>(data.data()), size_t(file.size()));
-        Walk(bytes, sizes).walk("Model", 0, bytes.size(), 0);
+        check_external_bytes({reinterpret_cast<const char *>(data.data()), size_t(file.size())}, sizes);
     } catch (const Error &error) {
         if (error.code != BUNDLE) throw;
         throw Error(BUNDLE, path + " is no ONNX file to open: " + error.what());
