@@ -302,11 +302,18 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
+def verify(
+    bundle: BundlePath,
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="If all is well, give an old bundle's manifest its digest (schema 2).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check every file's hash, the graphs, and that the stored page still gives the stored vectors."""
+    from cembed.runtime import verify as checks
     from cembed.runtime.bundle import Bundle
-    from cembed.runtime.verify import verify as run
 
+    run = checks.verify_and_upgrade if upgrade else checks.verify
     show_checks(run(Bundle(bundle)), as_json)
 
 

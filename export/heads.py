@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cembed.export.choices import HEADS as NAMES
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import FirstVector, Pooling, SlotKind, SlotPositions, decode
+from cembed.runtime.manifest import FirstVector, Pooling, SlotKind, SlotPositions
+from cembed.runtime.schema import decode
 
 
 @dataclass(frozen=True)

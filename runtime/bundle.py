@@ -1,6 +1,7 @@
 """The bundle: one directory, described by `manifest.json`, that holds all a runtime needs.
 
     manifest.json            `manifest.Manifest`, and every other file's size and sha256
+    manifest.sha256          its own sha256, for `sha256sum -c`
     vision.onnx, vision.data the image encoder and its weights
     text.onnx, text.data     the single pass and its weights
     text_step.onnx           the same over a static cache, for latent slots; it shares text.data
@@ -26,7 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import MANIFEST, EmbeddingTable, FileRecord, Manifest
+from cembed.runtime.external_data import check_external_data
+from cembed.runtime.manifest import DIGEST, MANIFEST, EmbeddingTable, FileRecord
+from cembed.runtime.manifest_file import read_manifest
 
 _CHUNK = 1 << 22
 
@@ -47,7 +50,9 @@ class Table:
     scales: NDArray[np.float32] | None = None
 
     def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float32]:
-        """The rows in float32."""
+        """The rows in float32. Raises CembedError: one that is not there, as the tokenizer has more ids than rows."""
+        if not isinstance(rows, slice) and rows.size and not 0 <= rows.min() <= rows.max() < len(self.values):
+            raise CembedError(f"there is no row {rows.max()} in a table of {len(self.values)}")
         picked = np.asarray(self.values[rows], np.float32)
         return picked if self.scales is None else picked * self.scales[rows]
 
@@ -55,53 +60,21 @@ class Table:
 class Bundle:
     """An opened bundle. `path(name)` is the only way to a file, and verifies it first.
 
-    Raises CembedError: no such directory, no or a newer manifest, a file that is missing, changed, a link, unlisted.
+    Raises CembedError: no such directory, no or a newer manifest, one that does not match its digest or contradicts
+    itself, a file that is missing, changed, a link, unlisted. A bundle of schema 1, whose manifest has no digest, is a
+    RuntimeWarning.
     """
 
     def __init__(self, root: str | Path, *, verify: bool = True) -> None:
         self.root = Path(root)
-        try:
-            text = (self.root / MANIFEST).read_bytes()
-        except OSError as error:
-            raise CembedError(f"{self.root} is not a bundle: cannot read {MANIFEST} ({error.strerror})") from error
-        try:
-            self.manifest = Manifest.from_json(text.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise CembedError(f"{self.root}: {MANIFEST} is not UTF-8") from error
-        except CembedError as error:
-            raise CembedError(f"{self.root}: {error}") from error
-        self.hash = hashlib.sha256(text).hexdigest()
+        self.manifest, self.hash = read_manifest(self.root)
         self._lock = threading.Lock()
         self._verified: set[str] = set()
         self._verify = verify
-        self._check_references()
         self._check_listing()
 
-    def _check_references(self) -> None:
-        """The files that the manifest's fields name must be those it lists: one that is not named is never verified."""
-        m = self.manifest
-        needed = {"vision"} | {"text_step" if side.slots == "feedback" else "text" for side in (m.document, m.query)}
-        if missing := needed - m.graphs.keys():
-            raise CembedError(f"{self.root}: the manifest has no graph {', '.join(sorted(missing))}")
-        tables = [table for table in (m.token_embeddings, m.slot_embeddings) if table is not None]
-        if any((table.dtype == "int8") != bool(table.scales) for table in tables):
-            raise CembedError(f"{self.root}: tables of int8, and no others, have scales")
-        rows = m.slot_embeddings.rows if m.slot_embeddings else 0
-        if any(side.slot_rows and sum(side.slot_rows) > rows for side in (m.document, m.query)):
-            raise CembedError(f"{self.root}: the manifest names slot rows behind the {rows} there are")
-        named = {m.tokenizer, m.self_test.image, m.self_test.vectors, *(table.file for table in tables)}
-        named |= {table.scales for table in tables if table.scales}
-        named |= {name for graph in m.graphs.values() for name in (graph.file, *graph.data)}
-        if different := sorted(named ^ m.files.keys()):
-            raise CembedError(
-                f"{self.root}: the manifest lists {', '.join(different)} but does not use it, or the reverse"
-            )
-
     def _check_listing(self) -> None:
-        listed, found = set(self.manifest.files), {entry.name for entry in os.scandir(self.root)} - {MANIFEST}
-        for name in listed:
-            if name != os.path.basename(name) or name in ("", ".", ".."):
-                raise CembedError(f"{self.root}: the manifest names {name!r}, which is not a plain file name")
+        listed, found = set(self.manifest.files), listing(self.root) - {MANIFEST, DIGEST}
         if missing := sorted(listed - found):
             raise CembedError(f"{self.root}: missing {', '.join(missing)}: the bundle is incomplete, copy it again")
         if extra := sorted(found - listed):
@@ -128,13 +101,15 @@ class Bundle:
         return self.root / name
 
     def graph_path(self, name: str) -> Path:
-        """The path of a graph's ONNX file; its data files are verified too."""
+        """The path of a graph's ONNX file; its data files are verified too, and are all that its tensors are in."""
         graph = self.manifest.graphs.get(name)
         if graph is None:
             raise CembedError(f"{self.root} has no graph '{name}': it has {', '.join(self.manifest.graphs)}")
         for data in graph.data:
             self.path(data)
-        return self.path(graph.file)
+        path = self.path(graph.file)
+        check_external_data(path, {data: self.manifest.files[data].size for data in graph.data})
+        return path
 
     def table(self, spec: EmbeddingTable) -> Table:
         """A table [rows, hidden_size], memory-mapped and read-only."""
@@ -148,7 +123,14 @@ class Bundle:
         return np.memmap(self.path(name), dtype=dtype, mode="r", shape=shape)
 
 
+def listing(root: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(root)}
+    except OSError as error:
+        raise CembedError(f"cannot list {root}: {error.strerror}") from error
+
+
 def record_files(root: Path) -> dict[str, FileRecord]:
     """Size and sha256 of every file of a bundle that is being made."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.name != MANIFEST)
+    names = sorted(listing(root) - {MANIFEST, DIGEST})
     return {name: FileRecord((root / name).stat().st_size, sha256(root / name)) for name in names}

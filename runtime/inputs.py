@@ -47,6 +47,8 @@ class InputBuilder:
         num_visual_tokens = len(pixel_values) // self.image.merge_size**2
         ids = self.prompter.document(self.manifest.document.prompt, num_visual_tokens)
         check_length(self.manifest, len(ids))
+        if np.count_nonzero(ids == self.manifest.image_token_id) != num_visual_tokens:
+            raise CembedError("the bundle's document prompt has image tokens beside {image}")
         prompt = self._prompt(ids, grid)
         prompt.embeds[ids == self.manifest.image_token_id] = self._image_features(pixel_values, grid)
         return prompt

@@ -1,18 +1,54 @@
-"""What `manifest.json` says, as frozen dataclasses, and how it is parsed: strictly."""
+"""What `manifest.json` says, as frozen dataclasses: each field with its kind and its range.
+
+This is the one table of what is allowed; `runtime/native/lib/manifest_schema.h` is written from it. What fields must
+have to do with each other is in `contract.py`.
+"""
 
 from __future__ import annotations
 
 import json
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Annotated, Literal
 
 from cembed.runtime.errors import CembedError
+from cembed.runtime.schema import Range, Text, decode, parse
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+DIGEST = "manifest.sha256"
+SCHEMA_VERSION = 2
+OLDEST_SCHEMA = 1  # it has no digest of the manifest
+MAX_MANIFEST = 1 << 24  # bytes; it is some kilobytes, with hundreds of quantised layers some hundreds
+MAX_TOKENIZER = 1 << 28
+MAX_VECTOR = (1 << 31) - 1  # components, of states that are put side by side too
+
+FileName = Annotated[
+    str, Text("file", "a plain file name", r"(?!(\.{1,2}|manifest\.(json|sha256))\Z)[ -.0-\[\]-~]{1,255}")
+]
+Sha256 = Annotated[str, Text("sha256", "64 hexadecimal digits", "[0-9a-f]{64}")]
+
+Width = Annotated[int, Range(1, 1 << 20)]
+Rows = Annotated[int, Range(1, 1 << 28)]
+Row = Annotated[int, Range(0, 1 << 28)]
+Length = Annotated[int, Range(1, 1 << 24)]
+Opset = Annotated[int, Range(18, 64)]
+PatchSize = Annotated[int, Range(1, 256)]
+MergeSize = Annotated[int, Range(1, 16)]
+Pixels = Annotated[int, Range(1, 1 << 28)]
+WindowSize = Annotated[int, Range(0, 4096)]
+Position = Annotated[int, Range(0, 1 << 16)]
+Axis = Annotated[int, Range(1, 1 << 28)]
+Bytes = Annotated[int, Range(0, 1 << 50)]
+Count = Annotated[int, Range(0, 1 << 40)]
+Positive = Annotated[float, Range(1e-6, 1e3)]
+Level = Annotated[float, Range(-1e3, 1e3)]
+Tolerance = Annotated[float, Range(0.0, 0.1)]
+Cosine = Annotated[float, Range(-1.001, 1.001)]  # of float32 rows
+Share = Annotated[float, Range(0.0, 1.001)]
+Error = Annotated[float, Range(-1e6, 1e6)]
+Milliseconds = Annotated[float, Range(0.0, 1e12)]
+SchemaVersion = Annotated[int, Range(OLDEST_SCHEMA, SCHEMA_VERSION)]
 
 SlotKind = Literal["constant", "learned", "feedback", "all_tokens"]
 FirstVector = Literal["prompt_end", "slot"]
@@ -38,12 +74,12 @@ class Side:
 
     prompt: str
     slots: SlotKind
-    num_vectors: int | None
+    num_vectors: Length | None
     slot_positions: SlotPositions
     first_vector: FirstVector = "prompt_end"
-    latent_token_id: int | None = None
-    slot_rows: tuple[int, int] | None = None
-    nested_budgets: tuple[int, ...] = ()
+    latent_token_id: Row | None = None
+    slot_rows: tuple[Row, Row] | None = None
+    nested_budgets: tuple[Length, ...] = ()
     pooling: Pooling = "none"
 
     def __post_init__(self) -> None:
@@ -61,6 +97,9 @@ class Side:
             )
         if self.num_vectors is not None:
             self.check_budget(self.num_vectors)
+        budgets = (0, *self.nested_budgets, *(() if self.num_vectors is None else (self.num_vectors + 1,)))
+        if any(budget >= following for budget, following in pairwise(budgets)):
+            raise CembedError(f"nested_budgets {list(self.nested_budgets)} do not rise from 1 to {self.num_vectors}")
 
     @property
     def max_vectors(self) -> int | None:
@@ -97,14 +136,14 @@ class ImageProcessing:
     """
 
     resize: Literal["smart", "fixed"]
-    patch_size: int
-    merge_size: int
-    min_pixels: int
-    max_pixels: int
-    rescale_factor: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    window_size: int = 0
+    patch_size: PatchSize
+    merge_size: MergeSize
+    min_pixels: Pixels
+    max_pixels: Pixels
+    rescale_factor: Positive
+    mean: tuple[Level, Level, Level]
+    std: tuple[Positive, Positive, Positive]
+    window_size: WindowSize = 0
 
     @property
     def factor(self) -> int:
@@ -121,22 +160,22 @@ class Positions:
     """Rotary positions: `axes` is 3 for M-RoPE (time, height, width) and 1 otherwise; prompts start at `first`."""
 
     axes: Literal[1, 3]
-    first: int
+    first: Position
 
 
 @dataclass(frozen=True)
 class Tensor:
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Axis | str, ...]
 
 
 @dataclass(frozen=True)
 class Graph:
     """One ONNX file, the data files it refers to, and its inputs and outputs."""
 
-    file: str
-    data: tuple[str, ...]
+    file: FileName
+    data: tuple[FileName, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -145,26 +184,26 @@ class Graph:
 class EmbeddingTable:
     """Rows of hidden_size values, row-major; int8 rows are multiplied with the float32 in the file `scales`."""
 
-    file: str
+    file: FileName
     dtype: Literal["float32", "float16", "int8"]
-    rows: int
-    scales: str | None = None
+    rows: Rows
+    scales: FileName | None = None
 
 
 @dataclass(frozen=True)
 class SelfTest:
     """What `cembed verify` embeds again: the files' vectors are float32 [num_vectors, dim]."""
 
-    image: str
+    image: FileName
     text: str
-    vectors: str
-    tolerance: float
+    vectors: FileName
+    tolerance: Tolerance
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    size: int
-    sha256: str
+    size: Bytes
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -175,9 +214,9 @@ class Parity:
     """
 
     graph: str
-    max_error: float
-    min_cosine: float
-    tolerance: float
+    max_error: Share
+    min_cosine: Cosine
+    tolerance: Share
 
 
 @dataclass(frozen=True)
@@ -188,16 +227,16 @@ class Comparison:
     `score_error` the mean difference of MaxSim as a share of the mean score. nDCG only where there are judgements.
     """
 
-    pages: int
-    queries: int
-    min_cosine: float
-    p1_cosine: float
-    median_cosine: float
-    score_error: float
-    top5_overlap: float
-    ms_per_page: tuple[float, float]
-    bytes: tuple[int, int]
-    ndcg5: tuple[float, float] | None = None
+    pages: Count
+    queries: Count
+    min_cosine: Cosine
+    p1_cosine: Cosine
+    median_cosine: Cosine
+    score_error: Error
+    top5_overlap: Share
+    ms_per_page: tuple[Milliseconds, Milliseconds]
+    bytes: tuple[Bytes, Bytes]
+    ndcg5: tuple[Share, Share] | None = None
 
 
 @dataclass(frozen=True)
@@ -206,8 +245,8 @@ class LayerDamage:
 
     layer: str
     weights: tuple[str, ...]
-    min_cosine: float
-    score_error: float
+    min_cosine: Cosine
+    score_error: Error
 
 
 @dataclass(frozen=True)
@@ -232,12 +271,12 @@ class Manifest:
     backbone: str
     head: str
     target: str
-    opset: int
+    opset: Opset
     dtype: str
-    hidden_size: int
-    dim: int
-    max_sequence_length: int
-    image_token_id: int
+    hidden_size: Width
+    dim: Width
+    max_sequence_length: Length
+    image_token_id: Row
     prompt_attention: PromptAttention
     document: Side
     query: Side
@@ -245,79 +284,37 @@ class Manifest:
     positions: Positions
     graphs: Mapping[str, Graph]
     token_embeddings: EmbeddingTable
-    tokenizer: str
+    tokenizer: FileName
     self_test: SelfTest
     parity: tuple[Parity, ...]
     source: Mapping[str, str]
     made_with: Mapping[str, str]
     slot_embeddings: EmbeddingTable | None = None
     quantisation: Quantisation | None = None
-    files: Mapping[str, FileRecord] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    files: Mapping[FileName, FileRecord] = field(default_factory=dict)
+    upgraded_from: Sha256 | None = None
+    schema_version: SchemaVersion = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        raw = asdict(self)
+        if self.upgraded_from is None:
+            del raw["upgraded_from"]
+        return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse strictly: a field that is unknown, missing or of another type is a `CembedError` that names it."""
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CembedError(f"{MANIFEST} is not JSON: {error}") from error
+        """Parse strictly: a field that is unknown, missing, of another kind or out of range is a `CembedError` that
+        names it."""
+        raw = parse(text, MANIFEST)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if not isinstance(version, int):
+        if type(version) is not int:
             raise CembedError(f"{MANIFEST} has no schema_version: this is not a cembed bundle")
-        if version != SCHEMA_VERSION:
+        if not OLDEST_SCHEMA <= version <= SCHEMA_VERSION:
             raise CembedError(
-                f"the bundle has schema version {version}, this cembed reads {SCHEMA_VERSION}: "
+                f"the bundle has schema version {version}, this cembed reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}: "
                 + ("update cembed" if version > SCHEMA_VERSION else "export the bundle again")
             )
+        if version < SCHEMA_VERSION and "upgraded_from" in raw:
+            raise CembedError(f"{MANIFEST} has unknown fields: upgraded_from")
         manifest: Manifest = decode(cls, raw, MANIFEST)
         return manifest
-
-
-def decode(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as parsed from JSON, as an object of type `kind`: dataclasses, tuples, mappings, literals, scalars."""
-    if is_dataclass(kind):
-        return _decode_dataclass(typing.cast(type, kind), value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return _decode_union(args, value, where)
-    if origin is Literal and any(type(value) is type(choice) and value == choice for choice in args):
-        return value
-    if origin is tuple and isinstance(value, list):
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(kinds) == len(value):
-            return tuple(decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is Mapping and isinstance(value, dict):
-        return {key: decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) in (int, float) and abs(value) < 1e300:  # and so not NaN or infinity
-        return float(value)
-    if kind in (bool, int, str) and type(value) is kind:
-        return value
-    raise CembedError(f"{where} is {value!r:.80}, which is not of the kind the schema wants ({kind})")
-
-
-def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in kinds:
-        return None
-    for kind in kinds:
-        if type(value) is kind:
-            return value
-    others = [kind for kind in kinds if kind not in (types.NoneType, int, str)]
-    if not others:
-        raise CembedError(f"{where} is {value!r:.80}, which is none of {kinds}")
-    return decode(others[0], value, where)
-
-
-def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise CembedError(f"{where} is {value!r:.80}, not an object")
-    known = {f.name: f for f in fields(kind)}
-    required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    for problem, names in (("unknown", value.keys() - known.keys()), ("missing", required - value.keys())):
-        if names:
-            raise CembedError(f"{where} has {problem} fields: {', '.join(sorted(names))}")
-    kinds = typing.get_type_hints(kind)
-    return kind(**{name: decode(kinds[name], item, f"{where}.{name}") for name, item in value.items()})

@@ -30,12 +30,16 @@ class Prompter:
     """Fills prompts. The text of a user never turns into control tokens: it is refused if it contains one.
 
     A prompt is tokenised as one string, prefix, text and suffix together, as the processors of the checkpoints do.
+    Raises CembedError: the tokenizer has no such image token.
     """
 
     def __init__(self, tokenizer: Tokenizer, image_token_id: int) -> None:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
-        self._image_token = str(tokenizer.id_to_token(image_token_id))
+        token = tokenizer.id_to_token(image_token_id)
+        if not token:
+            raise CembedError(f"the tokenizer has no image token {image_token_id}")
+        self._image_token: str = token
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 

@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from cembed.runtime.tensor_files import read_safetensors
 from cembed.runtime.bundle import Bundle
+from cembed.runtime.documents import PageError, PageReader
 from cembed.runtime.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError, Check
+from cembed.runtime.images import Pixels
 from cembed.runtime.manifest import Graph
+from cembed.runtime.manifest_file import upgrade
 from cembed.runtime.session import EngineSettings, OrtSession
+from cembed.runtime.vectors import Vectors
 
+MAX_VECTORS = 1 << 30
+"""Bytes of the self-test's vectors."""
 _ONNX_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -31,6 +35,18 @@ def verify(bundle: Bundle) -> Iterator[Check]:
     for name, graph in bundle.manifest.graphs.items():
         yield _attempt(f"inputs and outputs of {name}", partial(_signature, bundle, name, graph))
     yield _attempt("self-test", partial(_self_test, bundle))
+
+
+def verify_and_upgrade(bundle: Bundle) -> Iterator[Check]:
+    """`verify`, and if all is well, a manifest of schema 1 becomes one of schema 2 with its digest."""
+    well = True
+    for check in verify(bundle):
+        well = well and check.passed
+        yield check
+    if well:
+        yield _attempt("upgrade", lambda: upgrade(bundle.root))
+    else:
+        yield Check("upgrade", False, "nothing was written, as a check failed")
 
 
 def _attempt(name: str, check: Callable[[], str]) -> Check:
@@ -57,20 +73,32 @@ def _signature(bundle: Bundle, name: str, graph: Graph) -> str:
 
 def _self_test(bundle: Bundle) -> str:
     test = bundle.manifest.self_test
+    page = _read_page(bundle)
     embedder = Embedder(bundle, EngineSettings(prepack=False))
-    try:
-        expected = load_file(bundle.path(test.vectors))
-        with Image.open(bundle.path(test.image)) as page:
-            actual = [("document", embedder.embed_image(page)), ("query", embedder.embed_query(test.text))]
-    except (SafetensorError, OSError) as error:
-        raise CembedError(f"the self-test files cannot be read: {error}") from error
+    actual = [("document", embedder.embed_image(page)), ("query", embedder.embed_query(test.text))]
+    expected = _read_vectors(bundle, dict(actual))
     if bundle.manifest.query.num_vectors is not None:
         actual.append(("query", embedder.embed_query(test.text, Budget(decode="loop"))))
     worst = 0.0
     for side, vectors in actual:
-        if side not in expected or expected[side].shape != vectors.shape:
-            raise CembedError(f"the stored {side} vectors have another shape than {vectors.shape}")
         worst = float(np.maximum(worst, np.abs(expected[side] - vectors).max()))
     if not worst <= test.tolerance:  # NaN is not
         raise CembedError(f"the vectors are off by {worst:.1e}, allowed is {test.tolerance:.0e}")
     return f"largest difference {worst:.1e}"
+
+
+def _read_page(bundle: Bundle) -> Pixels:
+    """By the process that reads documents: whoever made the bundle made the picture."""
+    path = bundle.path(bundle.manifest.self_test.image)
+    with PageReader() as reader:
+        page = next(iter(reader.read([path])))
+    if isinstance(page, PageError):
+        raise CembedError(f"the self-test page {path} cannot be read: {page.reason}")
+    return page.image
+
+
+def _read_vectors(bundle: Bundle, actual: dict[str, Vectors]) -> dict[str, Vectors]:
+    """The vectors of the bundle, of the shapes that were made here."""
+    path = bundle.path(bundle.manifest.self_test.vectors)
+    shapes = {side: ("float32", vectors.shape) for side, vectors in actual.items()}
+    return read_safetensors(path, shapes, MAX_VECTORS)[0]

@@ -16,7 +16,8 @@ from safetensors.numpy import save
 from cembed.runtime.bundle import Bundle, record_files
 from cembed.runtime.embedder import Embedder
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import MANIFEST, Manifest
+from cembed.runtime.manifest import MANIFEST, SCHEMA_VERSION, Manifest
+from cembed.runtime.manifest_file import write_manifest
 from cembed.runtime.session import EngineSettings
 
 
@@ -32,15 +33,16 @@ def self_test_page() -> Image.Image:
 
 def write_self_test(root: Path, manifest: Manifest) -> Manifest:
     """Embeds the self-test page and query with the bundle as it is, stores the vectors, and completes the manifest."""
-    self_test_page().save(root / manifest.self_test.image)
+    manifest = replace(manifest, schema_version=SCHEMA_VERSION, upgraded_from=None)  # it may be made from an old one's
+    page = self_test_page()
+    page.save(root / manifest.self_test.image)
     (root / manifest.self_test.vectors).touch()
-    (root / MANIFEST).write_text(replace(manifest, files=record_files(root)).to_json(), encoding="utf-8")
+    write_manifest(root, replace(manifest, files=record_files(root)).to_json())
     embedder = Embedder(Bundle(root, verify=False), EngineSettings(prepack=False))
-    with Image.open(root / manifest.self_test.image) as page:
-        vectors = {"document": embedder.embed_image(page), "query": embedder.embed_query(manifest.self_test.text)}
+    vectors = {"document": embedder.embed_image(page), "query": embedder.embed_query(manifest.self_test.text)}
     (root / manifest.self_test.vectors).write_bytes(save(vectors))
     complete = replace(manifest, files=record_files(root))
-    (root / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+    write_manifest(root, complete.to_json())
     return complete
 
 

@@ -22,6 +22,7 @@ from cembed import __version__
 from cembed.cli import main
 from cembed.runtime import Bundle, Embedder, VectorFile, maxsim
 from cembed.runtime.manifest import MANIFEST
+from cembed.runtime.manifest_file import write_manifest
 
 COMMANDS = ("export", "quantize", "inspect", "verify", "embed", "search", "eval")
 CHECKPOINT = GOLDEN / "causalqwen2_5"
@@ -249,7 +250,7 @@ def test_an_empty_query(causal_bundle: Path, vectors: Path, query: str) -> None:
 
 def test_the_vectors_of_another_bundle(causal_bundle: Path, vectors: Path, tmp_path: Path) -> None:
     another = Path(shutil.copytree(causal_bundle, tmp_path / "another"))
-    (another / MANIFEST).write_text((another / MANIFEST).read_text() + "\n")
+    write_manifest(another, (another / MANIFEST).read_text() + "\n")
     assert "another bundle" in cembed("search", vectors, "query", "--bundle", another).error
 
 

@@ -11,6 +11,7 @@ from test_cli import cembed, cembed_process, picture
 
 from cembed.runtime import Embedder, maxsim
 from cembed.runtime.index import Index
+from cembed.runtime.manifest_file import write_manifest
 
 
 @pytest.fixture
@@ -111,8 +112,7 @@ def test_add_reports_what_it_could_not_read(causal_bundle: Path, scans: Path, tm
 
 def test_another_bundle(causal_bundle: Path, scans: Path, index: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(causal_bundle, tmp_path / "other"))
-    text = (other / "manifest.json").read_text()
-    (other / "manifest.json").write_text(text + "\n")
+    write_manifest(other, (other / "manifest.json").read_text() + "\n")
     assert "use the same bundle" in cembed("index", "add", index, scans, "--bundle", other).error
     assert "another bundle" in cembed("search", index, "x", "--bundle", other).error
     assert (

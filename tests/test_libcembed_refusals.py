@@ -17,6 +17,8 @@ from libcembed import Bundle, CallError, Library
 from PIL import Image
 
 from cembed.runtime import CembedError, Embedder
+from cembed.runtime.manifest import DIGEST, MANIFEST
+from cembed.runtime.manifest_file import write_manifest
 
 TEXT = "warranty period"
 
@@ -89,7 +91,7 @@ def copy_of(bundle: Path, to: Path) -> Path:
 
 def test_bundles_that_are_refused(library: Library, causal_bundle: Path, tmp_path: Path) -> None:
     """A byte of any file, a file too many, too few, a link."""
-    names = sorted(path.name for path in causal_bundle.iterdir() if path.name != "manifest.json")
+    names = sorted(path.name for path in causal_bundle.iterdir() if path.name not in (MANIFEST, DIGEST))
     for name in names:
         root = copy_of(causal_bundle, tmp_path / f"flipped-{name}")
         raw = bytearray((root / name).read_bytes())
@@ -156,7 +158,7 @@ def test_manifests_are_read_as_strictly_as_by_python(
     for at in places(manifest):
         if not at:
             continue
-        (root / "manifest.json").write_text(changed(manifest, at, how))
+        write_manifest(root, changed(manifest, at, how))
         assert opens(lambda: library.open(root).close()) == opens(lambda: Embedder.load(root)), (at, how)
         refused += not opens(lambda: library.open(root).close())
     assert refused > 20
@@ -184,7 +186,7 @@ def test_numbers_that_cannot_be_computed_with(
     for name in at[:-1]:
         inner = inner[name]
     inner[at[-1]] = value
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(root, json.dumps(manifest))
     with pytest.raises(CallError, match=f"{at[-1]}.* out of range"):
         library.open(root)
 
@@ -197,3 +199,36 @@ def test_what_is_no_manifest(library: Library, text: str, tmp_path: Path) -> Non
     with pytest.raises(CallError) as error:
         library.open(tmp_path)
     assert error.value.status == libcembed.BUNDLE
+
+
+FAKE = """
+struct base { const void *(*api)(unsigned); const char *(*version)(void); };
+static const void *api(unsigned version) { return 0; }
+static const char *version(void) { return VERSION; }
+const struct base *OrtGetApiBase(void) { static struct base found = {api, version}; return &found; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("1.23.2", "ONNX Runtime 1.23.2 is too old: 1.24 or later is needed"),
+        ("1.16.0", "ONNX Runtime 1.16.0 is too old: 1.24 or later is needed"),
+        ("0.99.1", "ONNX Runtime 0.99.1 is too old: 1.24 or later is needed"),
+        ("", "ONNX Runtime  is too old: 1.24 or later is needed"),
+        ("nightly", "ONNX Runtime nightly is too old: 1.24 or later is needed"),
+        ("1.24.0", "does not have the functions"),
+        ("2.0", "does not have the functions"),
+    ],
+)
+def test_versions_of_onnxruntime(
+    library: Library, causal_bundle: Path, version: str, message: str, tmp_path: Path
+) -> None:
+    """Earlier ones open whatever file a tensor names."""
+    (tmp_path / "fake.c").write_text(FAKE)
+    out = tmp_path / "libonnxruntime.so"
+    libcembed.run("cc", "-shared", "-fPIC", f'-DVERSION="{version}"', "-o", out, tmp_path / "fake.c")
+    with pytest.raises(CallError, match=message) as error:
+        library.open(causal_bundle, onnxruntime=str(out).encode())
+    assert error.value.status == libcembed.ENGINE
+    assert "\n" not in error.value.message

@@ -27,6 +27,7 @@ from cembed.quantize.weights import SCHEMES, Range, pack_nibbles
 from cembed.runtime import Bundle, Embedder
 from cembed.runtime.embedder import Budget
 from cembed.runtime.errors import CembedError
+from cembed.runtime.manifest_file import write_manifest
 from cembed.runtime.session import EngineSettings, OrtSession
 
 PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
@@ -382,7 +383,7 @@ def test_a_table_without_its_scales_is_named(quantised: dict[str, Path], tmp_pat
     shutil.copytree(quantised["int4"], root)
     manifest = json.loads((root / "manifest.json").read_text())
     manifest["token_embeddings"]["scales"] = None
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(root, json.dumps(manifest))
     with pytest.raises(CembedError, match="tables of int8"):
         Bundle(root)
 

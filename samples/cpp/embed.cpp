@@ -3,7 +3,9 @@
 #include <cembed.hpp>
 
 #include <cstdio>
+#include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -13,7 +15,11 @@
 
 namespace {
 
+constexpr uintmax_t MAX_FILE = 1 << 28;
+
 cembed::Vectors embed_page(cembed::Bundle &bundle, const char *path) {
+    if (!std::filesystem::is_regular_file(path) || std::filesystem::file_size(path) > MAX_FILE)
+        throw std::runtime_error(std::string(path) + " is not a file, or has more bytes than a page");
     std::ifstream stream(path, std::ios::binary);
     const std::string file{std::istreambuf_iterator<char>(stream), {}};
     const auto picture = Picture::decode(file);

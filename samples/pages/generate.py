@@ -94,7 +94,7 @@ def scan(image: Image.Image, random: Random) -> Image.Image:
     if random.random() < 0.5:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=random.randint(30, 90))
-        image = Image.open(buffer)
+        image = Image.open(buffer, formats=["JPEG"])
         image.load()
     return image
 

@@ -1,9 +1,11 @@
-// libFuzzer over what the library reads from a bundle's manifest and an index, by the first byte: a manifest, a
-// CURRENT, a log's payload. Sums that would stop every mutation are made right first. `make fuzz` builds and runs it.
+// libFuzzer over what the library reads from a bundle and an index, by the first byte: a manifest, a CURRENT, a log's
+// payload, a graph. Sums that would stop every mutation are made right first. `make fuzz` builds and runs it.
 #include <cstring>
 #include <string>
 
+#include "../../runtime/native/lib/contract.h"
 #include "../../runtime/native/lib/error.h"
+#include "../../runtime/native/lib/external_data.h"
 #include "../../runtime/native/lib/index.h"
 #include "../../runtime/native/lib/log.h"
 #include "../../runtime/native/lib/manifest.h"
@@ -62,10 +64,11 @@ void read_current(const std::string &text) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) try {
     if (size == 0) return 0;
     const std::string rest(reinterpret_cast<const char *>(data) + 1, size - 1);
-    switch (data[0] % 3) {
-        case 0: (void)Manifest::from_json(rest); break;
+    switch (data[0] % 4) {
+        case 0: check_contract(Manifest::from_json(rest)); break;
         case 1: read_current(rest); break;
-        default: read_log(rest);
+        case 2: read_log(rest); break;
+        default: check_external_bytes(rest, {{"text.data", 1 << 20}});
     }
     return 0;
 } catch (const cembed::Error &) {

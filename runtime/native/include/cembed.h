@@ -48,7 +48,8 @@ typedef struct cembed_options {
     uint32_t abi_version;      /* CEMBED_ABI_VERSION */
     int32_t threads;           /* of an operator; 0: one for each core */
     const char *provider;      /* of ONNX Runtime, or "tensorrt", see samples/cpp; null: CPUExecutionProvider */
-    const char *onnxruntime;   /* its library; null: $CEMBED_ONNXRUNTIME, then libonnxruntime.so.1 */
+    const char *onnxruntime;   /* its library; 1.24 or later; null: $CEMBED_ONNXRUNTIME, then
+                                  libonnxruntime.so.1 */
     int32_t max_visual_tokens; /* of a page; 0: the bundle's */
     int32_t mapped_weights;    /* not 0: weights stay in the file, shared with other processes; pages take 4 % longer */
     uint64_t state_memory;     /* bytes that all states of a bundle hold together; 0: 1 GiB */
@@ -157,7 +158,8 @@ CEMBED_API void cembed_hits_free(cembed_hits *hits);
 CEMBED_API const char *cembed_error(void);        /* what was wrong in this thread's last call; empty if nothing */
 CEMBED_API uint32_t cembed_abi_version(void);     /* that of the library */
 CEMBED_API const char *cembed_version(void);      /* of cembed, such as 0.1.0 */
-CEMBED_API int32_t cembed_schema_version(void);   /* of the bundles that it reads */
+CEMBED_API int32_t cembed_schema_version(void);   /* of the bundles that it reads, as well as 1, in which nothing
+                                                    checks the manifest: `cembed verify --upgrade` mends that */
 CEMBED_API const char *cembed_kernels(int32_t i); /* the i-th set of MaxSim kernels here, fastest first; null: none */
 
 #ifdef __cplusplus

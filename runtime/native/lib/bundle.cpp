@@ -7,14 +7,15 @@
 #include <utility>
 
 #include <dirent.h>
+#include <sys/stat.h>
 
+#include "contract.h"
 #include "error.h"
+#include "external_data.h"
+#include "manifest_schema.h"
 
 namespace cembed {
 namespace {
-
-constexpr const char *MANIFEST = "manifest.json";
-constexpr int64_t MAX_MANIFEST = 1 << 26, MAX_TOKENIZER = 1 << 28;
 
 float half_to_float(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -47,7 +48,7 @@ std::set<std::string> entries(const std::string &folder) {
     if (open == nullptr) throw Error(BUNDLE, "cannot list " + folder + ": " + std::strerror(errno));
     while (const dirent *entry = readdir(open)) names.insert(entry->d_name);
     closedir(open);
-    for (const char *name : {".", "..", MANIFEST}) names.erase(name);
+    for (const char *name : {".", "..", schema::MANIFEST, schema::DIGEST}) names.erase(name);
     return names;
 }
 
@@ -57,37 +58,70 @@ std::set<std::string> listed(const Manifest &manifest) {
     return names;
 }
 
-std::vector<EmbeddingTable> tables_of(const Manifest &m) {
-    std::vector<EmbeddingTable> tables{m.token_embeddings};
-    if (m.slot_embeddings) tables.push_back(*m.slot_embeddings);
-    return tables;
-}
-
-// The files that the manifest's fields name.
-std::set<std::string> named(const Manifest &m) {
-    std::set<std::string> names{m.tokenizer, m.self_test_image, m.self_test_vectors};
-    for (const EmbeddingTable &table : tables_of(m)) {
-        names.insert(table.file);
-        if (table.scales && !table.scales->empty()) names.insert(*table.scales);
-    }
-    for (const auto &graph : m.graphs) {
-        names.insert(graph.second.file);
-        names.insert(graph.second.data.begin(), graph.second.data.end());
-    }
-    return names;
-}
-
 std::string read_manifest(const std::string &root) {
     try {
-        return File(root + "/" + MANIFEST, BUNDLE).read(MAX_MANIFEST);
+        return File(root + "/" + schema::MANIFEST, BUNDLE).read(schema::MAX_MANIFEST);
     } catch (const Error &error) {
         throw Error(BUNDLE, root + " is not a bundle: " + error.what());
     }
 }
 
+bool exists(const std::string &path) {
+    struct stat status{};
+    return lstat(path.c_str(), &status) == 0;
+}
+
+// The line of manifest.sha256 for a manifest, as sha256sum writes it.
+std::string digest_line(std::string_view text) { return sha256(text) + "  " + schema::MANIFEST + "\n"; }
+
+bool is_line(std::string_view line, const std::string &like) {
+    return line.size() == like.size() && line.substr(64) == std::string_view(like).substr(64) &&
+           line.substr(0, 64).find_first_not_of("0123456789abcdef") == line.npos;
+}
+
+// Whether there is a digest. One that is being upgraded has a line for the manifest after, too.
+bool check_digest(const std::string &root, const std::string &text) {
+    const std::string path = root + "/" + schema::DIGEST, line = digest_line(text);
+    if (!exists(path)) return false;
+    const std::string known = File(path, BUNDLE).read(2 * int64_t(line.size()));
+    const std::string first = known.substr(0, line.size()), second = known.substr(first.size());
+    const bool two = is_line(first, line) && is_line(second, line);
+    if (known != line && !(two && (first == line || second == line)))
+        throw Error(BUNDLE, root + "/" + schema::MANIFEST + " does not match " + schema::DIGEST +
+                                ": one of them is damaged, copy the bundle again");
+    return true;
+}
+
+// Where `text` goes on after a word, and blanks if any; npos if it does not.
+size_t after(std::string_view text, size_t at, std::string_view word) {
+    if (at == text.npos || text.substr(at, word.size()) != word) return text.npos;
+    return std::min(text.find_first_not_of(" \t\r\n", at + word.size()), text.size());
+}
+
+// The hash of a bundle: the sha256 of its manifest, and after an upgrade still that of the manifest before, whose bytes
+// are made again here.
+std::string hash_of(const std::string &root, const std::string &text, const Manifest &manifest) {
+    if (!manifest.upgraded_from) return sha256(text);
+    const std::string mark = "\"upgraded_from\": \"" + *manifest.upgraded_from + "\", ";
+    std::string old = text;
+    const size_t at = text.find(mark);
+    if (at != std::string::npos) old.erase(at, mark.size());
+    const size_t version = after(old, after(old, at, "\"schema_version\""), ":");
+    if (version < old.size() && old[version] == '2') old[version] = '1';
+    if (sha256(old) != *manifest.upgraded_from)
+        throw Error(BUNDLE, root + ": " + schema::MANIFEST +
+                                ": upgraded_from is not the hash of the manifest that this was made from");
+    return *manifest.upgraded_from;
+}
+
 Manifest parse(const std::string &root, const std::string &text) {
+    const bool has_digest = check_digest(root, text);
     try {
-        return Manifest::from_json(text);
+        Manifest manifest = Manifest::from_json(text);
+        if (!has_digest && manifest.schema_version != schema::OLDEST)
+            throw Error(BUNDLE, std::string("missing ") + schema::DIGEST + ": the bundle is incomplete, copy it again");
+        check_contract(manifest);
+        return manifest;
     } catch (const Error &error) {
         throw Error(BUNDLE, root + ": " + error.what());
     }
@@ -123,42 +157,12 @@ Bundle::Bundle(std::string root) : Bundle(root, read_manifest(root)) {}
 Bundle::Bundle(std::string root, const std::string &text)
     : manifest(parse(root, text)),
       root_(std::move(root)),
-      hash_(sha256(text)) {
-    check_references();
+      hash_(hash_of(root_, text, manifest)) {
     check_listing();
-}
-
-void Bundle::check_references() const {
-    const Manifest &m = manifest;
-    std::set<std::string> graphs, needed{"vision"};
-    for (const auto &graph : m.graphs) graphs.insert(graph.first);
-    for (const Side *side : {&m.document, &m.query})
-        needed.insert(side->slots == Slots::FEEDBACK ? "text_step" : "text");
-    if (const auto missing = without(needed, graphs); !missing.empty())
-        throw Error(BUNDLE, root_ + ": the manifest has no graph " + list(missing));
-    for (const EmbeddingTable &table : tables_of(m)) {
-        if ((table.dtype == "int8") != (table.scales && !table.scales->empty()))
-            throw Error(BUNDLE, root_ + ": tables of int8, and no others, have scales");
-    }
-    const int64_t rows = m.slot_embeddings ? m.slot_embeddings->rows : 0;
-    for (const Side *side : {&m.document, &m.query}) {
-        if (side->slot_rows && ((*side->slot_rows)[0] > rows || (*side->slot_rows)[1] > rows - (*side->slot_rows)[0]))
-            throw Error(BUNDLE,
-                        root_ + ": the manifest names slot rows behind the " + std::to_string(rows) + " there are");
-    }
-    auto different = without(named(m), listed(m));
-    different.merge(without(listed(m), named(m)));
-    if (!different.empty())
-        throw Error(BUNDLE, root_ + ": the manifest lists " + list(different) + " but does not use it, or the reverse");
 }
 
 void Bundle::check_listing() const {
     const auto wanted = listed(manifest);
-    for (const std::string &name : wanted) {
-        if (name.empty() || name == "." || name == ".." ||
-            name.find_first_of(std::string("/\0", 2)) != std::string::npos)
-            throw Error(BUNDLE, root_ + ": the manifest names '" + name + "', which is not a plain file name");
-    }
     const auto found = entries(root_);
     if (const auto missing = without(wanted, found); !missing.empty())
         throw Error(BUNDLE, root_ + ": missing " + list(missing) + ": the bundle is incomplete, copy it again");
@@ -194,16 +198,23 @@ const Graph &Bundle::graph(const std::string &name) const {
 }
 
 std::string Bundle::graph_path(const std::string &name) {
-    for (const std::string &data : graph(name).data) path(data);
-    return path(graph(name).file);
+    const Graph &found = graph(name);
+    std::map<std::string, int64_t> sizes;
+    for (const std::string &data : found.data) {
+        path(data);
+        sizes[data] = manifest.files.at(data).size;
+    }
+    const std::string file = path(found.file);
+    check_external_data(file, sizes);
+    return file;
 }
 
-std::string Bundle::read(const std::string &name) { return File(path(name), BUNDLE).read(MAX_TOKENIZER); }
+std::string Bundle::read(const std::string &name) { return File(path(name), BUNDLE).read(schema::MAX_TOKENIZER); }
 
 Table Bundle::table(const EmbeddingTable &spec) {
     const int64_t width = manifest.hidden_size;
     Mapping values = map(spec.file, spec.rows * width * item_size(spec.dtype));
-    Mapping scales = spec.scales && !spec.scales->empty() ? map(*spec.scales, spec.rows * 4) : Mapping();
+    Mapping scales = spec.scales ? map(*spec.scales, spec.rows * 4) : Mapping();
     return {std::move(values), std::move(scales), spec.dtype, spec.rows, width};
 }
 

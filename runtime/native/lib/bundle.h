@@ -29,8 +29,8 @@ class Table {
 
 class Bundle {
   public:
-    // Throws Error(BUNDLE): no bundle, a manifest that is none, files that are missing, unlisted, links, of another
-    // size.
+    // Throws Error(BUNDLE): no bundle, a manifest that is none, does not match its digest or contradicts itself, files
+    // that are missing, unlisted, links, of another size.
     explicit Bundle(std::string root);
 
     const Manifest manifest;
@@ -39,7 +39,7 @@ class Bundle {
 
     // The path of a file, once its sha256 is the manifest's.
     std::string path(const std::string &name);
-    // The path of a graph's ONNX file; its data files are verified too.
+    // The path of a graph's ONNX file; its data files are verified too, and are all that its tensors are in.
     std::string graph_path(const std::string &name);
     const Graph &graph(const std::string &name) const;
     std::string read(const std::string &name);
@@ -47,7 +47,6 @@ class Bundle {
 
   private:
     explicit Bundle(std::string root, const std::string &text);
-    void check_references() const;
     void check_listing() const;
     Mapping map(const std::string &name, int64_t size);
 

@@ -18,7 +18,9 @@
 #include "embedder.h"
 #include "error.h"
 #include "index.h"
+#include "manifest_schema.h"
 #include "state.h"
+#include "unicode.h"
 
 using namespace cembed;
 
@@ -45,12 +47,20 @@ struct Found {
 
 thread_local char message[1024];
 
-// One line, of whole UTF-8 characters where `what` has such.
+bool is_utf8(const char *text) noexcept try {
+    unicode::check(text);
+    return true;
+} catch (...) {
+    return false;
+}
+
+// One line of UTF-8. What an engine quotes of a damaged file may be none, and then stays in ASCII only.
 cembed_status say(int code, const char *what) {
     size_t size = std::min(std::strlen(what), sizeof message - 1);
     while (what[size] && size && (what[size] & 0xC0) == 0x80) --size;
     std::replace_copy_if(what, what + size, message, [](char c) { return c >= 0 && c < ' '; }, ' ');
     message[size] = 0;
+    if (!is_utf8(message)) std::replace_if(message, message + size, [](char c) { return (c & 0x80) != 0; }, '?');
     return cembed_status(code);
 }
 
@@ -329,6 +339,6 @@ uint32_t cembed_abi_version(void) { return CEMBED_ABI_VERSION; }
 
 const char *cembed_version(void) { return CEMBED_VERSION; }
 
-int32_t cembed_schema_version(void) { return SCHEMA_VERSION; }
+int32_t cembed_schema_version(void) { return schema::VERSION; }
 
 const char *cembed_kernels(int32_t i) { return i < 0 ? nullptr : maxsim_kernels(i); }

@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -18,6 +19,7 @@
 namespace cembed {
 namespace {
 
+constexpr int OLDEST[] = {1, 24};  // earlier ones follow a tensor to any file, and are not tested
 constexpr uint32_t NEEDED_API = 16;  // of ONNX Runtime 1.16: all functions used here are in it
 static_assert(ORT_API_VERSION >= NEEDED_API, "the headers of ONNX Runtime 1.16 or later are needed");
 
@@ -55,15 +57,22 @@ std::vector<std::string> names_of(const std::string &given) {
     return {"libonnxruntime.so.1", "libonnxruntime.so"};
 }
 
+void check_version(const std::string &version) {
+    int major = 0, minor = 0;
+    std::sscanf(version.c_str(), "%d.%d", &major, &minor);
+    if (std::pair(major, minor) >= std::pair(OLDEST[0], OLDEST[1])) return;
+    throw Error(ENGINE, "ONNX Runtime " + version + " is too old: " + std::to_string(OLDEST[0]) + "." +
+                            std::to_string(OLDEST[1]) + " or later is needed");
+}
+
 Library start(const std::vector<std::string> &names) {
     void *handle = open_library(names);
     const auto base = reinterpret_cast<const OrtApiBase *(*)()>(dlsym(handle, "OrtGetApiBase"));
     if (base == nullptr) throw Error(ENGINE, names[0] + " is no library of ONNX Runtime");
+    check_version(base()->GetVersionString());
     Library library;
     library.api = base()->GetApi(NEEDED_API);
-    if (library.api == nullptr)
-        throw Error(ENGINE,
-                    std::string("ONNX Runtime ") + base()->GetVersionString() + " is too old: 1.16 or later is wanted");
+    if (library.api == nullptr) throw Error(ENGINE, names[0] + " does not have the functions of ONNX Runtime 1.16");
     library.check(library.api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "cembed", &library.env), "ONNX Runtime cannot start");
     return library;
 }

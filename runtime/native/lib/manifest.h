@@ -13,8 +13,6 @@
 
 namespace cembed {
 
-constexpr int SCHEMA_VERSION = 1;
-
 enum class Slots { CONSTANT, LEARNED, FEEDBACK, ALL_TOKENS };
 enum class Pooling { NONE, MEAN, LAST, CONCAT };
 
@@ -27,6 +25,7 @@ struct Side {
     bool prompt_end = true;  // the prompt's last position gives the first vector
     std::optional<int64_t> latent_token_id;
     std::optional<std::vector<int64_t>> slot_rows;  // first, count
+    std::vector<int64_t> nested_budgets;
     Pooling pooling = Pooling::NONE;
 
     // The largest budget; none where only the model's context limits it.
@@ -76,8 +75,10 @@ struct Manifest {
     std::optional<EmbeddingTable> slot_embeddings;
     std::string tokenizer, self_test_image, self_test_vectors;
     std::map<std::string, FileRecord> files;
+    std::optional<std::string> upgraded_from;
+    int64_t schema_version = 0;
 
-    // Throws Error(BUNDLE) that names the field which is unknown, missing or of another kind.
+    // Throws Error(BUNDLE) that names the field which is unknown, missing, of another kind or out of range.
     static Manifest from_json(std::string_view text);
 };
 

@@ -1,0 +1,268 @@
+#include "contract.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <map>
+#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "error.h"
+#include "manifest_schema.h"
+
+namespace cembed {
+namespace {
+
+using Names = std::set<std::string>;
+using Numbers = std::map<std::string, int64_t>;  // by the names that stand behind = in TENSORS
+
+[[noreturn]] void refuse(const std::string &why) { throw Error(BUNDLE, why); }
+
+std::string list(const Names &names) {
+    std::string text;
+    for (const std::string &name : names) text += (text.empty() ? "" : ", ") + name;
+    return text;
+}
+
+Names without(const Names &names, const Names &others) {
+    Names rest;
+    std::set_difference(names.begin(), names.end(), others.begin(), others.end(), std::inserter(rest, rest.end()));
+    return rest;
+}
+
+template <class T>
+Names keys(const std::map<std::string, T> &values) {
+    Names names;
+    for (const auto &value : values) names.insert(value.first);
+    return names;
+}
+
+std::vector<std::string> split(const std::string &text, char separator) {
+    std::vector<std::string> parts;
+    std::istringstream stream(text);
+    for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
+    return parts;
+}
+
+std::map<std::string, EmbeddingTable> tables_of(const Manifest &m) {
+    std::map<std::string, EmbeddingTable> tables{{"token_embeddings", m.token_embeddings}};
+    if (m.slot_embeddings) tables["slot_embeddings"] = *m.slot_embeddings;
+    return tables;
+}
+
+// The files that the manifest's fields name.
+Names named(const Manifest &m) {
+    Names names{m.tokenizer, m.self_test_image, m.self_test_vectors};
+    for (const auto &table : tables_of(m)) {
+        names.insert(table.second.file);
+        if (table.second.scales) names.insert(*table.second.scales);
+    }
+    for (const auto &graph : m.graphs) {
+        names.insert(graph.second.file);
+        names.insert(graph.second.data.begin(), graph.second.data.end());
+    }
+    return names;
+}
+
+void check_files(const Manifest &m) {
+    const Names listed = keys(m.files);
+    Names different = without(named(m), listed);
+    different.merge(without(listed, named(m)));
+    if (!different.empty())
+        refuse("the manifest lists " + list(different) + " but does not use it, or the reverse");
+    if (m.files.at(m.tokenizer).size > schema::MAX_TOKENIZER)
+        refuse(m.tokenizer + " has more bytes than any tokenizer: " + std::to_string(schema::MAX_TOKENIZER));
+}
+
+void check_size(const Manifest &m, const std::string &file, const std::string &rows, int64_t expected) {
+    const int64_t size = m.files.at(file).size;
+    if (size == expected) return;
+    refuse(file + " has " + std::to_string(size) + " bytes: " + rows + " of hidden_size, or of 1 for scales, take " +
+           std::to_string(expected));
+}
+
+void check_tables(const Manifest &m) {
+    for (const auto &[name, table] : tables_of(m)) {
+        if ((table.dtype == "int8") != table.scales.has_value())
+            refuse(name + " has dtype " + table.dtype + ": tables of int8, and no others, have scales");
+        const int64_t item = table.dtype == "float32" ? 4 : table.dtype == "float16" ? 2 : 1;
+        check_size(m, table.file, name + ".rows", table.rows * m.hidden_size * item);
+        if (table.scales) check_size(m, *table.scales, name + ".rows", table.rows * 4);
+    }
+}
+
+void check_image(const ImageProcessing &image) {
+    const int64_t factor = image.factor(), side = std::llround(std::sqrt(double(image.max_pixels)));
+    const std::string what = "image.max_pixels is " + std::to_string(image.max_pixels);
+    if (factor * factor > image.max_pixels) refuse(what + ": a visual token has more");
+    if (image.window_size % factor)
+        refuse("image.window_size is " + std::to_string(image.window_size) + ", no multiple of a visual token");
+    if (image.resize == Resize::FIXED && (side * side != image.max_pixels || side % factor))
+        refuse(what + ", no square of visual tokens");
+}
+
+size_t count(const std::string &text, const std::string &part) {
+    size_t found = 0;
+    for (size_t at = 0; (at = text.find(part, at)) != std::string::npos; at += part.size()) ++found;
+    return found;
+}
+
+void check_side(const Manifest &m, const std::string &name, const Side &side, const std::string &placeholder) {
+    if (count(side.prompt, placeholder) != 1) refuse(name + ".prompt must contain " + placeholder + " exactly once");
+    if (side.vector_dim(m.dim, 0) > schema::MAX_VECTOR)
+        refuse(name + ".num_vectors is " + std::to_string(*side.num_vectors) + ": vectors of so many states are too long");
+    const int64_t rows = m.slot_embeddings ? m.slot_embeddings->rows : 0;
+    if (side.slot_rows && (*side.slot_rows)[0] + (*side.slot_rows)[1] > rows)
+        refuse(name + ".slot_rows are behind the " + std::to_string(rows) + " rows of slot_embeddings");
+}
+
+// A line of TENSORS.
+struct Row {
+    std::string graph, direction, name, group, dtypes;
+    std::vector<std::string> axes;
+};
+
+std::vector<Row> rows_of(const std::string &graph, const std::string &direction) {
+    std::vector<Row> rows;
+    for (const char *line : schema::TENSORS) {
+        std::istringstream words(line);
+        Row row;
+        words >> row.graph >> row.direction >> row.name >> row.group >> row.dtypes;
+        row.axes.assign(std::istream_iterator<std::string>(words), {});
+        if (row.graph == graph && row.direction == direction) rows.push_back(std::move(row));
+    }
+    return rows;
+}
+
+bool names(const Row &row, const std::string &name) {
+    const size_t mark = row.name.find('#');
+    if (mark == std::string::npos) return name == row.name;
+    const std::string before = row.name.substr(0, mark), after = row.name.substr(mark + 1);
+    if (name.size() <= before.size() + after.size() || name.compare(0, mark, before) != 0) return false;
+    const size_t end = name.size() - after.size();
+    return name.substr(end) == after && name.find_first_not_of("0123456789", mark) == end;
+}
+
+bool is_axis(const TensorSpec &tensor, size_t i, const std::string &wanted, const Numbers &numbers) {
+    if (tensor.shape[i] == 0) return tensor.axes[i] == wanted;
+    return wanted == "*" || wanted == std::to_string(tensor.shape[i]) ||
+           (wanted[0] == '=' && numbers.at(wanted.substr(1)) == tensor.shape[i]);
+}
+
+bool fits(const Row &row, const TensorSpec &tensor, const Numbers &numbers) {
+    const auto dtypes = split(row.dtypes, '|');
+    if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) return false;
+    if (tensor.axes.size() != row.axes.size()) return false;
+    for (size_t i = 0; i < row.axes.size(); ++i) {
+        const auto parts = split(row.axes[i], '|');
+        const auto right = [&](const std::string &part) { return is_axis(tensor, i, part, numbers); };
+        if (std::none_of(parts.begin(), parts.end(), right)) return false;
+    }
+    return true;
+}
+
+std::string wanted(const Row &row, const Numbers &numbers) {
+    std::string text = row.dtypes + " [";
+    for (size_t i = 0; i < row.axes.size(); ++i) {
+        const std::string &axis = row.axes[i];
+        text += (i ? ", " : "") + (axis[0] == '=' ? std::to_string(numbers.at(axis.substr(1))) + " " : "") + axis;
+    }
+    return text + "]";
+}
+
+const Row &row_of(const std::string &where, const std::vector<Row> &rows, const TensorSpec &tensor,
+                  const Numbers &numbers) {
+    const auto row = std::find_if(rows.begin(), rows.end(), [&](const Row &one) { return names(one, tensor.name); });
+    if (row == rows.end()) refuse(where + ": unknown '" + tensor.name.substr(0, 80) + "'");
+    if (!fits(*row, tensor, numbers))
+        refuse(where + ": " + tensor.name + " is of another type or shape: " + wanted(*row, numbers) + " is wanted");
+    return *row;
+}
+
+void check_tensors(const std::string &where, const std::vector<Row> &rows, const std::vector<TensorSpec> &tensors,
+                   const Numbers &numbers) {
+    Names there, found, groups{"-"};
+    for (const TensorSpec &tensor : tensors) {
+        const Row &row = row_of(where, rows, tensor, numbers);
+        if (!there.insert(tensor.name).second) refuse(where + ": " + tensor.name + " is there twice");
+        found.insert(row.name);
+        groups.insert(row.group);
+    }
+    for (const Row &row : rows) {
+        if (groups.count(row.group) && !found.count(row.name)) refuse(where + ": " + row.name + " is missing");
+    }
+    if (rows[0].direction == "out" && tensors[0].name != rows[0].name)
+        refuse(where + ": " + rows[0].name + " must be the first");
+}
+
+// Type and shape of the tensors with a prefix, by the rest of their names.
+std::map<std::string, TensorSpec> caches(const std::vector<TensorSpec> &tensors, const std::string &prefix) {
+    std::map<std::string, TensorSpec> found;
+    for (const TensorSpec &tensor : tensors) {
+        if (tensor.name.compare(0, prefix.size(), prefix) == 0) found[tensor.name.substr(prefix.size())] = tensor;
+    }
+    return found;
+}
+
+void check_step(const Manifest &m, const Graph &graph) {
+    const auto past = caches(graph.inputs, "past_key_values."), present = caches(graph.outputs, "present.");
+    const auto alike = [](const auto &one, const auto &other) {
+        return one.first == other.first && one.second.dtype == other.second.dtype &&
+               one.second.axes == other.second.axes && one.second.shape == other.second.shape;
+    };
+    if (!std::equal(past.begin(), past.end(), present.begin(), present.end(), alike))
+        refuse("graphs.text_step: past_key_values and present are not alike");
+    std::set<std::pair<std::string, int64_t>> positions;
+    for (const auto &tensor : past) positions.insert({tensor.second.axes[2], tensor.second.shape[2]});
+    if (positions.size() > 1) refuse("graphs.text_step: past_key_values hold different numbers of positions");
+    const auto hidden = [](const TensorSpec &tensor) { return tensor.name == "hidden_states"; };
+    if (m.dim != m.hidden_size && std::none_of(graph.outputs.begin(), graph.outputs.end(), hidden))
+        refuse("graphs.text_step.outputs: hidden_states is missing, as dim is a projection's");
+}
+
+Numbers numbers_of(const Manifest &m) {
+    const ImageProcessing &image = m.image;
+    const int64_t side = image.window_size / image.factor() * image.merge_size;
+    return {{"hidden_size", m.hidden_size},
+            {"dim", m.dim},
+            {"positions.axes", m.positions.axes},
+            {"image.max_pixels",
+             image.resize == Resize::FIXED ? image.max_pixels / (image.patch_size * image.patch_size) : 0},
+            {"image.patch_size", 3 * image.patch_size * image.patch_size},
+            {"image.window_size", side * side}};
+}
+
+void check_graphs(const Manifest &m) {
+    Names needed{"vision"}, known;
+    for (const Side *side : {&m.document, &m.query})
+        needed.insert(side->slots == Slots::FEEDBACK ? "text_step" : "text");
+    for (const char *line : schema::TENSORS) known.insert(split(line, ' ')[0]);
+    if (const Names missing = without(needed, keys(m.graphs)); !missing.empty())
+        refuse("graphs has no graph " + list(missing));
+    if (const Names unknown = without(keys(m.graphs), known); !unknown.empty())
+        refuse("graphs has an unknown graph " + list(unknown));
+    const Numbers numbers = numbers_of(m);
+    for (const auto &[name, graph] : m.graphs) {
+        if (graph.file.size() < 5 || graph.file.compare(graph.file.size() - 5, 5, ".onnx") != 0)
+            refuse("graphs." + name + ".file is " + graph.file + ": a graph is a file *.onnx");
+        check_tensors("graphs." + name + ".inputs", rows_of(name, "in"), graph.inputs, numbers);
+        check_tensors("graphs." + name + ".outputs", rows_of(name, "out"), graph.outputs, numbers);
+    }
+    if (const auto step = m.graphs.find("text_step"); step != m.graphs.end()) check_step(m, step->second);
+}
+
+}  // namespace
+
+void check_contract(const Manifest &manifest) {
+    check_files(manifest);
+    check_tables(manifest);
+    check_image(manifest.image);
+    check_side(manifest, "document", manifest.document, "{image}");
+    check_side(manifest, "query", manifest.query, "{text}");
+    check_graphs(manifest);
+}
+
+}  // namespace cembed

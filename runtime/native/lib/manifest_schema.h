@@ -1,0 +1,186 @@
+// Written by tests/native/manifest_schema.py from manifest.py, contract.py and external_data.py: do not edit.
+#pragma once
+
+#include <cstdint>
+
+namespace cembed::schema {
+
+// What a kind is: tests/native/manifest_schema.py. TENSORS and MESSAGES: where they come from.
+struct Field {
+    const char *owner, *name, *kind;
+    bool required;
+    double least, most;
+};
+
+struct Inner {
+    const char *message;
+    uint32_t field;
+    const char *inner;
+};
+
+constexpr int VERSION = 2, OLDEST = 1;
+constexpr const char *MANIFEST = "manifest.json", *DIGEST = "manifest.sha256";
+constexpr int64_t MAX_MANIFEST = 16777216;
+constexpr int64_t MAX_TOKENIZER = 268435456;
+constexpr int64_t MAX_VECTOR = 2147483647;
+constexpr int64_t MAX_ONNX = 2147483647;
+constexpr int MAX_DEPTH = 100;
+constexpr const char *FORBIDDEN = "EPContext";
+
+constexpr Field FIELDS[] = {
+    {"Manifest", "backbone", "str", true, 0, 0},
+    {"Manifest", "head", "str", true, 0, 0},
+    {"Manifest", "target", "str", true, 0, 0},
+    {"Manifest", "opset", "int", true, 18, 64},
+    {"Manifest", "dtype", "str", true, 0, 0},
+    {"Manifest", "hidden_size", "int", true, 1, 1048576},
+    {"Manifest", "dim", "int", true, 1, 1048576},
+    {"Manifest", "max_sequence_length", "int", true, 1, 16777216},
+    {"Manifest", "image_token_id", "int", true, 0, 268435456},
+    {"Manifest", "prompt_attention", "=causal|bidirectional", true, 0, 0},
+    {"Manifest", "document", "Side", true, 0, 0},
+    {"Manifest", "query", "Side", true, 0, 0},
+    {"Manifest", "image", "ImageProcessing", true, 0, 0},
+    {"Manifest", "positions", "Positions", true, 0, 0},
+    {"Manifest", "graphs", "{str:Graph}", true, 0, 0},
+    {"Manifest", "token_embeddings", "EmbeddingTable", true, 0, 0},
+    {"Manifest", "tokenizer", "file", true, 0, 0},
+    {"Manifest", "self_test", "SelfTest", true, 0, 0},
+    {"Manifest", "parity", "[Parity]", true, 0, 0},
+    {"Manifest", "source", "{str:str}", true, 0, 0},
+    {"Manifest", "made_with", "{str:str}", true, 0, 0},
+    {"Manifest", "slot_embeddings", "EmbeddingTable?", false, 0, 0},
+    {"Manifest", "quantisation", "Quantisation?", false, 0, 0},
+    {"Manifest", "files", "{file:FileRecord}", false, 0, 0},
+    {"Manifest", "upgraded_from", "sha256?", false, 0, 0},
+    {"Manifest", "schema_version", "int", false, 1, 2},
+    {"Side", "prompt", "str", true, 0, 0},
+    {"Side", "slots", "=constant|learned|feedback|all_tokens", true, 0, 0},
+    {"Side", "num_vectors", "int?", true, 1, 16777216},
+    {"Side", "slot_positions", "=zero|continue", true, 0, 0},
+    {"Side", "first_vector", "=prompt_end|slot", false, 0, 0},
+    {"Side", "latent_token_id", "int?", false, 0, 268435456},
+    {"Side", "slot_rows", "[int*2]?", false, 0, 268435456},
+    {"Side", "nested_budgets", "[int]", false, 1, 16777216},
+    {"Side", "pooling", "=none|mean|last|concat", false, 0, 0},
+    {"ImageProcessing", "resize", "=smart|fixed", true, 0, 0},
+    {"ImageProcessing", "patch_size", "int", true, 1, 256},
+    {"ImageProcessing", "merge_size", "int", true, 1, 16},
+    {"ImageProcessing", "min_pixels", "int", true, 1, 268435456},
+    {"ImageProcessing", "max_pixels", "int", true, 1, 268435456},
+    {"ImageProcessing", "rescale_factor", "number", true, 1e-06, 1000.0},
+    {"ImageProcessing", "mean", "[number*3]", true, -1000.0, 1000.0},
+    {"ImageProcessing", "std", "[number*3]", true, 1e-06, 1000.0},
+    {"ImageProcessing", "window_size", "int", false, 0, 4096},
+    {"Positions", "axes", "=1|3", true, 0, 0},
+    {"Positions", "first", "int", true, 0, 65536},
+    {"Graph", "file", "file", true, 0, 0},
+    {"Graph", "data", "[file]", true, 0, 0},
+    {"Graph", "inputs", "[Tensor]", true, 0, 0},
+    {"Graph", "outputs", "[Tensor]", true, 0, 0},
+    {"Tensor", "name", "str", true, 0, 0},
+    {"Tensor", "dtype", "str", true, 0, 0},
+    {"Tensor", "shape", "[axis]", true, 1, 268435456},
+    {"EmbeddingTable", "file", "file", true, 0, 0},
+    {"EmbeddingTable", "dtype", "=float32|float16|int8", true, 0, 0},
+    {"EmbeddingTable", "rows", "int", true, 1, 268435456},
+    {"EmbeddingTable", "scales", "file?", false, 0, 0},
+    {"SelfTest", "image", "file", true, 0, 0},
+    {"SelfTest", "text", "str", true, 0, 0},
+    {"SelfTest", "vectors", "file", true, 0, 0},
+    {"SelfTest", "tolerance", "number", true, 0.0, 0.1},
+    {"Parity", "graph", "str", true, 0, 0},
+    {"Parity", "max_error", "number", true, 0.0, 1.001},
+    {"Parity", "min_cosine", "number", true, -1.001, 1.001},
+    {"Parity", "tolerance", "number", true, 0.0, 1.001},
+    {"Quantisation", "weights", "str", true, 0, 0},
+    {"Quantisation", "embeddings", "str", true, 0, 0},
+    {"Quantisation", "rounding", "str", true, 0, 0},
+    {"Quantisation", "source", "str", true, 0, 0},
+    {"Quantisation", "schemes", "{str:str}", true, 0, 0},
+    {"Quantisation", "kept", "[str]", true, 0, 0},
+    {"Quantisation", "comparison", "Comparison", true, 0, 0},
+    {"Quantisation", "sensitivity", "[LayerDamage]", false, 0, 0},
+    {"Comparison", "pages", "int", true, 0, 1099511627776},
+    {"Comparison", "queries", "int", true, 0, 1099511627776},
+    {"Comparison", "min_cosine", "number", true, -1.001, 1.001},
+    {"Comparison", "p1_cosine", "number", true, -1.001, 1.001},
+    {"Comparison", "median_cosine", "number", true, -1.001, 1.001},
+    {"Comparison", "score_error", "number", true, -1000000.0, 1000000.0},
+    {"Comparison", "top5_overlap", "number", true, 0.0, 1.001},
+    {"Comparison", "ms_per_page", "[number*2]", true, 0.0, 1000000000000.0},
+    {"Comparison", "bytes", "[int*2]", true, 0, 1125899906842624},
+    {"Comparison", "ndcg5", "[number*2]?", false, 0.0, 1.001},
+    {"LayerDamage", "layer", "str", true, 0, 0},
+    {"LayerDamage", "weights", "[str]", true, 0, 0},
+    {"LayerDamage", "min_cosine", "number", true, -1.001, 1.001},
+    {"LayerDamage", "score_error", "number", true, -1000000.0, 1000000.0},
+    {"FileRecord", "size", "int", true, 0, 1125899906842624},
+    {"FileRecord", "sha256", "sha256", true, 0, 0},
+};
+
+constexpr const char *const ORDER[] = {
+    "image.min_pixels <= image.max_pixels",
+    "image_token_id < token_embeddings.rows",
+    "document.latent_token_id < token_embeddings.rows",
+    "query.latent_token_id < token_embeddings.rows",
+    "document.num_vectors <= max_sequence_length",
+    "query.num_vectors <= max_sequence_length",
+};
+
+constexpr const char *const TENSORS[] = {
+    "vision in pixel_values - float32 batch_size num_patches|=image.max_pixels =image.patch_size",
+    "vision in patch_positions ? int64 num_patches 2",
+    "vision in window_index ?windows int64 num_windows =image.window_size",
+    "vision in window_restore ?windows int64 num_patches",
+    "vision out image_features - float32 batch_size num_visual_tokens =hidden_size",
+    "text in inputs_embeds - float32 batch_size sequence_length =hidden_size",
+    "text in position_ids - int64 =positions.axes batch_size sequence_length",
+    "text in slot_indices - int64 batch_size num_vectors",
+    "text in prompt_length ? int64 1",
+    "text out slot_states - float32 batch_size num_vectors =dim",
+    "text_step in inputs_embeds - float32 batch_size sequence_length =hidden_size",
+    "text_step in position_ids - int64 =positions.axes batch_size sequence_length",
+    "text_step in slot_indices - int64 batch_size num_vectors",
+    "text_step in cache_position - int64 batch_size",
+    "text_step in past_key_values.#.key - float32|float16 batch_size * capacity|* *",
+    "text_step in past_key_values.#.value - float32|float16 batch_size * capacity|* *",
+    "text_step out slot_states - float32 batch_size num_vectors =dim",
+    "text_step out hidden_states ? float32 batch_size num_vectors =hidden_size",
+    "text_step out present.#.key - float32|float16 batch_size * capacity|* *",
+    "text_step out present.#.value - float32|float16 batch_size * capacity|* *",
+};
+
+constexpr Inner MESSAGES[] = {
+    {"Model", 7, "Graph!"},
+    {"Model", 20, "Training"},
+    {"Model", 25, "Function"},
+    {"Graph", 1, "Node"},
+    {"Graph", 5, "Tensor"},
+    {"Graph", 15, "Sparse"},
+    {"Node", 5, "Attribute"},
+    {"Attribute", 5, "Tensor!"},
+    {"Attribute", 6, "Graph!"},
+    {"Attribute", 10, "Tensor"},
+    {"Attribute", 11, "Graph"},
+    {"Attribute", 22, "Sparse!"},
+    {"Attribute", 23, "Sparse"},
+    {"Sparse", 1, "Tensor!"},
+    {"Sparse", 2, "Tensor!"},
+    {"Training", 1, "Graph!"},
+    {"Training", 2, "Graph!"},
+    {"Function", 7, "Node"},
+    {"Function", 11, "Attribute"},
+    {"Tensor", 13, "Entry"},
+    {"Entry", 1, "Text!"},
+    {"Entry", 2, "Text!"},
+};
+
+constexpr const char *const DATA_KEYS[] = {
+    "location",
+    "offset",
+    "length",
+    "checksum",
+};
+
+}  // namespace cembed::schema
