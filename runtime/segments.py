@@ -7,6 +7,7 @@ import mmap
 import os
 import time
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import Current, open_regular, segment_path
+from cembed.runtime.index_metadata import warnings_of
 from cembed.runtime.records import (
     CLOSE,
     MAX_NUMBER,
+    PLACED,
     Commit,
     Gap,
     MalformedError,
@@ -27,10 +30,13 @@ from cembed.runtime.records import (
     read_record,
     seed_of,
 )
-from cembed.runtime.views import REPAIR, Columns, TierMap, View, page_sizes, place_pages
+from cembed.runtime.views import REPAIR, Columns, StoredVectors, TierMap, View, page_sizes, place_pages
 
 MAX_ROWS = 1 << 20
+Numbers = NDArray[np.int64]
+
 _RETRY_SECONDS = 0.05
+_HELD_BYTES = 32 << 20  # of records that are decoded together
 
 
 class Segment:
@@ -58,7 +64,7 @@ class Segment:
         self.grow()
 
     def _open(self, suffix: str) -> int:
-        path = segment_path(self.folder, self.number, suffix)
+        path = self._path(suffix)
         try:
             handle = open_regular(path)
         except OSError as error:
@@ -69,7 +75,10 @@ class Segment:
     @property
     def path(self) -> Path:
         """Of the log."""
-        return segment_path(self.folder, self.number, "log")
+        return self._path("log")
+
+    def _path(self, suffix: str) -> Path:
+        return segment_path(self.folder, self.number, suffix)
 
     @property
     def closed(self) -> bool:
@@ -87,35 +96,35 @@ class Segment:
 
     def grow(self) -> None:
         """Takes what was appended since; lines are added to `damage` for what cannot be read."""
-        try:
-            items = self._read()
-        except MalformedError as error:
-            self.damage.append(f"{self.path} is damaged: {error}")
-            return
-        self.torn, commits = 0, list[Record]()
-        for item in items:
-            if isinstance(item, Record):
-                commits += self._passed(item)
-                continue
-            self._add_all(commits)
-            commits = []
-            if item.tail:
-                self.torn = item.end - item.offset
-            else:
-                self.damage.append(
-                    f"{self.path} is damaged between bytes {item.offset} and {item.end}: pages it "
-                    "added there are lost, and pages it removed there are back"
-                )
-        self._add_all(commits)
+        waiting, held = list[Record](), 0
+        for record in self._commits():
+            if waiting and (held > _HELD_BYTES or record.header.kind != waiting[0].header.kind):
+                self._add_all(waiting)
+                waiting, held = [], 0
+            waiting.append(record)
+            held += record.header.length
+        self._add_all(waiting)
         self._check_sizes()
 
-    def _read(self) -> Sequence[Record | Gap]:
-        """A gap is looked at twice: a writer may just be replacing a torn record."""
-        items = list(read_log(self._log, self.seed, self.log_end, self.sequence))
-        if any(isinstance(item, Gap) and not item.tail for item in items):
-            time.sleep(_RETRY_SECONDS)
-            items = list(read_log(self._log, self.seed, self.log_end, self.sequence))
-        return items
+    def _commits(self) -> Iterator[Record]:
+        """The commits that were appended since; a gap is looked at twice: a writer may be replacing a torn record."""
+        self.torn = 0
+        try:
+            for last_look in (False, True):
+                for item in read_log(self._log, self.seed, self.log_end, self.sequence):
+                    if isinstance(item, Record):
+                        yield from self._passed(item)
+                    elif item.tail:
+                        self.torn = item.end - item.offset
+                    elif last_look:
+                        self._lost(item)
+                    else:
+                        time.sleep(_RETRY_SECONDS)
+                        break
+                else:
+                    return
+        except MalformedError as error:
+            self.damage.append(f"{self.path} is damaged: {error}")
 
     def _passed(self, record: Record) -> list[Record]:
         """The record, if it is a commit."""
@@ -124,6 +133,12 @@ class Segment:
             self.clean_end = record.end
             return []
         return [record]
+
+    def _lost(self, gap: Gap) -> None:
+        self.damage.append(
+            f"{self.path} is damaged between bytes {gap.offset} and {gap.end}: pages it added there are lost, "
+            "and pages it removed there are back"
+        )
 
     def _add_all(self, records: Sequence[Record]) -> None:
         """At once, or one by one where something is wrong with one of them."""
@@ -139,40 +154,44 @@ class Segment:
                 self.damage.append(f"{self.path}: the record at byte {record.offset} makes no sense: {error}")
 
     def _add(self, records: Sequence[Record]) -> None:
-        """All or none. Raises MalformedError."""
+        """All or none; records of one kind. Raises MalformedError."""
         if not records:
             return
         commit, counts = decode_commits(records, len(self.ends)), np.array([record.header.pages for record in records])
         n, firsts = len(commit.serials), np.cumsum(counts) - counts
         if n and (commit.serials[0] <= self.last_serial or commit.rows.max() > MAX_ROWS):
             raise MalformedError("its pages are impossible")
-        starts, ends = list[NDArray[np.int64]](), dict[str, int]()
-        for bases, (tier, end) in zip(commit.bases.T, self.ends.items(), strict=True):
-            sizes = page_sizes(tier, commit.rows, self.dim)
-            if bases.max() >= MAX_NUMBER or sizes.sum(dtype=np.float64) > MAX_NUMBER:
-                raise MalformedError("its pages are impossible")
-            places = place_pages(0, sizes)
-            shifts = bases - places[firsts]
-            tails = places[firsts + counts] + shifts
-            if (bases < [end, *tails[:-1]]).any():
-                raise MalformedError("its pages lie on others")
-            starts.append(places[:-1] + np.repeat(shifts, counts))
-            ends[tier] = int(tails[-1])
+        starts, ends = self._place(commit, counts, placed=records[0].header.kind == PLACED)
         self.ends, self.records = ends, self.records + len(records)
         self.removed += [commit.removed] if len(commit.removed) else []
         if n:
             self.count, self.last_serial = self.count + n, int(commit.serials[-1])
             offsets = np.repeat(np.array([record.offset for record in records]), counts)
             within = (np.arange(n) - np.repeat(firsts, counts)).astype(np.int32)
+            warned = np.isin(commit.metadatum, list(warnings_of(commit)))
             self._chunks.append(
-                Columns(commit.serials, commit.rows, commit.scales, np.stack(starts), commit.crcs, offsets, within)
+                Columns(commit.serials, commit.rows, commit.scales, starts, commit.crcs, warned, offsets, within)
             )
+
+    def _place(self, commit: Commit, counts: Numbers, placed: bool) -> tuple[Numbers, dict[str, int]]:
+        """Where the pages are in each tier, int64 [T, n], and where the tiers end then. Raises MalformedError."""
+        starts, ends = list[Numbers](), dict[str, int]()
+        for i, (tier, end) in enumerate(self.ends.items()):
+            bases, sizes = commit.bases[:, i], page_sizes(tier, commit.rows, self.dim)
+            if bases.max() >= MAX_NUMBER or sizes.sum(dtype=np.float64) > MAX_NUMBER:
+                raise MalformedError("its pages are impossible")
+            if placed:
+                found, ends[tier] = _check_placed(end, bases, sizes, counts, commit.starts[i])
+            else:
+                found, ends[tier] = _follow(end, bases, sizes, counts)
+            starts.append(found)
+        return np.stack(starts), ends
 
     def _check_sizes(self) -> None:
         for tier, end in self.ends.items():
             size = os.fstat(self._data[tier]).st_size
             if size < end:
-                path = segment_path(self.folder, self.number, tier)
+                path = self._path(tier)
                 self.damage.append(f"{path} has {size} bytes, its log says {end}: the end is lost")
 
     def view(self, removed: NDArray[np.int64]) -> View:
@@ -180,13 +199,33 @@ class Segment:
         columns = Columns.join(self._chunks)
         self._chunks = [columns]
         n = len(columns.serials)
-        self._maps = {tier: self._map(tier) for tier in self.ends}
+        maps = {tier: self._map(tier) for tier in self.ends}
         self._checked = {
             tier: old if len(old) == n else np.concatenate([old, np.zeros(n - len(old), np.bool_)])
             for tier, old in self._checked.items()
         }
         alive = ~np.isin(columns.serials, removed) if len(removed) else np.ones(n, np.bool_)
-        return View(self, columns, self._maps, self._checked, alive)
+        return View(self, columns, maps, self._checked, alive)
+
+    def starts(self, serial: int) -> tuple[int, ...] | None:
+        """Where the page with this serial is in each tier, None if it is not in this segment; removed ones are."""
+        for chunk in reversed(self._chunks):
+            if (page := chunk.find(serial)) is not None:
+                return tuple(chunk.starts[:, page].tolist())
+        return None
+
+    def stored(self, serial: int) -> StoredVectors | None:
+        """The vectors of the page with this serial, as in starts(). Raises CembedError: they are damaged."""
+        for chunk in reversed(self._chunks):
+            if (page := chunk.find(serial)) is None:
+                continue
+            found = chunk.vectors(page, self.dim, {tier: self._map(tier).data for tier in self.ends})
+            for tier, data in found.stored.items():
+                if zlib.crc32(data.data) != found.crcs[tier]:
+                    start, path = chunk.starts[list(self.ends).index(tier), page], self._path(tier)
+                    raise CembedError(f"{path} is damaged from byte {start} on: {REPAIR}")
+            return found
+        return None
 
     def _map(self, tier: str) -> TierMap:
         size = min(self.ends[tier], os.fstat(self._data[tier]).st_size)
@@ -194,9 +233,10 @@ class Segment:
             return self._maps[tier]
         try:
             memory = mmap.mmap(self._data[tier], size, access=mmap.ACCESS_READ)
-            return TierMap(np.frombuffer(memory, np.uint8), memory)
+            self._maps[tier] = TierMap(np.frombuffer(memory, np.uint8), memory)
+            return self._maps[tier]
         except (OSError, ValueError) as error:
-            path = segment_path(self.folder, self.number, tier)
+            path = self._path(tier)
             raise CembedError(f"cannot map {path} into memory: {error}") from error
 
     def commit(self, offset: int) -> Commit:
@@ -233,3 +273,20 @@ class Segment:
             raise CembedError(f"{self.damage[0]}; {REPAIR}")
         if not last and not self.closed:
             raise CembedError(f"{self.path} lacks its end: {REPAIR}")
+
+
+def _follow(end: int, bases: Numbers, sizes: Numbers, counts: Numbers) -> tuple[Numbers, int]:
+    """Starts of the pages of COMMITs, `counts` of them in each, and the end; the tier ended at `end` before."""
+    firsts, places = np.cumsum(counts) - counts, place_pages(0, sizes)
+    shifts = bases - places[firsts]
+    tails = places[firsts + counts] + shifts
+    if (bases < [end, *tails[:-1]]).any():
+        raise MalformedError("its pages lie on others")
+    return places[:-1] + np.repeat(shifts, counts), int(tails[-1])
+
+
+def _check_placed(end: int, bases: Numbers, sizes: Numbers, counts: Numbers, starts: Numbers) -> tuple[Numbers, int]:
+    """The same of PLACED records, which say both."""
+    if (bases < [end, *bases[:-1]]).any() or (starts + sizes > np.repeat(bases, counts)).any():
+        raise MalformedError("its pages lie where there are none")
+    return starts, int(bases[-1])

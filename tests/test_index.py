@@ -158,10 +158,10 @@ def test_a_record_that_makes_no_sense_costs_only_its_own_pages(tmp_path: Path) -
 def test_an_index_of_a_later_version_is_not_called_damaged(tmp_path: Path) -> None:
     Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE).close()
     current = tmp_path / "index" / "CURRENT"
-    text = current.read_bytes().rpartition(b" ")[0].replace(b'"version": 1', b'"version": 2')
+    text = current.read_bytes().rpartition(b" ")[0].replace(b'"version": 1', b'"version": 3')
     current.write_bytes(text + b" %08x\n" % zlib.crc32(text))
     said = refusal(lambda: Index.open(tmp_path / "index"))
-    assert "version 2, this cembed reads 1: use a newer cembed" in said
+    assert "version 3, this cembed reads 1 to 2: use a newer cembed" in said
     assert "damaged" not in said
 
 
