@@ -87,22 +87,28 @@ def add(
     settings = [num_vectors, dim, pool_factor, max_visual_tokens, dpi]
     with open_to_add(index, embedder, dim, store.split(",")) as opened, PageReader(dpi=dpi, timeout=timeout) as reader:
         job = Job(opened, embedder, budget, json.dumps(settings), pairs or None)
-        with progress_bar() as progress:
-            total = job.plan(reader, files)
-            task = progress.add_task("embedding", total=total)
-            job.run(reader, lambda: progress.advance(task))
+        try:
+            with progress_bar() as progress:
+                total = job.plan(reader, files)
+                task = progress.add_task("embedding", total=total)
+                job.run(reader, lambda: progress.advance(task))
+        finally:  # a page with a warning that was added is not told of again
+            report(job)
         stats = opened.stats()
-    for line in [
-        *(f"not embedded: {it}" for it in job.failures),
-        *(f"warning: {it}" for it in job.warnings),
-        *job.notes,
-    ]:
-        complain(line)
     say(f"{index}: {summary(job, stats)}")
     if stats.records > MANY_RECORDS and stats.pages < FLUSH_PAGES * stats.records:
         complain(f"it opens faster after `cembed index compact {index}`: the log has {stats.records} small records")
     if job.failures or job.warnings:
         raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def report(job: Job) -> None:
+    for failure in job.failures:
+        complain(f"not embedded: {failure}")
+    for warning in job.warnings:
+        complain(f"warning: {warning}")
+    for note in job.notes:
+        complain(note)
 
 
 def summary(job: Job, stats: Stats) -> str:

@@ -14,7 +14,7 @@ from cembed.runtime import search as searching
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import Current, read_current
 from cembed.runtime.index_metadata import sources_of
-from cembed.runtime.known_pages import KnownPages
+from cembed.runtime.known_pages import KnownPages, Told
 from cembed.runtime.search import Found, Stage
 from cembed.runtime.segments import Segment
 from cembed.runtime.storage import STORAGE
@@ -129,8 +129,17 @@ class IndexReader:
 
     def _known_pages(self) -> KnownPages:
         if self._known is None:
-            self._known = KnownPages(self._snapshot())
+            self._known = KnownPages(self._snapshot(), self._told)
         return self._known
+
+    def _told(self, serial: int) -> Told:
+        """What is said of a page; nothing, where its record is still to come."""
+        for segment in reversed(self._segments):
+            if (found := segment.record(serial)) is not None:
+                commit, i = found
+                metadata = commit.metadata[commit.metadatum[i]]
+                return Told(commit.sources[commit.source[i]], int(commit.numbers[i]), metadata)
+        return Told("", -1, "")
 
     def search(
         self,

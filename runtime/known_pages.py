@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,14 @@ class Told(NamedTuple):
     number: int
     metadata: str
 
+    def same(self, other: Told) -> bool:
+        """Whether it is the same but for the order of names in the metadata."""
+        try:
+            ours, theirs = canonical(self.metadata), canonical(other.metadata)
+        except (ValueError, RecursionError):
+            return False
+        return (self.source, self.number, ours) == (other.source, other.number, theirs)
+
 
 class _Known(NamedTuple):
     serial: int
@@ -31,15 +39,15 @@ class _Known(NamedTuple):
 class KnownPages:
     """The live pages, and which page has the vectors of a content."""
 
-    def __init__(self, views: Iterable[View]) -> None:
-        """Reads the logs once more. Raises CembedError: they are damaged."""
-        self._views = list(views)
+    def __init__(self, views: Iterable[View], tell: Callable[[int], Told]) -> None:
+        """Reads the logs once more; `tell` says what is said of a page by its serial. Raises CembedError: damage."""
+        self._tell = tell
         self._pages: dict[str, _Known] = {}
         self._contents: dict[bytes, int] = {}  # the newest serial, of a removed page too: its bytes are still there
         self._copies: dict[bytes, int] = {}  # live pages with a content, where there are more than one
         self._gone: set[bytes] = set()  # contents of which no page is left
         self._warnings: dict[bytes, str] = {}
-        for view in self._views:
+        for view in views:
             for commit, pages in view.commits():
                 self._read(commit, np.flatnonzero(view.alive[pages]).tolist())
 
@@ -75,22 +83,7 @@ class KnownPages:
     def says(self, page: str, told: Told) -> bool:
         """Whether that is what is said of the page with this id."""
         known = self._pages[page]
-        if known.told == _hash(told):
-            return True
-        source, number, metadata = self._told(known.serial) or told._replace(metadata="")
-        try:
-            return (source, number, canonical(metadata)) == (told.source, told.number, canonical(told.metadata))
-        except (ValueError, RecursionError):
-            return False
-
-    def _told(self, serial: int) -> Told | None:
-        """None for a page that was added since."""
-        for view in self._views:
-            if (page := view.columns.find(serial)) is not None:
-                commit, i = view.commit(page)
-                metadata = commit.metadata[commit.metadatum[i]]
-                return Told(commit.sources[commit.source[i]], int(commit.numbers[i]), metadata)
-        return None
+        return known.told == _hash(told) or self._tell(known.serial).same(told)
 
     def put(self, page: str, serial: int, content: bytes, told: Told, warning: str | None) -> None:
         """The page that had this id is not there any more."""

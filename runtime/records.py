@@ -20,6 +20,7 @@ payload of `COMMIT`, with T tiers:
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -44,7 +45,7 @@ _MAGIC = b"\x8ecembed\n"
 _HEADER = struct.Struct("<8sIIIIQQ20s")
 _CRC = struct.Struct("<I")
 _CHUNK = 1 << 20
-_FRAGMENT_BYTES = 1 << 30  # of what looks like a record and is none: more of it is no accident
+_FRAGMENT_BYTES = 1 << 29  # of what looks like a record and is none: more of it is no accident
 
 
 class MalformedError(Exception):
@@ -319,8 +320,8 @@ class _Fragments:
 def _find_record(handle: int, seed: int, offset: int, size: int, sequence: int, fragments: _Fragments) -> Record | None:
     """The first whole record after `offset` and `sequence`. Raises MalformedError: there are too many fragments."""
     magic = np.frombuffer(_MAGIC, np.uint64)[0]
-    for start in range(offset, size, _CHUNK):
-        chunk = os.pread(handle, min(_CHUNK, size - start), start)
+    while (start := _skip_hole(handle, offset, size)) < size:
+        chunk, offset = os.pread(handle, min(_CHUNK, size - start), start), start + _CHUNK
         words = np.frombuffer(chunk, np.uint64, len(chunk) // ALIGNMENT * ALIGNMENT // 8)[:: ALIGNMENT // 8]
         for place in np.flatnonzero(words == magic):
             at = start + int(place) * ALIGNMENT
@@ -330,3 +331,13 @@ def _find_record(handle: int, seed: int, offset: int, size: int, sequence: int, 
             header = _read_header(handle, seed, at, size)
             fragments.add(header.length if header else ALIGNMENT)
     return None
+
+
+def _skip_hole(handle: int, offset: int, size: int) -> int:
+    """The first place from `offset` on, a multiple of 64, that is in no hole of the file; `size` if there is none."""
+    if offset >= size or not hasattr(os, "SEEK_DATA"):
+        return offset
+    try:
+        return max(offset, os.lseek(handle, offset, os.SEEK_DATA) // ALIGNMENT * ALIGNMENT)
+    except OSError as error:
+        return size if error.errno == errno.ENXIO else offset  # no data; or this file system does not say

@@ -207,25 +207,32 @@ class Segment:
         alive = ~np.isin(columns.serials, removed) if len(removed) else np.ones(n, np.bool_)
         return View(self, columns, maps, self._checked, alive)
 
-    def starts(self, serial: int) -> tuple[int, ...] | None:
-        """Where the page with this serial is in each tier, None if it is not in this segment; removed ones are."""
+    def _find(self, serial: int) -> tuple[Columns, int] | None:
+        """The columns that have the page with this serial, and its number in them; removed pages are there too."""
         for chunk in reversed(self._chunks):
             if (page := chunk.find(serial)) is not None:
-                return tuple(chunk.starts[:, page].tolist())
+                return chunk, page
         return None
 
+    def starts(self, serial: int) -> tuple[int, ...] | None:
+        """Where a page is in each tier, None if it is not in this segment; by serial, as the next two."""
+        found = self._find(serial)
+        return None if found is None else tuple(found[0].starts[:, found[1]].tolist())
+
+    def record(self, serial: int) -> tuple[Commit, int] | None:
+        """The record of a page, and its place in it. Raises as commit()."""
+        found = self._find(serial)
+        return None if found is None else (self.commit(int(found[0].records[found[1]])), int(found[0].places[found[1]]))
+
     def stored(self, serial: int) -> StoredVectors | None:
-        """The vectors of the page with this serial, as in starts(). Raises CembedError: they are damaged."""
-        for chunk in reversed(self._chunks):
-            if (page := chunk.find(serial)) is None:
-                continue
-            found = chunk.vectors(page, self.dim, {tier: self._map(tier).data for tier in self.ends})
-            for tier, data in found.stored.items():
-                if zlib.crc32(data.data) != found.crcs[tier]:
-                    start, path = chunk.starts[list(self.ends).index(tier), page], self._path(tier)
-                    raise CembedError(f"{path} is damaged from byte {start} on: {REPAIR}")
-            return found
-        return None
+        """The vectors of a page. Raises CembedError: they are damaged."""
+        if (found := self._find(serial)) is None:
+            return None
+        vectors = found[0].vectors(found[1], self.dim, {tier: self._map(tier).data for tier in self.ends})
+        for tier, start in zip(self.ends, found[0].starts[:, found[1]].tolist(), strict=True):
+            if zlib.crc32(vectors.stored[tier].data) != vectors.crcs[tier]:
+                raise CembedError(f"{self._path(tier)} is damaged from byte {start} on: {REPAIR}")
+        return vectors
 
     def _map(self, tier: str) -> TierMap:
         size = min(self.ends[tier], os.fstat(self._data[tier]).st_size)
