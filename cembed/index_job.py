@@ -291,7 +291,7 @@ class Job:
         whole = all(self._is_there(document, number) for number in range(1, document.pages + 1))
         if names and (not whole or document.changed):
             self.notes.append(
-                f"kept: {document.path}: {len(names)} pages of an older version, which has more of them: "
+                f"kept: {document.path}: {len(names)} pages that only an older version of it has; "
                 "they go when all pages of the file can be read"
             )
             return []

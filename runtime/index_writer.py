@@ -1,6 +1,6 @@
 """Appending to a segment: vectors first, and when they are on disk, the record that makes them count.
 
-A page is acknowledged when `append` returns. What a crash leaves behind the ends of the log and of the tiers counts for
+A page is acknowledged when `append` returns. What a crash leaves after the ends of the log and of the tiers counts for
 nobody, and is cut off by the next writer.
 """
 

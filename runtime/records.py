@@ -77,7 +77,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Gap:
-    """Bytes of the log that are no records; the `tail` has no record behind it: a write that was cut off."""
+    """Bytes of the log that are no records; the `tail` has no record after it: a write that was cut off."""
 
     offset: int
     end: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import mmap
 import os
@@ -42,8 +43,8 @@ _HELD_BYTES = 32 << 20  # of records that are decoded together
 class Segment:
     """Reads one segment, and what is appended to it later. Nothing is written here.
 
-    `log_end`, `sequence` and `ends` are where the next record and the next page of each tier go; `clean_end` is behind
-    the last CLOSE; `torn` counts the bytes behind `log_end` that are no record; `damage` has a line for each place that
+    `log_end`, `sequence` and `ends` are where the next record and the next page of each tier go; `clean_end` is after
+    the last CLOSE; `torn` counts the bytes after `log_end` that are no record; `damage` has a line for each place that
     is neither. Raises CembedError: a file is missing, or no plain file.
     """
 
@@ -57,7 +58,7 @@ class Segment:
         self.damage: list[str] = []
         self.removed: list[NDArray[np.int64]] = []
         self.count, self.last_serial = 0, -1
-        self._chunks = [Columns.empty(len(current.tiers))]
+        self._chunks, self._lasts = [Columns.empty(len(current.tiers))], [-1]  # and the last serial of each
         self._maps = {tier: TierMap(np.empty(0, np.uint8)) for tier in current.tiers}
         self._checked = {tier: np.zeros(0, np.bool_) for tier in current.tiers}
         self._last_commit: tuple[int, Commit] | None = None
@@ -172,6 +173,7 @@ class Segment:
             self._chunks.append(
                 Columns(commit.serials, commit.rows, commit.scales, starts, commit.crcs, warned, offsets, within)
             )
+            self._lasts.append(self.last_serial)
 
     def _place(self, commit: Commit, counts: Numbers, placed: bool) -> tuple[Numbers, dict[str, int]]:
         """Where the pages are in each tier, int64 [T, n], and where the tiers end then. Raises MalformedError."""
@@ -197,7 +199,7 @@ class Segment:
     def view(self, removed: NDArray[np.int64]) -> View:
         """The pages as they are now, but those with a serial in `removed`. Raises CembedError: no memory."""
         columns = Columns.join(self._chunks)
-        self._chunks = [columns]
+        self._chunks, self._lasts = [columns], [self.last_serial]
         n = len(columns.serials)
         maps = {tier: self._map(tier) for tier in self.ends}
         self._checked = {
@@ -209,10 +211,9 @@ class Segment:
 
     def _find(self, serial: int) -> tuple[Columns, int] | None:
         """The columns that have the page with this serial, and its number in them; removed pages are there too."""
-        for chunk in reversed(self._chunks):
-            if (page := chunk.find(serial)) is not None:
-                return chunk, page
-        return None
+        chunk = self._chunks[min(bisect.bisect_left(self._lasts, serial), len(self._chunks) - 1)]
+        page = chunk.find(serial)
+        return None if page is None else (chunk, page)
 
     def starts(self, serial: int) -> tuple[int, ...] | None:
         """Where a page is in each tier, None if it is not in this segment; by serial, as the next two."""

@@ -108,7 +108,7 @@ def page_sizes(tier: str, rows: NDArray[np.int32], dim: int) -> NDArray[np.int64
 
 
 def place_pages(base: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Offsets int64 [n + 1] of pages that follow each other from `base` on, and of what comes behind them.
+    """Offsets int64 [n + 1] of pages that follow each other from `base` on, and of what comes after them.
 
     >>> place_pages(128, np.array([64, 70, 1]))
     array([128, 192, 320, 384])

@@ -41,7 +41,7 @@ struct Log {
     std::vector<Commit> commits;
     bool closed = true;  // whether its writer ended well
 
-    // Throws Error(INDEX): it is damaged. What lies behind the last whole record is a write that was cut off.
+    // Throws Error(INDEX): it is damaged. What lies after the last whole record is a write that was cut off.
     Log(const File &file, const std::string &index, int64_t segment, size_t tiers);
 };
 
