@@ -438,7 +438,9 @@ def search(
     if as_json:
         typer.echo(json.dumps({"pages": rows, "stages": stages} if explain else rows, indent=1, ensure_ascii=False))
         return
-    show_table(f"{query or str(image)!r} among {len(pages)} pages", ["rank", "score", "path", "page"], rows)
+    warned = ["warning"] if any("warning" in row for row in rows) else []
+    cells = [{"warning": "", **row} for row in rows]
+    show_table(f"{query or str(image)!r} among {len(pages)} pages", ["rank", "score", "path", "page", *warned], cells)
     if explain:
         show_table("stages of the search", ["stage", "pages", "kept", "ms", "bytes"], stages)
 

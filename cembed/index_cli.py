@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,13 +32,11 @@ from cembed.display import progress_bar, show_table
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
-    from cembed.runtime.documents import Page, PageReader
-    from cembed.runtime.embedder import Budget, Embedder
+    from cembed.index_job import Job
+    from cembed.runtime.embedder import Embedder
     from cembed.runtime.index import Index
-    from cembed.runtime.new_pages import NewPage
+    from cembed.runtime.index_reader import Stats
 
-FLUSH_SECONDS = 2.0  # of embedding, at most, are lost when the process is killed
-FLUSH_PAGES = 64
 MANY_RECORDS = 5000  # take about a third of a second to read on a busy machine
 
 index_app = typer.Typer(
@@ -72,35 +69,59 @@ def add(
 ) -> None:
     """Embed the pages of documents into an index. Pages that are there, unchanged, are skipped.
 
-    What was added stays when the command is interrupted: run it again to go on. Exits with 3 if some pages could not be
-    read.
+    What was added stays when the command is interrupted: run it again to go on. A file that cannot be read leaves the
+    index as it is. Without --metadata, pages that are there keep theirs. Exits with 3 if some pages could not be read,
+    or not without doubt.
     """
+    from cembed.index_job import FLUSH_PAGES, Job
     from cembed.ranking import parse_pairs
     from cembed.runtime.documents import PageReader, find_documents
     from cembed.runtime.embedder import CPU, Budget, Embedder
+    from cembed.runtime.index_metadata import check_metadata
 
     files, pairs = find_documents(paths), parse_pairs("--metadata", tuple(metadata or ()))
+    check_metadata(pairs)
     embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, max_visual_tokens=max_visual_tokens)
     budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
     embedder.check(embedder.manifest.document, budget)
     settings = [num_vectors, dim, pool_factor, max_visual_tokens, dpi]
     with open_to_add(index, embedder, dim, store.split(",")) as opened, PageReader(dpi=dpi, timeout=timeout) as reader:
-        job = Job(opened, embedder, budget, json.dumps(settings), pairs)
-        with progress_bar() as progress:
-            total = job.plan(reader, files)
-            task = progress.add_task("embedding", total=total)
-            job.run(reader, lambda: progress.advance(task))
-        for failure in job.failures:
-            complain(f"not embedded: {failure}")
+        job = Job(opened, embedder, budget, json.dumps(settings), pairs or None)
+        try:
+            with progress_bar() as progress:
+                total = job.plan(reader, files)
+                task = progress.add_task("embedding", total=total)
+                job.run(reader, lambda: progress.advance(task))
+        finally:  # a page with a warning that was added is not told of again
+            report(job)
         stats = opened.stats()
-    typer.echo(
-        f"{index}: {job.added} pages added, {job.skipped} were there; {stats.pages} pages, "
-        f"{sum(stats.bytes.values()):,} bytes"
-    )
+    say(f"{index}: {summary(job, stats)}")
     if stats.records > MANY_RECORDS and stats.pages < FLUSH_PAGES * stats.records:
         complain(f"it opens faster after `cembed index compact {index}`: the log has {stats.records} small records")
-    if job.failures:
+    if job.failures or job.warnings:
         raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def report(job: Job) -> None:
+    for failure in job.failures:
+        complain(f"not embedded: {failure}")
+    for warning in job.warnings:
+        complain(f"warning: {warning}")
+    for note in job.notes:
+        complain(note)
+
+
+def summary(job: Job, stats: Stats) -> str:
+    """What was done, and what there is now."""
+    parts = {
+        f"{job.added} pages added, {job.skipped + job.changed} were there": True,
+        f"{stats.pages} pages, {sum(stats.bytes.values()):,} bytes": True,
+        f"{job.shared} of the added without embedding, as their content was there": job.shared,
+        f"metadata of {job.changed} changed": job.changed,
+        f"{job.removed} removed that their files do not have any more": job.removed,
+        f"{stats.warnings} with a warning": stats.warnings,
+    }
+    return "; ".join(part for part, there in parts.items() if there)
 
 
 def open_to_add(path: Path, embedder: Embedder, dim: int | None, store: Sequence[str]) -> Index:
@@ -108,7 +129,7 @@ def open_to_add(path: Path, embedder: Embedder, dim: int | None, store: Sequence
     from cembed.runtime.index import Index
     from cembed.runtime.index_files import CURRENT
 
-    if not (path / CURRENT).exists():
+    if not os.path.lexists(path / CURRENT):
         return Index.create(path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, store=store)
     index = Index.open(path, write=True)
     for note in index.notes:
@@ -121,97 +142,6 @@ def open_to_add(path: Path, embedder: Embedder, dim: int | None, store: Sequence
         index.close()
         raise
     return index
-
-
-@dataclass
-class Job:
-    """One run of `add`. A page's content is its file's bytes, its number, and the settings it is embedded with."""
-
-    index: Index
-    embedder: Embedder
-    budget: Budget
-    settings: str
-    metadata: dict[str, Any]
-    added: int = 0
-    skipped: int = 0
-    failures: list[str] = field(default_factory=list)
-    hashes: dict[str, bytes] = field(default_factory=dict)
-    waiting: list[NewPage] = field(default_factory=list)
-    flushed: float = field(default_factory=time.monotonic)
-
-    def plan(self, reader: PageReader, files: Sequence[Path]) -> int:
-        """Finds the files that have pages to embed, and gives the number of pages in them."""
-        total = 0
-        for file in files:
-            try:
-                self.hashes[str(file)] = hash_file(file)
-            except OSError as error:
-                self.failures.append(f"{file}: {error.strerror}")
-                continue
-            count = reader.count_pages([file])
-            if all(self.knows(str(file), page) for page in range(1, count + 1)):
-                self.skipped += count
-                del self.hashes[str(file)]
-                continue
-            total += count
-            self.remove_behind(str(file), count)
-        return total
-
-    def knows(self, path: str, page: int) -> bool:
-        return self.index.knows(f"{path}#{page}", self.content(path, page))
-
-    def content(self, path: str, page: int) -> bytes:
-        return hashlib.sha256(self.hashes[path] + f"{page} {self.settings}".encode()).digest()[:16]
-
-    def remove_behind(self, path: str, count: int) -> None:
-        """Removes pages that the file does not have any more."""
-        page = count + 1
-        while f"{path}#{page}" in self.index:
-            self.index.remove([f"{path}#{page}"])
-            page += 1
-
-    def run(self, reader: PageReader, done: Callable[[], None]) -> None:
-        from cembed.runtime.documents import Page
-
-        for page in reader.read(list(self.hashes)):
-            if isinstance(page, Page):
-                self.embed(page)
-            else:
-                self.failures.append(f"{name_of(page.path, page.number)}: {page.reason}")
-            done()
-        self.flush()
-
-    def embed(self, page: Page) -> None:
-        from cembed.runtime.new_pages import NewPage
-
-        if self.knows(page.path, page.number):
-            self.skipped += 1
-            return
-        try:
-            vectors = self.embedder.embed_image(page.image, self.budget)
-        except CembedError as error:
-            self.failures.append(f"{name_of(page.path, page.number)}: {error}")
-            return
-        name, content = f"{page.path}#{page.number}", self.content(page.path, page.number)
-        self.waiting.append(NewPage(name, vectors, page.path, page.number, self.metadata, content))
-        if len(self.waiting) >= FLUSH_PAGES or time.monotonic() > self.flushed + FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Makes what was embedded durable."""
-        done = self.index.add(self.waiting, bundle=self.embedder.bundle.hash)
-        self.added, self.skipped = self.added + done.added, self.skipped + done.skipped
-        self.waiting, self.flushed = [], time.monotonic()
-
-
-def name_of(path: str, page: int | None) -> str:
-    return path if page is None else f"{path}, page {page}"
-
-
-def hash_file(path: Path) -> bytes:
-    from cembed.runtime.bundle import sha256
-
-    return bytes.fromhex(sha256(path))
 
 
 @index_app.command()
@@ -227,20 +157,35 @@ def remove(
     with Index.open(index, write=True) as opened:
         ids = dict.fromkeys(page for name in names for page in find_pages(opened, name))
         count = opened.remove(ids)
-    typer.echo(f"{index}: {count} pages removed")
+    say(f"{index}: {count} pages removed")
 
 
 def find_pages(index: Index, name: str) -> Iterator[str]:
     """Ids of the pages that `name` means. Raises CembedError: there is none."""
     import glob
 
+    from cembed.index_job import Sources
+
     if name in index:
         yield name
         return
     found = index.find(source=glob.escape(name)) or index.find(source=name)
-    if not found:
+    if found:
+        yield from (page.id for page in found)
+        return
+    sources, (path, _, number) = Sources(index), name.rpartition("#")
+    file, page = sources.find(name), f"{sources.find(path)}#{number}"
+    if file is not None:
+        yield from (page.id for page in index.find(source=glob.escape(file)))
+    elif page in index:
+        yield page
+    else:
         raise CembedError(f"{name} is neither a page nor a file in {index.folder}")
-    yield from (page.id for page in found)
+
+
+def say(message: str) -> None:
+    """One line on standard output, whatever a path has in it."""
+    typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @index_app.command()
@@ -257,7 +202,7 @@ def compact(
         done = opened.compact(drop_damaged=drop_damaged)
     for page in done.dropped:
         complain(f"dropped: {page}")
-    typer.echo(f"{index}: {done.pages} pages, {done.bytes_before:,} to {done.bytes_after:,} bytes")
+    say(f"{index}: {done.pages} pages, {done.bytes_before:,} to {done.bytes_after:,} bytes")
 
 
 @index_app.command()
@@ -280,6 +225,7 @@ def stats(index: IndexPath, as_json: AsJson = False) -> None:
     sizes = "\n".join(f"{name}  {size:,}" for name, size in found.bytes.items())
     fields = {
         "pages": f"{found.pages}, and {found.removed} removed",
+        "with a warning": str(found.warnings),
         "vectors": f"{found.vectors} of {found.dim}",
         "bundle": found.bundle,
         "segments": f"{found.segments}, {found.records} records",

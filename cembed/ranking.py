@@ -103,6 +103,7 @@ class IndexPages:
                 "path": hit.source,
                 "page": hit.page,
                 "metadata": hit.metadata,
+                **({"warning": hit.warning} if hit.warning else {}),
             }
             for rank, hit in enumerate(found.hits, 1)
         ]

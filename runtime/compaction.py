@@ -17,6 +17,9 @@ from cembed.runtime.records import Commit
 from cembed.runtime.segments import Segment
 from cembed.runtime.views import REPAIR, View
 
+Key = tuple[int, ...]  # of bytes that several pages share
+_Copy = tuple[StoredPage, Key | None]
+
 _FEW_PAGES = 64  # in a record on average, and the log is worth writing anew
 
 
@@ -71,8 +74,9 @@ def _live(view: View) -> Iterator[tuple[Commit, list[int], int]]:
         yield commit, np.flatnonzero(view.alive[pages]).tolist(), pages.start
 
 
-def _pages(view: View, latest: Mapping[str, int] | None, dropped: list[str]) -> Iterator[StoredPage]:
+def _pages(view: View, latest: Mapping[str, int] | None, dropped: list[str]) -> Iterator[_Copy]:
     """The pages to keep; damaged ones go to `dropped` where `latest` is given. Raises CembedError: damage."""
+    shared = _shared(view)
     for commit, places, first in _live(view):
         for place in places:
             if latest is not None and latest[commit.ids[place]] != commit.serials[place]:
@@ -80,26 +84,26 @@ def _pages(view: View, latest: Mapping[str, int] | None, dropped: list[str]) -> 
             which = np.array([first + place])
             broken = [tier for tier in view.maps if list(view.damaged(tier, which))]
             if not broken:
-                yield _stored_page(view, commit, place, first + place)
+                yield _stored_page(view, commit, place, first + place), shared.get(first + place)
             elif latest is None:
                 raise CembedError(f"{view.describe(broken[0], first + place)}: {REPAIR}")
             else:
                 dropped.append(commit.ids[place])
 
 
+def _shared(view: View) -> Mapping[int, Key]:
+    """Of the live pages that share their bytes with others: what is the same for those that do."""
+    starts, rows, live = view.columns.starts, view.columns.rows, np.flatnonzero(view.alive)
+    _, which, counts = np.unique(starts[0, live], return_inverse=True, return_counts=True)
+    pages = live[counts[which] > 1].tolist()
+    return {page: (view.segment.number, int(rows[page]), *starts[:, page].tolist()) for page in pages}
+
+
 def _stored_page(view: View, commit: Commit, place: int, page: int) -> StoredPage:
-    return StoredPage(
-        int(commit.serials[place]),
-        commit.ids[place],
-        commit.sources[commit.source[place]],
-        int(commit.numbers[place]),
-        commit.metadata[commit.metadatum[place]],
-        commit.contents[place].tobytes(),
-        int(commit.rows[place]),
-        float(commit.scales[place]),
-        {tier: view.stored(tier, page) for tier in view.maps},
-        {tier: int(crcs[page]) for tier, crcs in zip(view.maps, view.columns.crcs, strict=True)},
-    )
+    serial = int(commit.serials[place])
+    source, metadata = commit.sources[commit.source[place]], commit.metadata[commit.metadatum[place]]
+    number, content = int(commit.numbers[place]), commit.contents[place].tobytes()
+    return StoredPage(serial, commit.ids[place], source, number, metadata, content, view.stored(page), serial)
 
 
 class _Output:
@@ -108,25 +112,31 @@ class _Output:
     def __init__(self, disk: Disk, folder: Path, current: Current, segment_bytes: int) -> None:
         self._disk, self._folder, self._current, self._segment_bytes = disk, folder, current, segment_bytes
         self._writer: SegmentWriter | None = None
+        self._written: dict[Key, int] = {}  # the first page in the segment that has the bytes
 
-    def copy(self, pages: Iterable[StoredPage]) -> None:
-        batch, weight = list[StoredPage](), 0
-        for page in pages:
-            batch.append(page)
-            weight += sum(map(len, page.stored.values())) + len(page.metadata)
+    def copy(self, pages: Iterable[_Copy]) -> None:
+        batch, weight = list[_Copy](), 0
+        for page, key in pages:
+            batch.append((page, key))
+            texts = 4 * (len(page.id) + len(page.source) + len(page.metadata))  # bytes, at most
+            weight += sum(map(len, page.vectors.stored.values())) + texts
             if len(batch) == BATCH_PAGES or weight >= BATCH_BYTES:
                 self._append(batch)
                 batch, weight = [], 0
         if batch:
             self._append(batch)
 
-    def _append(self, batch: Sequence[StoredPage]) -> None:
+    def _append(self, batch: Sequence[_Copy]) -> None:
         if self._writer is not None and self._writer.segment.size >= self._segment_bytes:
             self._end()
         if self._writer is None:
             self._current = add_segment(self._disk, self._folder, self._current)
             self._writer = SegmentWriter(self._disk, Segment(self._folder, self._current, self._current.segments[-1]))
-        self._writer.append(batch)
+        self._writer.append([self._once(page, key) for page, key in batch])
+
+    def _once(self, page: StoredPage, key: Key | None) -> StoredPage:
+        """The page, to be written unless its bytes are in the segment."""
+        return page if key is None else replace(page, of=self._written.setdefault(key, page.serial))
 
     def keep(self, number: int) -> None:
         self._end()
@@ -134,6 +144,7 @@ class _Output:
 
     def _end(self) -> None:
         writer, self._writer = self._writer, None
+        self._written.clear()
         if writer is not None:
             writer.close()
 

@@ -126,8 +126,18 @@ class PageReader:
 
     def count_pages(self, paths: Iterable[str | Path]) -> int:
         """How many pages `paths` have together; a file that cannot be read counts as 1. Not during a `read`."""
+        return sum(self.page_count(path) or 1 for path in paths)
+
+    def page_count(self, path: str | Path) -> int | None:
+        """How many pages a file has; None if it cannot be read, or not in time. Not during a `read`."""
         assert not self._reading, "count before read()"
-        return sum(map(self._count, map(str, paths)))
+        worker = self._live_worker()
+        try:
+            worker.send(str(path), 0)
+            reply = worker.receive(self._timeout)
+        except _LostError:
+            return None
+        return None if isinstance(reply, str) else worker.pages or None
 
     def read(self, paths: Iterable[str | Path]) -> Iterator[Page | PageError]:
         """Every page of every file in order, or the reason why it is missing; bad input never raises.
@@ -174,13 +184,6 @@ class PageReader:
             if strikes >= _STRIKES and number <= pages:
                 yield PageError(path, None, f"pages {number} to {pages} left out, as too many in a row failed")
                 return
-
-    def _count(self, path: str) -> int:
-        worker = self._live_worker()
-        with contextlib.suppress(_LostError):
-            worker.send(path, 0)
-            worker.receive(self._timeout)
-        return worker.pages or 1
 
     def _live_worker(self) -> _Worker:
         assert self._entered, "use PageReader in a with block"

@@ -24,6 +24,7 @@ from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import (
     CURRENT,
+    PLACED_VERSION,
     Current,
     make_folder,
     read_current,
@@ -34,9 +35,10 @@ from cembed.runtime.index_files import (
 )
 from cembed.runtime.index_reader import IndexReader
 from cembed.runtime.index_writer import SegmentWriter, StoredPage, add_segment
-from cembed.runtime.new_pages import NewPage, gather
+from cembed.runtime.new_pages import Batch, Gathering, NewPage
 from cembed.runtime.segments import Segment
 from cembed.runtime.storage import STORAGE
+from cembed.runtime.views import StoredVectors
 
 DEFAULT_STORE = ("f16", "u8", "bits")
 SEGMENT_BYTES = 2 << 30
@@ -44,11 +46,13 @@ SEGMENT_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Added:
-    """What `Index.add` did: `replaced` of the `added` pages took the id of another, `skipped` ones were there."""
+    """What `Index.add` did: `replaced` of the `added` pages took the id of another, `skipped` ones were there, and so
+    were `changed` ones, of which other things are told now."""
 
     added: int
     replaced: int
     skipped: int
+    changed: int = 0
 
 
 class Index(IndexReader):
@@ -149,28 +153,47 @@ class Index(IndexReader):
     def add(self, pages: Iterable[NewPage], *, bundle: str) -> Added:
         """Adds pages; all of them are on disk when this returns.
 
-        A page is skipped if its `content` is there, under its id or, where nothing has its id, under any. Otherwise a
-        page whose id is there replaces the other one.
+        A page whose id is there replaces the other one; if it has the same `content` and all that is told of it is
+        the same, it is skipped. Where a page with the same `content` is there under whatever id, its vectors count for
+        the new one too: they are stored once, or once in each segment.
         `pages` may be a generator; about 2,000 are held. They become durable in batches of that size, each whole or not
         at all, and those before an error stay: add the same again, and go on.
         Raises CembedError: vectors of another bundle, a page that cannot be kept, a disk that is full or fails.
         """
         self.check_bundle(bundle)
-        counts, added = {"replaced": 0, "skipped": 0}, 0
         with self._changing(), ThreadPoolExecutor(1) as encoder, ThreadPoolExecutor(1) as writer:
+            gathering = Gathering(self._known_pages(), self._next_serial(), self.dim, self.tiers)
             written: Future[None] | None = None
-            for batch in gather(pages, self._known_pages(), self._next_serial(), self.dim, self.tiers, counts):
+            for batch in gathering.batches(pages):
                 encoded = encoder.submit(batch.encode, self.tiers)
                 if written is not None:
                     written.result()
                 written = writer.submit(self._append_encoded, encoded)
-                added += len(batch.drafts)
             if written is not None:
                 written.result()
-        return Added(added, **counts)
+        return Added(gathering.added, gathering.replaced, gathering.skipped, gathering.changed)
 
-    def _append_encoded(self, encoded: Future[tuple[list[StoredPage], list[int]]]) -> None:
-        self._append(*encoded.result())
+    def _append_encoded(self, encoded: Future[tuple[Batch, dict[int, StoredVectors]]]) -> None:
+        """Appends a batch. Vectors that are in its segment are named, those in another one are written again."""
+        batch, new = encoded.result()
+        self._make_room()
+        here = {serial: (vectors, serial) for serial, vectors in new.items()}
+        for draft in batch.drafts:
+            if draft.of not in here:
+                vectors, near = self._stored_vectors(draft.of)
+                here[draft.of] = vectors, draft.of if near else draft.serial
+            here[draft.serial] = here[draft.of]
+        pages = [draft.stored(*here[draft.serial]) for draft in batch.drafts]
+        if any(page.of != page.serial for page in pages):
+            self._allow_placed()
+        self._append(pages, batch.removed)
+
+    def _stored_vectors(self, serial: int) -> tuple[StoredVectors, bool]:
+        """A page's vectors, and whether they are in the segment that is written. Raises CembedError: damaged."""
+        for segment in reversed(self._segments):
+            if (vectors := segment.stored(serial)) is not None:
+                return vectors, segment is self._segments[-1]
+        raise AssertionError(f"{serial = }")
 
     def remove(self, ids: Iterable[str]) -> int:
         """Takes pages out, all or none; their bytes stay until `compact`. Gives their number.
@@ -240,14 +263,15 @@ class Index(IndexReader):
         return max(self._current.next_serial, *(segment.last_serial + 1 for segment in self._segments))
 
     def _append(self, pages: Sequence[StoredPage], removed: Sequence[int]) -> None:
-        segment = self._segments[-1]
-        segment.require_whole(last=True)
-        if pages and segment.size >= SEGMENT_BYTES:
-            self._next_segment()
+        self._segments[-1].require_whole(last=True)
         assert self._writer is not None
         self._writer.append(pages, removed)
 
-    def _next_segment(self) -> None:
+    def _make_room(self) -> None:
+        """Starts another segment where the last one is full."""
+        self._segments[-1].require_whole(last=True)
+        if self._segments[-1].size < SEGMENT_BYTES:
+            return
         assert self._writer is not None
         writer, self._writer = self._writer, None  # if this fails, the index must be opened again
         writer.close()
@@ -257,3 +281,18 @@ class Index(IndexReader):
         self._segments.append(Segment(self.folder, current, current.segments[-1]))
         self._current = current
         self._writer = SegmentWriter(self._disk, self._segments[-1])
+
+    def _allow_placed(self) -> None:
+        """Makes the index one of the version that has PLACED records, before it gets its first."""
+        if self._current.version >= PLACED_VERSION:
+            return
+        assert self._writer is not None
+        writer, self._writer = self._writer, None  # as above
+        try:
+            with writing_to(self.folder):
+                current = replace(self._current, version=PLACED_VERSION)
+                write_current(self._disk, self.folder, current)
+        except BaseException:
+            writer.release()
+            raise
+        self._current, self._writer = current, writer

@@ -26,7 +26,8 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.storage import STORAGE
 
 CURRENT, LOCK, NEXT = "CURRENT", "LOCK", "CURRENT.new"
-FORMAT, VERSION = "cembed index", 1
+FORMAT = "cembed index"
+VERSION, PLACED_VERSION = 1, 2  # the latter may have PLACED records; an index is one when it gets its first
 MAX_DIM = 1 << 14
 MAX_SEGMENTS = 1 << 16
 
@@ -40,7 +41,10 @@ class _VersionError(CembedError):
 
 @dataclass(frozen=True)
 class Current:
-    """What CURRENT says: `tiers` are storage types, the most exact first; `next_serial` is above every page's."""
+    """What CURRENT says: `tiers` are storage types, the most exact first; `next_serial` is above every page's.
+
+    `version` is that of the format.
+    """
 
     index: str
     dim: int
@@ -49,6 +53,7 @@ class Current:
     segments: tuple[int, ...]
     next_segment: int
     next_serial: int
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         """Raises CembedError: something that is not so in any index."""
@@ -67,7 +72,7 @@ class Current:
             raise CembedError("its next segment is one that is there")
 
     def encode(self) -> bytes:
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=True).encode()
+        text = json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=True).encode()
         return text + b" %08x\n" % zlib.crc32(text)
 
     @classmethod
@@ -82,8 +87,10 @@ class Current:
             raise CembedError("it is no JSON") from error
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise CembedError("it is of another format")
-        if (version := fields.pop("version", None)) != VERSION:
-            raise _VersionError(f"version {version!r}, this cembed reads {VERSION}: use a newer cembed")
+        if type(version := fields.get("version")) is not int or version not in (VERSION, PLACED_VERSION):
+            raise _VersionError(
+                f"version {version!r}, this cembed reads {VERSION} to {PLACED_VERSION}: use a newer cembed"
+            )
         return cls._of(fields)
 
     @classmethod
@@ -182,10 +189,15 @@ def take_lock(folder: Path) -> int:
     import fcntl
 
     with writing_to(folder):
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise CembedError(f"{folder / LOCK} is no plain file: remove it")
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
         raise CembedError(f"another process is writing to {folder}: wait until it ends") from error
+    except CembedError:
+        os.close(handle)
+        raise
     return handle

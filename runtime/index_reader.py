@@ -13,7 +13,8 @@ import numpy as np
 from cembed.runtime import search as searching
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import Current, read_current
-from cembed.runtime.known_pages import KnownPages
+from cembed.runtime.index_metadata import sources_of
+from cembed.runtime.known_pages import KnownPages, Told
 from cembed.runtime.search import Found, Stage
 from cembed.runtime.segments import Segment
 from cembed.runtime.storage import STORAGE
@@ -25,7 +26,8 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Stats:
-    """Pages, and removed ones; vectors of the former; bytes of each tier and of the logs, of all of them a page."""
+    """Pages, and removed ones; vectors of the former; bytes of each tier and of the logs, of all of them a page;
+    `warnings` counts the pages that have one."""
 
     pages: int
     removed: int
@@ -36,6 +38,15 @@ class Stats:
     records: int
     bytes: Mapping[str, int]
     bytes_per_page: float
+    warnings: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an index has of a source: page numbers in rising order, and where it starts if it is relative and known."""
+
+    numbers: Sequence[int]
+    folder: str | None
 
 
 class IndexReader:
@@ -118,8 +129,17 @@ class IndexReader:
 
     def _known_pages(self) -> KnownPages:
         if self._known is None:
-            self._known = KnownPages(self._snapshot())
+            self._known = KnownPages(self._snapshot(), self._told)
         return self._known
+
+    def _told(self, serial: int) -> Told:
+        """What is said of a page; nothing, where its record is still to come."""
+        for segment in reversed(self._segments):
+            if (found := segment.record(serial)) is not None:
+                commit, i = found
+                metadata = commit.metadata[commit.metadatum[i]]
+                return Told(commit.sources[commit.source[i]], int(commit.numbers[i]), metadata)
+        return Told("", -1, "")
 
     def search(
         self,
@@ -162,12 +182,33 @@ class IndexReader:
 
     def vectors(self, page: str) -> Vectors:
         """What the most exact tier keeps of the page with this id, float32 [K, D]. Raises CembedError."""
+        view, place = self._find_page(page)
+        return view.vectors(place)
+
+    def info(self, page: str) -> PageInfo:
+        """What is told of the page with this id. Raises CembedError: there is none, or its record is damaged."""
+        view, place = self._find_page(page)
+        return view.info(place)
+
+    def _find_page(self, page: str) -> tuple[View, int]:
         with self._lock:
             serial = self._known_pages().serial(page)
             for view in self._snapshot():
-                for place in np.flatnonzero(view.columns.serials == serial):
-                    return view.vectors(int(place))
+                if serial is not None and (place := view.columns.find(serial)) is not None:
+                    return view, place
         raise CembedError(f"{self.folder} has no page {page!r}")
+
+    def sources(self) -> dict[str, Source]:
+        """The sources of all pages. Raises CembedError: the log is damaged."""
+        numbers: dict[str, list[int]] = {}
+        folders: dict[str, str | None] = {}
+        for view in self._snapshot():
+            for commit, pages in view.commits():
+                with view.segment.malformed():
+                    for text, found, folder in sources_of(commit, view.alive[pages]):
+                        numbers.setdefault(text, []).extend(found)
+                        folders[text] = folder
+        return {text: Source(sorted(found), folders[text]) for text, found in numbers.items()}
 
     def __contains__(self, page: object) -> bool:
         """Whether a page has this id."""
@@ -175,9 +216,19 @@ class IndexReader:
             return isinstance(page, str) and self._known_pages().serial(page) is not None
 
     def knows(self, page: str, content: bytes) -> bool:
-        """Whether `add` would skip a page with this id and content hash."""
+        """Whether the page with this id has this content hash: `add` would skip it, or change what is told of it."""
         with self._lock:
             return self._known_pages().has(page, content)
+
+    def has_content(self, content: bytes) -> bool:
+        """Whether there are vectors of this content hash: `add` takes a page that has it without vectors."""
+        with self._lock:
+            return self._known_pages().vectors_of(content) is not None
+
+    def warning_of(self, content: bytes) -> str | None:
+        """The warning that goes with the vectors of a content hash."""
+        with self._lock:
+            return self._known_pages().warning_of(content)
 
     def stats(self) -> Stats:
         """Counts and sizes."""
@@ -189,4 +240,5 @@ class IndexReader:
         records = sum(view.segment.records for view in views)
         removed = sum(map(len, views)) - pages
         per_page = sum(total.values()) / max(1, pages)
-        return Stats(pages, removed, vectors, self.dim, self.bundle, len(views), records, total, per_page)
+        warnings = sum(int(view.columns.warned[view.alive].sum()) for view in views)
+        return Stats(pages, removed, vectors, self.dim, self.bundle, len(views), records, total, per_page, warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def verify_index(folder: Path) -> Iterator[Check]:
     try:
         current = read_current(folder)
     except CembedError as error:
-        if not (folder / CURRENT).exists():
+        if not os.path.lexists(folder / CURRENT):
             raise
         yield Check(CURRENT, False, str(error))
         return

@@ -1,6 +1,6 @@
 """Appending to a segment: vectors first, and when they are on disk, the record that makes them count.
 
-A page is acknowledged when `append` returns. What a crash leaves behind the ends of the log and of the tiers counts for
+A page is acknowledged when `append` returns. What a crash leaves after the ends of the log and of the tiers counts for
 nobody, and is cut off by the next writer.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,29 @@ from numpy.typing import NDArray
 from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import Current, segment_path
-from cembed.runtime.records import ALIGNMENT, CLOSE, CONTENT_BYTES, Commit, aligned, encode_commit, encode_record
+from cembed.runtime.records import (
+    ALIGNMENT,
+    CLOSE,
+    CONTENT_BYTES,
+    Commit,
+    Texts,
+    aligned,
+    encode_commit,
+    encode_record,
+)
 from cembed.runtime.segments import Segment
+from cembed.runtime.views import StoredVectors
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class StoredPage:
-    """A page as it is appended: its bytes in each tier and their CRCs; `metadata` is JSON."""
+    """A page as it is appended; `metadata` is JSON.
+
+    `of` is the serial of the page whose bytes count for it too, in the same segment or before it in the same append;
+    its own, where those in `vectors` are to be written.
+    """
 
     serial: int
     id: str
@@ -32,10 +48,8 @@ class StoredPage:
     number: int
     metadata: str
     content: bytes
-    rows: int
-    scale: float
-    stored: Mapping[str, NDArray[np.uint8]]
-    crcs: Mapping[str, int]
+    vectors: StoredVectors
+    of: int
 
 
 class SegmentWriter:
@@ -82,7 +96,8 @@ class SegmentWriter:
         for tier in segment.ends:
             self._disk.sync(self._handles[tier])
         start = max(0, segment.clean_end - ALIGNMENT)  # the last CLOSE too
-        self._disk.write(log, os.pread(log, segment.log_end - start, start), start)
+        for place in range(start, segment.log_end, _CHUNK):
+            self._disk.write(log, os.pread(log, min(_CHUNK, segment.log_end - place), place), place)
         self._disk.sync(log)
 
     def append(self, pages: Sequence[StoredPage], removed: Sequence[int] = ()) -> None:
@@ -90,17 +105,16 @@ class SegmentWriter:
 
         Raises CembedError: the disk is full or fails. The index is as it was then, or the message says otherwise.
         """
+        segment, new = self.segment, [page for page in pages if page.of == page.serial]
         if self._broken:
-            raise CembedError(f"an earlier write to {self.segment.folder} failed: open the index again")
+            raise CembedError(f"an earlier write to {segment.folder} failed: open the index again")
+        record = encode_commit(segment.seed, segment.sequence, commit_of(pages, removed, segment))
         self._broken = True  # until it went well, or was taken back
-        segment = self.segment
         try:
             for tier, end in segment.ends.items():
-                self._disk.write(self._handles[tier], join_pages(tier, pages), end)
+                self._disk.write(self._handles[tier], join_pages(tier, new), end)
             for tier in segment.ends:
                 self._disk.sync(self._handles[tier])
-            commit = commit_of(pages, removed, segment.ends)
-            record = encode_commit(segment.seed, segment.sequence, commit)
             self._disk.write(self._handles["log"], record, segment.log_end)
         except OSError as error:
             self._take_back()
@@ -146,34 +160,52 @@ class SegmentWriter:
             self._disk.close(self._handles.popitem()[1])
 
 
-def commit_of(pages: Sequence[StoredPage], removed: Sequence[int], ends: Mapping[str, int]) -> Commit:
-    """The commit that adds `pages` behind `ends`; texts that come again are kept once."""
+def commit_of(pages: Sequence[StoredPage], removed: Sequence[int], segment: Segment) -> Commit:
+    """The commit that adds `pages` to a segment; texts that come again are kept once."""
     sources = {text: place for place, text in enumerate(dict.fromkeys(page.source for page in pages))}
     metadata = {text: place for place, text in enumerate(dict.fromkeys(page.metadata for page in pages))}
-    crcs = [[page.crcs[tier] for page in pages] for tier in ends]
+    crcs = [[page.vectors.crcs[tier] for page in pages] for tier in segment.ends]
     contents = b"".join(page.content.ljust(CONTENT_BYTES, b"\0") for page in pages)
+    bases, starts = _lay_out(pages, segment)
     return Commit(
-        bases=np.array([list(ends.values())], np.int64),
+        bases=np.array([bases], np.int64),
         serials=np.array([page.serial for page in pages], np.int64),
         removed=np.sort(np.array(removed, np.int64)),
-        rows=np.array([page.rows for page in pages], np.int32),
+        rows=np.array([page.vectors.rows for page in pages], np.int32),
         numbers=np.array([page.number for page in pages], np.int32),
         source=np.array([sources[page.source] for page in pages], np.int32),
         metadatum=np.array([metadata[page.metadata] for page in pages], np.int32),
-        scales=np.array([page.scale for page in pages], np.float32),
-        crcs=np.array(crcs, np.uint32).reshape(len(ends), len(pages)),
+        scales=np.array([page.vectors.scale for page in pages], np.float32),
+        crcs=np.array(crcs, np.uint32).reshape(len(segment.ends), len(pages)),
         contents=np.frombuffer(contents, np.uint8).reshape(len(pages), CONTENT_BYTES),
-        ids=[page.id for page in pages],
-        sources=list(sources),
-        metadata=list(metadata),
+        starts=starts,
+        ids=Texts.of(page.id for page in pages),
+        sources=Texts.of(sources),
+        metadata=Texts.of(metadata),
     )
+
+
+def _lay_out(pages: Sequence[StoredPage], segment: Segment) -> tuple[list[int], NDArray[np.int64]]:
+    """Bases and starts of the commit. Pages that share no bytes follow each other, and need no starts."""
+    ends, placed = list(segment.ends.values()), dict[int, Sequence[int]]()
+    for page in pages:
+        if page.of == page.serial:
+            placed[page.serial] = ends
+            ends = [end + aligned(len(page.vectors.stored[tier])) for end, tier in zip(ends, segment.ends, strict=True)]
+        else:
+            found = placed.get(page.of) or segment.starts(page.of)
+            assert found is not None, f"{page.of = }"
+            placed[page.serial] = found
+    if all(page.of == page.serial for page in pages):
+        return list(segment.ends.values()), np.empty((len(ends), 0), np.int64)
+    return ends, np.array(list(placed.values()), np.int64).T
 
 
 def join_pages(tier: str, pages: Sequence[StoredPage]) -> bytes:
     """The pages' bytes in a tier, each filled up to a multiple of 64."""
     parts: list[bytes | memoryview] = []
     for page in pages:
-        data = page.stored[tier]
+        data = page.vectors.stored[tier]
         parts.append(data.data)
         if len(data) % ALIGNMENT:
             parts.append(bytes(aligned(len(data)) - len(data)))

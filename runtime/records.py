@@ -12,32 +12,40 @@ payload of `COMMIT`, with T tiers:
     metadata int32 [n], scales float32 [n], crcs uint32 [T, n], contents uint8 [n, 16]
     ids, sources, metadata: each count uint32, ends uint32 [count], and the text in UTF-8
 
-`CLOSE` has none: a writer that ends well leaves it behind, so that damage in front of it cannot pass for a torn write.
+`PLACED` is a COMMIT with pages whose bytes were there before: `bases` is where each tier ends after it, and
+`starts int64 [T, n]`, where the bytes of each page are, follows `contents`. Pages with the same starts share them.
+
+`CLOSE` has no payload: a writer that ends well leaves it, so that damage before it cannot pass for a torn write.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-COMMIT, CLOSE = 1, 2
+from cembed.runtime.errors import CembedError
+
+COMMIT, CLOSE, PLACED = 1, 2, 3
 ALIGNMENT = 64
 CONTENT_BYTES = 16
 MAX_PAYLOAD = 1 << 28
 MAX_NUMBER = 1 << 60  # above serials, numbers of records and offsets: one more is a number too
 MAX_GAPS = 64  # a log with more has nothing left to read
+MAX_LOG = 1 << 32  # a segment ends at half of that
 
 _MAGIC = b"\x8ecembed\n"
 _HEADER = struct.Struct("<8sIIIIQQ20s")
 _CRC = struct.Struct("<I")
 _CHUNK = 1 << 20
+_FRAGMENT_BYTES = 1 << 29  # of what looks like a record and is none: more of it is no accident
 
 
 class MalformedError(Exception):
@@ -69,7 +77,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Gap:
-    """Bytes of the log that are no records; the `tail` has no record behind it: a write that was cut off."""
+    """Bytes of the log that are no records; the `tail` has no record after it: a write that was cut off."""
 
     offset: int
     end: int
@@ -78,8 +86,8 @@ class Gap:
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """What a COMMIT says, or several do; shapes as in the module, `bases` [commits, T]. Texts are bytes until asked
-    for."""
+    """What a COMMIT or PLACED says, or several do; shapes as in the module, `bases` [commits, T]; `starts` [T, 0] for
+    a COMMIT. Texts are bytes until asked for."""
 
     bases: NDArray[np.int64]
     serials: NDArray[np.int64]
@@ -91,9 +99,10 @@ class Commit:
     scales: NDArray[np.float32]
     crcs: NDArray[np.uint32]
     contents: NDArray[np.uint8]
-    ids: Sequence[str]
-    sources: Sequence[str]
-    metadata: Sequence[str]
+    starts: NDArray[np.int64]
+    ids: Texts
+    sources: Texts
+    metadata: Texts
 
 
 class Texts(Sequence[str]):
@@ -102,12 +111,24 @@ class Texts(Sequence[str]):
     def __init__(self, ends: NDArray[np.int64], text: bytes) -> None:
         self._ends, self._text = ends, text
 
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Texts:
+        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        return cls(np.cumsum([len(part) for part in parts], dtype=np.int64), b"".join(parts))
+
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: Any) -> Any:
         first = int(self._ends[index - 1]) if index else 0
         return self._text[first : int(self._ends[index])].decode("utf-8", "surrogatepass")
+
+    def mention(self, part: str) -> bool:
+        """Whether `part` is in one of them, or where two meet."""
+        return part.encode() in self._text
+
+    def encode(self) -> bytes:
+        return _CRC.pack(len(self)) + self._ends.astype("<u4").tobytes() + self._text
 
     def check(self) -> None:
         """Raises MalformedError: not UTF-8."""
@@ -134,7 +155,11 @@ def seed_of(index: str, segment: int) -> int:
 
 
 def encode_record(seed: int, sequence: int, kind: int, pages: int = 0, removed: int = 0, payload: bytes = b"") -> bytes:
-    """A record, ready to be appended."""
+    """A record, ready to be appended. Raises CembedError: it would be larger than what is read again."""
+    if len(payload) > MAX_PAYLOAD:
+        raise CembedError(
+            f"{pages} pages and {removed} removals take {len(payload)} bytes in a record: do less at once"
+        )
     padded = payload.ljust(aligned(len(payload)), b"\0")
     crc = zlib.crc32(padded, seed)
     header = _HEADER.pack(_MAGIC, kind, pages, removed, crc, sequence, len(payload), bytes(20))
@@ -142,11 +167,12 @@ def encode_record(seed: int, sequence: int, kind: int, pages: int = 0, removed: 
 
 
 def encode_commit(seed: int, sequence: int, commit: Commit) -> bytes:
-    """The record of a commit."""
+    """The record of a commit: PLACED where it has starts. Raises as encode_record()."""
     arrays = [getattr(commit, name) for name, _ in _COLUMNS]
     columns = b"".join(np.ascontiguousarray(a, d).tobytes() for a, (_, d) in zip(arrays, _COLUMNS, strict=True))
-    payload = columns + b"".join(map(_encode_texts, (commit.ids, commit.sources, commit.metadata)))
-    return encode_record(seed, sequence, COMMIT, len(commit.serials), len(commit.removed), payload)
+    payload = columns + b"".join(texts.encode() for texts in (commit.ids, commit.sources, commit.metadata))
+    kind = PLACED if commit.starts.size else COMMIT
+    return encode_record(seed, sequence, kind, len(commit.serials), len(commit.removed), payload)
 
 
 _COLUMNS = (
@@ -160,13 +186,9 @@ _COLUMNS = (
     ("scales", "<f4"),
     ("crcs", "<u4"),
     ("contents", "u1"),
+    ("starts", "<i8"),
 )
-
-
-def _encode_texts(texts: Sequence[str]) -> bytes:
-    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
-    ends = np.cumsum([len(part) for part in parts], dtype=np.int64).astype("<u4")
-    return _CRC.pack(len(parts)) + ends.tobytes() + b"".join(parts)
+_WIDE = ("crcs", "starts")  # with a row for each tier
 
 
 def decode_commits(records: Sequence[Record], tiers: int) -> Commit:
@@ -176,9 +198,9 @@ def decode_commits(records: Sequence[Record], tiers: int) -> Commit:
     parts = list(zip(*(_split(record, tiers) for record in records), strict=True))
     columns: dict[str, Any] = {}  # and texts
     for name, dtype in _COLUMNS:
-        count = tiers if name == "crcs" else 1
+        count = tiers if name in _WIDE else 1
         taken, parts = [np.frombuffer(b"".join(part), dtype) for part in parts[:count]], parts[count:]
-        columns[name] = np.stack(taken) if name == "crcs" else taken[0]
+        columns[name] = np.stack(taken) if name in _WIDE else taken[0]
     columns["bases"] = columns["bases"].reshape(-1, tiers)
     columns["contents"] = columns["contents"].reshape(-1, CONTENT_BYTES)
     columns |= {name: _join_texts(*parts[i : i + 2]) for name, i in (("ids", 0), ("sources", 2), ("metadata", 4))}
@@ -191,9 +213,10 @@ def decode_commits(records: Sequence[Record], tiers: int) -> Commit:
 
 
 def _split(record: Record, tiers: int) -> list[bytes]:
-    """The columns of a payload, one for each tier of `crcs`, and ends and text of each kind of texts."""
+    """The columns of a payload, one for each tier of `crcs` and `starts`, and ends and text of each kind of texts."""
     n, m, data, at, parts = record.header.pages, record.header.removed, record.payload, 0, list[bytes]()
-    for size in (8 * tiers, 8 * n, 8 * m, *(4 * n for _ in range(5 + tiers)), CONTENT_BYTES * n):
+    starts = 8 * n if record.header.kind == PLACED else 0
+    for size in (8 * tiers, 8 * n, 8 * m, *[4 * n] * (5 + tiers), CONTENT_BYTES * n, *[starts] * tiers):
         parts.append(data[at : at + size])
         at += size
     for _ in range(3):
@@ -229,7 +252,8 @@ def _check(commit: Commit) -> None:
     rising = bool((np.diff(commit.serials) > 0).all())
     sane = bool((commit.rows > 0).all() and (commit.bases >= 0).all())
     numbered = bool((commit.serials >= 0).all() and (commit.serials < MAX_NUMBER).all())
-    if not (rising and sane and numbered and np.isfinite(commit.scales).all()):
+    placed = bool(((commit.starts >= 0) & (commit.starts < MAX_NUMBER) & (commit.starts % ALIGNMENT == 0)).all())
+    if not (rising and sane and numbered and placed and np.isfinite(commit.scales).all()):
         raise MalformedError("its columns do not fit each other")
 
 
@@ -249,7 +273,7 @@ def _read_header(handle: int, seed: int, offset: int, size: int) -> Header | Non
     if len(raw) != ALIGNMENT or _CRC.unpack(raw[-4:])[0] != zlib.crc32(raw[:-4], seed):
         return None
     magic, kind, pages, removed, crc, sequence, length, zeros = _HEADER.unpack(raw[:-4])
-    known = magic == _MAGIC and kind in (COMMIT, CLOSE) and zeros == bytes(20)
+    known = magic == _MAGIC and kind in (COMMIT, CLOSE, PLACED) and zeros == bytes(20)
     possible = sequence < MAX_NUMBER and length <= MAX_PAYLOAD
     return Header(kind, pages, removed, crc, sequence, length) if known and possible else None
 
@@ -261,13 +285,16 @@ def read_log(handle: int, seed: int, offset: int, sequence: int) -> Iterator[Rec
     Raises MalformedError: hardly anything in it can be read.
     """
     size, gaps = os.fstat(handle).st_size, 0
+    if size > MAX_LOG:
+        raise MalformedError(f"it has {size} bytes, more than any log")
+    fragments = _Fragments()
     while offset < size:
         record = read_record(handle, seed, offset, size)
         if record is not None and record.header.sequence == sequence:
             yield record
             offset, sequence = record.end, sequence + 1
             continue
-        found = _find_record(handle, seed, offset + ALIGNMENT, size, sequence)
+        found = _find_record(handle, seed, offset + ALIGNMENT, size, sequence, fragments)
         gaps += 1
         if gaps > MAX_GAPS:
             raise MalformedError(f"more than {MAX_GAPS} places of it are damaged")
@@ -277,17 +304,40 @@ def read_log(handle: int, seed: int, offset: int, sequence: int) -> Iterator[Rec
         offset, sequence = found.offset, found.header.sequence
 
 
-def _find_record(handle: int, seed: int, offset: int, size: int, sequence: int) -> Record | None:
-    """The first whole record behind `offset` and `sequence`. Raises MalformedError: there are too many fragments."""
-    magic, fragments = np.frombuffer(_MAGIC, np.uint64)[0], 0
-    for start in range(offset, size, _CHUNK):
-        chunk = os.pread(handle, min(_CHUNK, size - start), start)
+class _Fragments:
+    """What was looked at and is no record that counts."""
+
+    def __init__(self) -> None:
+        self._count = self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """Raises MalformedError: there are too many."""
+        self._count, self._bytes = self._count + 1, self._bytes + size
+        if self._count > MAX_GAPS or self._bytes > _FRAGMENT_BYTES:
+            raise MalformedError(f"{self._count} fragments of records are in it, of {self._bytes} bytes")
+
+
+def _find_record(handle: int, seed: int, offset: int, size: int, sequence: int, fragments: _Fragments) -> Record | None:
+    """The first whole record after `offset` and `sequence`. Raises MalformedError: there are too many fragments."""
+    magic = np.frombuffer(_MAGIC, np.uint64)[0]
+    while (start := _skip_hole(handle, offset, size)) < size:
+        chunk, offset = os.pread(handle, min(_CHUNK, size - start), start), start + _CHUNK
         words = np.frombuffer(chunk, np.uint64, len(chunk) // ALIGNMENT * ALIGNMENT // 8)[:: ALIGNMENT // 8]
         for place in np.flatnonzero(words == magic):
-            record = read_record(handle, seed, start + int(place) * ALIGNMENT, size)
+            at = start + int(place) * ALIGNMENT
+            record = read_record(handle, seed, at, size)
             if record is not None and record.header.sequence > sequence:
                 return record
-            fragments += 1
-            if fragments > MAX_GAPS:
-                raise MalformedError(f"more than {MAX_GAPS} fragments of records are in it")
+            header = _read_header(handle, seed, at, size)
+            fragments.add(header.length if header else ALIGNMENT)
     return None
+
+
+def _skip_hole(handle: int, offset: int, size: int) -> int:
+    """The first place from `offset` on, a multiple of 64, that is in no hole of the file; `size` if there is none."""
+    if offset >= size or not hasattr(os, "SEEK_DATA"):
+        return offset
+    try:
+        return max(offset, os.lseek(handle, offset, os.SEEK_DATA) // ALIGNMENT * ALIGNMENT)
+    except OSError as error:
+        return size if error.errno == errno.ENXIO else offset  # no data; or this file system does not say

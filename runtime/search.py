@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from cembed.runtime import kernels
 from cembed.runtime.errors import CembedError
 from cembed.runtime.finite import finite
+from cembed.runtime.index_metadata import parse_metadata
 from cembed.runtime.records import Commit
 from cembed.runtime.vectors import Vectors
-from cembed.runtime.views import View, page_sizes, parse_metadata
+from cembed.runtime.views import View, page_sizes
 
 EXACT_BYTES = 64 << 20  # an exact tier of this size is scanned about as fast as stages would be
 CANDIDATES = 1000
@@ -50,13 +51,15 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Hit:
-    """A page that was found; the score is that of the last stage."""
+    """A page that was found; the score is that of the last stage. `warning` and `folder` as in PageInfo."""
 
     score: float
     id: str
     source: str
     page: int
     metadata: Mapping[str, Any]
+    warning: str | None = None
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def run_stage(
 
 def to_hit(view: View, page: int, score: float) -> Hit:
     info = view.info(page)
-    return Hit(score, info.id, info.source, info.page, info.metadata)
+    return Hit(score, info.id, info.source, info.page, info.metadata, info.warning, info.folder)
 
 
 def choose(view: View, where: Mapping[str, Any] | None, source: str | None) -> Numbers | None:

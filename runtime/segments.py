@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import mmap
 import os
 import time
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import Current, open_regular, segment_path
+from cembed.runtime.index_metadata import warnings_of
 from cembed.runtime.records import (
     CLOSE,
     MAX_NUMBER,
+    PLACED,
     Commit,
     Gap,
     MalformedError,
@@ -27,17 +31,20 @@ from cembed.runtime.records import (
     read_record,
     seed_of,
 )
-from cembed.runtime.views import REPAIR, Columns, TierMap, View, page_sizes, place_pages
+from cembed.runtime.views import REPAIR, Columns, StoredVectors, TierMap, View, page_sizes, place_pages
 
 MAX_ROWS = 1 << 20
+Numbers = NDArray[np.int64]
+
 _RETRY_SECONDS = 0.05
+_HELD_BYTES = 32 << 20  # of records that are decoded together
 
 
 class Segment:
     """Reads one segment, and what is appended to it later. Nothing is written here.
 
-    `log_end`, `sequence` and `ends` are where the next record and the next page of each tier go; `clean_end` is behind
-    the last CLOSE; `torn` counts the bytes behind `log_end` that are no record; `damage` has a line for each place that
+    `log_end`, `sequence` and `ends` are where the next record and the next page of each tier go; `clean_end` is after
+    the last CLOSE; `torn` counts the bytes after `log_end` that are no record; `damage` has a line for each place that
     is neither. Raises CembedError: a file is missing, or no plain file.
     """
 
@@ -51,14 +58,14 @@ class Segment:
         self.damage: list[str] = []
         self.removed: list[NDArray[np.int64]] = []
         self.count, self.last_serial = 0, -1
-        self._chunks = [Columns.empty(len(current.tiers))]
+        self._chunks, self._lasts = [Columns.empty(len(current.tiers))], [-1]  # and the last serial of each
         self._maps = {tier: TierMap(np.empty(0, np.uint8)) for tier in current.tiers}
         self._checked = {tier: np.zeros(0, np.bool_) for tier in current.tiers}
         self._last_commit: tuple[int, Commit] | None = None
         self.grow()
 
     def _open(self, suffix: str) -> int:
-        path = segment_path(self.folder, self.number, suffix)
+        path = self._path(suffix)
         try:
             handle = open_regular(path)
         except OSError as error:
@@ -69,7 +76,10 @@ class Segment:
     @property
     def path(self) -> Path:
         """Of the log."""
-        return segment_path(self.folder, self.number, "log")
+        return self._path("log")
+
+    def _path(self, suffix: str) -> Path:
+        return segment_path(self.folder, self.number, suffix)
 
     @property
     def closed(self) -> bool:
@@ -87,35 +97,35 @@ class Segment:
 
     def grow(self) -> None:
         """Takes what was appended since; lines are added to `damage` for what cannot be read."""
-        try:
-            items = self._read()
-        except MalformedError as error:
-            self.damage.append(f"{self.path} is damaged: {error}")
-            return
-        self.torn, commits = 0, list[Record]()
-        for item in items:
-            if isinstance(item, Record):
-                commits += self._passed(item)
-                continue
-            self._add_all(commits)
-            commits = []
-            if item.tail:
-                self.torn = item.end - item.offset
-            else:
-                self.damage.append(
-                    f"{self.path} is damaged between bytes {item.offset} and {item.end}: pages it "
-                    "added there are lost, and pages it removed there are back"
-                )
-        self._add_all(commits)
+        waiting, held = list[Record](), 0
+        for record in self._commits():
+            if waiting and (held > _HELD_BYTES or record.header.kind != waiting[0].header.kind):
+                self._add_all(waiting)
+                waiting, held = [], 0
+            waiting.append(record)
+            held += record.header.length
+        self._add_all(waiting)
         self._check_sizes()
 
-    def _read(self) -> Sequence[Record | Gap]:
-        """A gap is looked at twice: a writer may just be replacing a torn record."""
-        items = list(read_log(self._log, self.seed, self.log_end, self.sequence))
-        if any(isinstance(item, Gap) and not item.tail for item in items):
-            time.sleep(_RETRY_SECONDS)
-            items = list(read_log(self._log, self.seed, self.log_end, self.sequence))
-        return items
+    def _commits(self) -> Iterator[Record]:
+        """The commits that were appended since; a gap is looked at twice: a writer may be replacing a torn record."""
+        self.torn = 0
+        try:
+            for last_look in (False, True):
+                for item in read_log(self._log, self.seed, self.log_end, self.sequence):
+                    if isinstance(item, Record):
+                        yield from self._passed(item)
+                    elif item.tail:
+                        self.torn = item.end - item.offset
+                    elif last_look:
+                        self._lost(item)
+                    else:
+                        time.sleep(_RETRY_SECONDS)
+                        break
+                else:
+                    return
+        except MalformedError as error:
+            self.damage.append(f"{self.path} is damaged: {error}")
 
     def _passed(self, record: Record) -> list[Record]:
         """The record, if it is a commit."""
@@ -124,6 +134,12 @@ class Segment:
             self.clean_end = record.end
             return []
         return [record]
+
+    def _lost(self, gap: Gap) -> None:
+        self.damage.append(
+            f"{self.path} is damaged between bytes {gap.offset} and {gap.end}: pages it added there are lost, "
+            "and pages it removed there are back"
+        )
 
     def _add_all(self, records: Sequence[Record]) -> None:
         """At once, or one by one where something is wrong with one of them."""
@@ -139,54 +155,85 @@ class Segment:
                 self.damage.append(f"{self.path}: the record at byte {record.offset} makes no sense: {error}")
 
     def _add(self, records: Sequence[Record]) -> None:
-        """All or none. Raises MalformedError."""
+        """All or none; records of one kind. Raises MalformedError."""
         if not records:
             return
         commit, counts = decode_commits(records, len(self.ends)), np.array([record.header.pages for record in records])
         n, firsts = len(commit.serials), np.cumsum(counts) - counts
         if n and (commit.serials[0] <= self.last_serial or commit.rows.max() > MAX_ROWS):
             raise MalformedError("its pages are impossible")
-        starts, ends = list[NDArray[np.int64]](), dict[str, int]()
-        for bases, (tier, end) in zip(commit.bases.T, self.ends.items(), strict=True):
-            sizes = page_sizes(tier, commit.rows, self.dim)
-            if bases.max() >= MAX_NUMBER or sizes.sum(dtype=np.float64) > MAX_NUMBER:
-                raise MalformedError("its pages are impossible")
-            places = place_pages(0, sizes)
-            shifts = bases - places[firsts]
-            tails = places[firsts + counts] + shifts
-            if (bases < [end, *tails[:-1]]).any():
-                raise MalformedError("its pages lie on others")
-            starts.append(places[:-1] + np.repeat(shifts, counts))
-            ends[tier] = int(tails[-1])
+        starts, ends = self._place(commit, counts, placed=records[0].header.kind == PLACED)
         self.ends, self.records = ends, self.records + len(records)
         self.removed += [commit.removed] if len(commit.removed) else []
         if n:
             self.count, self.last_serial = self.count + n, int(commit.serials[-1])
             offsets = np.repeat(np.array([record.offset for record in records]), counts)
             within = (np.arange(n) - np.repeat(firsts, counts)).astype(np.int32)
+            warned = np.isin(commit.metadatum, list(warnings_of(commit)))
             self._chunks.append(
-                Columns(commit.serials, commit.rows, commit.scales, np.stack(starts), commit.crcs, offsets, within)
+                Columns(commit.serials, commit.rows, commit.scales, starts, commit.crcs, warned, offsets, within)
             )
+            self._lasts.append(self.last_serial)
+
+    def _place(self, commit: Commit, counts: Numbers, placed: bool) -> tuple[Numbers, dict[str, int]]:
+        """Where the pages are in each tier, int64 [T, n], and where the tiers end then. Raises MalformedError."""
+        starts, ends = list[Numbers](), dict[str, int]()
+        for i, (tier, end) in enumerate(self.ends.items()):
+            bases, sizes = commit.bases[:, i], page_sizes(tier, commit.rows, self.dim)
+            if bases.max() >= MAX_NUMBER or sizes.sum(dtype=np.float64) > MAX_NUMBER:
+                raise MalformedError("its pages are impossible")
+            if placed:
+                found, ends[tier] = _check_placed(end, bases, sizes, counts, commit.starts[i])
+            else:
+                found, ends[tier] = _follow(end, bases, sizes, counts)
+            starts.append(found)
+        return np.stack(starts), ends
 
     def _check_sizes(self) -> None:
         for tier, end in self.ends.items():
             size = os.fstat(self._data[tier]).st_size
             if size < end:
-                path = segment_path(self.folder, self.number, tier)
+                path = self._path(tier)
                 self.damage.append(f"{path} has {size} bytes, its log says {end}: the end is lost")
 
     def view(self, removed: NDArray[np.int64]) -> View:
         """The pages as they are now, but those with a serial in `removed`. Raises CembedError: no memory."""
         columns = Columns.join(self._chunks)
-        self._chunks = [columns]
+        self._chunks, self._lasts = [columns], [self.last_serial]
         n = len(columns.serials)
-        self._maps = {tier: self._map(tier) for tier in self.ends}
+        maps = {tier: self._map(tier) for tier in self.ends}
         self._checked = {
             tier: old if len(old) == n else np.concatenate([old, np.zeros(n - len(old), np.bool_)])
             for tier, old in self._checked.items()
         }
         alive = ~np.isin(columns.serials, removed) if len(removed) else np.ones(n, np.bool_)
-        return View(self, columns, self._maps, self._checked, alive)
+        return View(self, columns, maps, self._checked, alive)
+
+    def _find(self, serial: int) -> tuple[Columns, int] | None:
+        """The columns that have the page with this serial, and its number in them; removed pages are there too."""
+        chunk = self._chunks[min(bisect.bisect_left(self._lasts, serial), len(self._chunks) - 1)]
+        page = chunk.find(serial)
+        return None if page is None else (chunk, page)
+
+    def starts(self, serial: int) -> tuple[int, ...] | None:
+        """Where a page is in each tier, None if it is not in this segment; by serial, as the next two."""
+        found = self._find(serial)
+        return None if found is None else tuple(found[0].starts[:, found[1]].tolist())
+
+    def record(self, serial: int) -> tuple[Commit, int] | None:
+        """The record of a page, and its place in it. Raises as commit()."""
+        found = self._find(serial)
+        return None if found is None else (self.commit(int(found[0].records[found[1]])), int(found[0].places[found[1]]))
+
+    def stored(self, serial: int) -> StoredVectors | None:
+        """The vectors of a page. Raises CembedError: they are damaged."""
+        if (found := self._find(serial)) is None:
+            return None
+        vectors = found[0].vectors(found[1], self.dim, {tier: self._map(tier).data for tier in self.ends})
+        for tier, start in zip(self.ends, found[0].starts[:, found[1]].tolist(), strict=True):
+            if zlib.crc32(vectors.stored[tier].data) != vectors.crcs[tier]:
+                raise CembedError(f"{self._path(tier)} is damaged from byte {start} on: {REPAIR}")
+        return vectors
 
     def _map(self, tier: str) -> TierMap:
         size = min(self.ends[tier], os.fstat(self._data[tier]).st_size)
@@ -194,9 +241,10 @@ class Segment:
             return self._maps[tier]
         try:
             memory = mmap.mmap(self._data[tier], size, access=mmap.ACCESS_READ)
-            return TierMap(np.frombuffer(memory, np.uint8), memory)
+            self._maps[tier] = TierMap(np.frombuffer(memory, np.uint8), memory)
+            return self._maps[tier]
         except (OSError, ValueError) as error:
-            path = segment_path(self.folder, self.number, tier)
+            path = self._path(tier)
             raise CembedError(f"cannot map {path} into memory: {error}") from error
 
     def commit(self, offset: int) -> Commit:
@@ -233,3 +281,20 @@ class Segment:
             raise CembedError(f"{self.damage[0]}; {REPAIR}")
         if not last and not self.closed:
             raise CembedError(f"{self.path} lacks its end: {REPAIR}")
+
+
+def _follow(end: int, bases: Numbers, sizes: Numbers, counts: Numbers) -> tuple[Numbers, int]:
+    """Starts of the pages of COMMITs, `counts` of them in each, and the end; the tier ended at `end` before."""
+    firsts, places = np.cumsum(counts) - counts, place_pages(0, sizes)
+    shifts = bases - places[firsts]
+    tails = places[firsts + counts] + shifts
+    if (bases < [end, *tails[:-1]]).any():
+        raise MalformedError("its pages lie on others")
+    return places[:-1] + np.repeat(shifts, counts), int(tails[-1])
+
+
+def _check_placed(end: int, bases: Numbers, sizes: Numbers, counts: Numbers, starts: Numbers) -> tuple[Numbers, int]:
+    """The same of PLACED records, which say both."""
+    if (bases < [end, *bases[:-1]]).any() or (starts + sizes > np.repeat(bases, counts)).any():
+        raise MalformedError("its pages lie where there are none")
+    return starts, int(bases[-1])

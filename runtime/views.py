@@ -6,7 +6,6 @@ their CRC when they are first used in this process, and are never used before.
 
 from __future__ import annotations
 
-import json
 import mmap
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index_files import segment_path
+from cembed.runtime.index_metadata import Notes, parse_metadata
 from cembed.runtime.kernels import Pages
-from cembed.runtime.records import ALIGNMENT, Commit, MalformedError
+from cembed.runtime.records import ALIGNMENT, Commit
 from cembed.runtime.storage import STORAGE
 
 if TYPE_CHECKING:
@@ -31,31 +31,61 @@ REPAIR = (
 )
 
 _AT_ONCE = 256  # pages of small records that are read together
+_BYTES_AT_ONCE = 32 << 20  # of the log, unless a record has more
 
 
 @dataclass(frozen=True)
 class PageInfo:
-    """A page of an index but its vectors: `page` counts from 1 in its source; `vectors` says how many it has."""
+    """A page of an index but its vectors: `page` counts from 1 in its source; `vectors` says how many it has.
+
+    `warning` is why something of the page may be missing, `folder` where a relative source starts, if it is known.
+    """
 
     id: str
     source: str
     page: int
     metadata: Mapping[str, Any]
     vectors: int
+    warning: str | None = None
+    folder: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StoredVectors:
+    """A page's vectors, `rows` of them, as bytes in each tier with their CRCs; `scale` is that of `u8`."""
+
+    rows: int
+    scale: float
+    stored: Mapping[str, NDArray[np.uint8]]
+    crcs: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What the log says of pages: serials, rows and scales [n], starts and crcs [T, n]; and where it says so: the
-    offset of the record, and the page's place in it."""
+    """What the log says of pages: serials, rows, scales and whether there is a warning [n], starts and crcs [T, n]; and
+    where it says so: the offset of the record, and the page's place in it."""
 
     serials: NDArray[np.int64]
     rows: NDArray[np.int32]
     scales: NDArray[np.float32]
     starts: NDArray[np.int64]
     crcs: NDArray[np.uint32]
+    warned: NDArray[np.bool_]
     records: NDArray[np.int64]
     places: NDArray[np.int32]
+
+    def find(self, serial: int) -> int | None:
+        """The number of the page with this serial."""
+        place = int(np.searchsorted(self.serials, serial))
+        return place if place < len(self.serials) and self.serials[place] == serial else None
+
+    def vectors(self, page: int, dim: int, files: Mapping[str, NDArray[np.uint8]]) -> StoredVectors:
+        """What `files`, the tiers of the segment, hold of a page; compare the CRCs first."""
+        rows, stored = self.rows[[page]], {}
+        for (tier, file), start in zip(files.items(), self.starts[:, page].tolist(), strict=True):
+            stored[tier] = file[start : start + int(page_sizes(tier, rows, dim)[0])]
+        crcs = dict(zip(files, self.crcs[:, page].tolist(), strict=True))
+        return StoredVectors(int(rows[0]), float(self.scales[page]), stored, crcs)
 
     @classmethod
     def join(cls, parts: list[Columns]) -> Columns:
@@ -68,7 +98,8 @@ class Columns:
     def empty(cls, tiers: int) -> Columns:
         wide, none = (tiers, 0), np.empty(0, np.int64)
         thin = np.empty(0, np.int32), np.empty(0, np.float32)
-        return cls(none, *thin, np.empty(wide, np.int64), np.empty(wide, np.uint32), none, thin[0])
+        crcs, warned = np.empty(wide, np.uint32), np.empty(0, np.bool_)
+        return cls(none, *thin, np.empty(wide, np.int64), crcs, warned, none, thin[0])
 
 
 def page_sizes(tier: str, rows: NDArray[np.int32], dim: int) -> NDArray[np.int64]:
@@ -77,7 +108,7 @@ def page_sizes(tier: str, rows: NDArray[np.int32], dim: int) -> NDArray[np.int64
 
 
 def place_pages(base: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Offsets int64 [n + 1] of pages that follow each other from `base` on, and of what comes behind them.
+    """Offsets int64 [n + 1] of pages that follow each other from `base` on, and of what comes after them.
 
     >>> place_pages(128, np.array([64, 70, 1]))
     array([128, 192, 320, 384])
@@ -120,7 +151,9 @@ class View:
         offsets, firsts = np.unique(self.columns.records, return_index=True)
         edges, first = np.append(firsts, len(self)), 0
         while first < len(offsets):
-            last = max(first + 1, int(np.searchsorted(edges, edges[first] + _AT_ONCE, "right")) - 1)
+            last = int(np.searchsorted(edges, edges[first] + _AT_ONCE, "right")) - 1
+            near = int(np.searchsorted(offsets, offsets[first] + _BYTES_AT_ONCE))
+            last = max(first + 1, min(last, near))
             yield self.segment.commits(offsets[first:last].tolist()), slice(int(edges[first]), int(edges[last]))
             first = last
 
@@ -175,13 +208,12 @@ class View:
         """What the most exact tier keeps of a page, float32 [K, D]. Raises CembedError: damaged."""
         tier = next(iter(self.maps))
         self.pages(tier, np.array([page]))
-        rows, columns = int(self.columns.rows[page]), self.columns
-        return STORAGE[tier].decode(self.stored(tier, page), rows, self.dim, float(columns.scales[page]))
+        found = self.stored(page)
+        return STORAGE[tier].decode(found.stored[tier], found.rows, self.dim, found.scale)
 
-    def stored(self, tier: str, page: int) -> NDArray[np.uint8]:
-        """A page's bytes in a tier; compare the CRC first."""
-        start = int(self.columns.starts[list(self.maps).index(tier), page])
-        return self.maps[tier].data[start : start + int(page_sizes(tier, self.columns.rows[[page]], self.dim)[0])]
+    def stored(self, page: int) -> StoredVectors:
+        """A page's bytes; compare the CRCs first."""
+        return self.columns.vectors(page, self.dim, {tier: mapping.data for tier, mapping in self.maps.items()})
 
     def commit(self, page: int) -> tuple[Commit, int]:
         """The record of a page, and its place in it. Raises CembedError: damaged since it was first read."""
@@ -191,21 +223,6 @@ class View:
         """Raises CembedError: the record is damaged."""
         commit, place = self.commit(page)
         with self.segment.malformed():
-            source, metadata = (
-                commit.sources[commit.source[place]],
-                parse_metadata(commit, int(commit.metadatum[place])),
-            )
-            return PageInfo(
-                commit.ids[place], source, int(commit.numbers[place]), metadata, int(self.columns.rows[page])
-            )
-
-
-def parse_metadata(commit: Commit, which: int) -> Mapping[str, Any]:
-    """One of a record's texts of metadata. Raises MalformedError: not a JSON object."""
-    try:
-        value = json.loads(commit.metadata[which])
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"metadata is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise MalformedError("metadata is no JSON object")
-    return value
+            source, number = commit.sources[commit.source[place]], int(commit.numbers[place])
+            notes, rows = Notes.of(parse_metadata(commit, int(commit.metadatum[place]))), int(self.columns.rows[page])
+            return PageInfo(commit.ids[place], source, number, notes.metadata, rows, notes.warning, notes.folder)

@@ -3,13 +3,15 @@
 python tests/fuzz_index.py --seconds 60 --seed 1
 
 Bytes are changed at random, and texts and numbers in places where they hurt; then all CRCs are made good again, so that
-the checks behind them are what is tested. `one_input(data)` is there for coverage-guided fuzzers.
+the checks behind them are what is tested. Or a file becomes a thing of another kind or size. `one_input(data)`
+is there for coverage-guided fuzzers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import shutil
@@ -40,16 +42,18 @@ LONG_WORDS = (*WORDS, 1 << 40, 1 << 60, (1 << 62) - 64, (1 << 63) - 1, (1 << 64)
 
 
 def make_index(folder: Path) -> None:
-    """Two commits and a removal, with all tiers."""
+    """Commits of both kinds and a removal, with all tiers."""
     rng = np.random.default_rng(0)
     with Index.create(folder, dim=DIM, bundle="b", store=("f32", "f16", "u8", "bits")) as index:
         for first in (0, 3):
             pages = [
-                NewPage(f"p{i}", rng.standard_normal((i + 1, DIM)).astype(np.float32), f"s{i}", i, {"k": i})
+                NewPage(f"p{i}", rng.standard_normal((i + 1, DIM)).astype(np.float32), f"s{i}", i, {"k": i}, b"c%d" % i)
                 for i in range(first, first + 3)
             ]
             index.add(pages, bundle="b")
         index.remove(["p1"])
+        new = NewPage("p6", np.ones((3, DIM), np.float32), content=b"c6", warning="doubtful")
+        index.add([new, *(NewPage(f"p{i + 7}", None, content=b"c%d" % i, folder="/") for i in (2, 6))], bundle="b")
 
 
 @cache
@@ -61,23 +65,34 @@ def template() -> dict[str, bytes]:
 
 def one_input(data: bytes) -> str:
     """Uses an index changed as `data` says. Anything but a CembedError that comes out of it is a bug."""
+    memory = Path("/dev/shm")
+    place = Path(tempfile.mkdtemp(prefix="cembed-fuzz-", dir=memory if memory.is_dir() else None))
+    try:
+        write_changed(data, place / "index")
+        return use(place / "index")
+    finally:
+        shutil.rmtree(place)
+
+
+def write_changed(data: bytes, folder: Path) -> None:
+    """An index in a new folder, changed as `data` says."""
     files, rng = {name: bytearray(content) for name, content in template().items()}, random.Random(data)
     log = next(name for name in files if name.endswith(".log"))
-    kind = rng.choice(("log", "log", "log", "current", "raw"))
+    kind = rng.choice(("log", "log", "log", "current", "raw", "fragments", "file"))
+    seed = seed_of(json.loads(template()[CURRENT].rpartition(b" ")[0])["index"], 1)
     if kind == "log":
-        change_log(files[log], rng, seed_of(json.loads(template()[CURRENT].rpartition(b" ")[0])["index"], 1))
+        change_log(files[log], rng, seed)
+    elif kind == "fragments":
+        add_fragments(files[log], rng, seed)
     elif kind == "current":
         files[CURRENT] = change_current(bytes(files[CURRENT]), rng)
-    else:
+    elif kind == "raw":
         change_raw(files[rng.choice(sorted(files))], rng)
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="cembed-fuzz-", dir=memory if memory.is_dir() else None))
-    try:
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        return use(folder)
-    finally:
-        shutil.rmtree(folder)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if kind == "file":
+        change_file(folder / rng.choice(sorted(files)), rng)
 
 
 def change_raw(content: bytearray, rng: random.Random) -> None:
@@ -110,6 +125,10 @@ def seal(log: bytearray, offset: int, length: int, seed: int) -> None:
     """Makes the CRCs of a record good."""
     end = offset + 64 + aligned(length)
     log[offset + 20 : offset + 24] = struct.pack("<I", zlib.crc32(log[offset + 64 : end], seed))
+    seal_header(log, offset, seed)
+
+
+def seal_header(log: bytearray, offset: int, seed: int) -> None:
     log[offset + 60 : offset + 64] = struct.pack("<I", zlib.crc32(log[offset : offset + 60], seed))
 
 
@@ -121,6 +140,29 @@ def split(log: bytes | bytearray) -> list[tuple[int, int]]:
         records.append((offset, length))
         offset += 64 + aligned(length)
     return records
+
+
+def add_fragments(log: bytearray, rng: random.Random, seed: int) -> None:
+    """Headers that are good, of records that are not: each asks for its payload to be read."""
+    for _ in range(rng.randint(1, 100)):
+        kind, length = rng.randint(1, 3), rng.choice((0, 64, 1000, 1 << 16, 1 << 28))
+        header = struct.pack("<8sIIIIQQ20s", b"\x8ecembed\n", kind, 1, 0, 0, rng.randint(0, 9), length, bytes(20))
+        log += header + struct.pack("<I", zlib.crc32(header, seed)) + bytes(64 * rng.randint(0, 3))
+
+
+def change_file(path: Path, rng: random.Random) -> None:
+    """To one of another kind, or with a hole at its end that no disk has room for."""
+    kind = rng.choice(("pipe", "folder", "link", "device", "huge", "huge", "large", "cut"))
+    if kind in ("huge", "large", "cut"):
+        os.truncate(path, {"huge": 1 << 42, "large": 1 << 26, "cut": path.stat().st_size // 2}[kind])
+        return
+    moved = path.rename(path.with_name("moved"))
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(moved if kind == "link" else "/dev/zero")
 
 
 def change_current(raw: bytes, rng: random.Random) -> bytearray:
@@ -163,7 +205,10 @@ def check_all(folder: Path) -> None:
 def mend(folder: Path) -> None:
     with Index.open(folder, write=True, damaged=True) as index:
         index.compact(drop_damaged=True)
-        index.add([NewPage("new", np.ones((1, index.dim), np.float32))], bundle=index.bundle)
+        index.add([NewPage("new", np.ones((1, index.dim), np.float32), content=b"new")], bundle=index.bundle)
+        copies = [NewPage(f"copy {name}", None, content=name) for name in (b"c2", b"new") if index.has_content(name)]
+        index.add(copies, bundle=index.bundle)
+        index.sources()
 
 
 def fuzz(seconds: float, seed: int, most: int | None = None) -> Counter[str]:

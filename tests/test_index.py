@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cembed.runtime import CembedError, index, maxsim, new_pages, records, segments
+from cembed.runtime import CembedError, compaction, index, maxsim, new_pages, records, segments
 from cembed.runtime.index import Added, Index
 from cembed.runtime.index_verify import verify_index
 from cembed.runtime.new_pages import NewPage
@@ -24,6 +27,8 @@ from cembed.runtime.search import Stage, make_plan
 from cembed.runtime.storage import STORAGE
 
 BUNDLE = "b" * 64
+CASES = Path(__file__).with_name("cases")
+VERSION_1 = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 3)]  # files and pages of the index in CASES
 DIM = 32
 Vectors = NDArray[np.float32]
 
@@ -158,10 +163,10 @@ def test_a_record_that_makes_no_sense_costs_only_its_own_pages(tmp_path: Path) -
 def test_an_index_of_a_later_version_is_not_called_damaged(tmp_path: Path) -> None:
     Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE).close()
     current = tmp_path / "index" / "CURRENT"
-    text = current.read_bytes().rpartition(b" ")[0].replace(b'"version": 1', b'"version": 2')
+    text = current.read_bytes().rpartition(b" ")[0].replace(b'"version": 1', b'"version": 3')
     current.write_bytes(text + b" %08x\n" % zlib.crc32(text))
     said = refusal(lambda: Index.open(tmp_path / "index"))
-    assert "version 2, this cembed reads 1: use a newer cembed" in said
+    assert "version 3, this cembed reads 1 to 2: use a newer cembed" in said
     assert "damaged" not in said
 
 
@@ -191,8 +196,6 @@ def test_what_is_there_is_skipped(small: Index) -> None:
     assert small.knows(PAGES[3].id, PAGES[3].content)
     assert small.add([*PAGES[:10], *some_pages(5, seed=1)], bundle=BUNDLE) == Added(5, 0, 10)
     assert not small.knows(PAGES[3].id, PAGES[4].content)
-    renamed = NewPage("another name", PAGES[0].vectors, content=PAGES[0].content)
-    assert small.add([renamed], bundle=BUNDLE) == Added(0, 0, 1)
     assert len(small) == 55
 
 
@@ -266,6 +269,242 @@ def test_batches_before_an_error_stay(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_vectors_of_another_bundle(small: Index) -> None:
     assert "bundle bbbbbbbbbbbb, these are of cccccccccccc" in refusal(lambda: small.add(PAGES, bundle="c" * 64))
+
+
+# One content, several pages.
+
+
+def copy_of(page: NewPage, name: str, metadata: dict[str, Any] | None = None) -> NewPage:
+    """The same content under another path, without vectors."""
+    return NewPage(f"{name}#1", None, name, 1, metadata or {}, page.content)
+
+
+def tier_bytes(opened: Index) -> dict[str, int]:
+    return {name: size for name, size in opened.stats().bytes.items() if name != "log"}
+
+
+def scores_of(opened: Index, names: Sequence[str]) -> list[float]:
+    scores = {hit.id: hit.score for hit in opened.search(QUERY, 1000).hits}
+    return [scores[name] for name in names]
+
+
+def test_a_content_under_other_ids_is_stored_once(tmp_path: Path) -> None:
+    """Each page has its own metadata, filters and removal, before and after compaction."""
+    with make(tmp_path / "index") as made:
+        before, first = tier_bytes(made), PAGES[7]
+        copies = [copy_of(first, f"copies/{i}.pdf", {"copy": i}) for i in range(3)]
+        assert not made.knows(copies[0].id, first.content)
+        assert made.has_content(first.content)
+        assert made.add(copies, bundle=BUNDLE) == Added(3, 0, 0)
+        assert made.add(copies, bundle=BUNDLE) == Added(0, 0, 3)
+    names = [first.id, *(page.id for page in copies)]
+    for step in ("as it is", "compacted", "the first is gone", "without it"):
+        with Index.open(tmp_path / "index", write=True) as opened:
+            names = names[1:] if step == "the first is gone" else names
+            if step == "the first is gone":
+                opened.remove([first.id])
+            if step in ("compacted", "without it"):
+                opened.compact()
+            assert tier_bytes(opened) == before
+            assert len(set(scores_of(opened, names))) == 1
+            assert all(np.array_equal(opened.vectors(name), STORAGE["f16"].restore(first.vectors)) for name in names)
+            assert ids(opened.search(QUERY, where={"copy": 1})) == ["copies/1.pdf#1"]
+            assert [page.id for page in opened.find(source="copies/*")] == [page.id for page in copies]
+        assert all(check.passed for check in verify_index(tmp_path / "index"))
+    with Index.open(tmp_path / "index", write=True) as opened:
+        opened.remove(names)
+        opened.compact()
+        assert tier_bytes(opened)["bits"] < before["bits"]
+
+
+def test_copies_within_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch, or over several; vectors that are given for a content that is there are not used."""
+    monkeypatch.setattr(new_pages, "BATCH_PAGES", 7)
+    pages = [page for first in PAGES for page in (first, copy_of(first, f"copy of {first.id}"))]
+    pages += [NewPage(f"{page.id} again", -page.vectors, content=page.content) for page in PAGES[:9]]
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made, make(tmp_path / "single") as single:
+        assert made.add(iter(pages), bundle=BUNDLE) == Added(109, 0, 0)
+        assert tier_bytes(made) == tier_bytes(single)
+        for page in PAGES[:9]:
+            several = [page.id, f"copy of {page.id}#1", f"{page.id} again"]
+            assert len({made.vectors(name).tobytes() for name in several}) == 1
+            assert len(set(scores_of(made, several))) == 1
+
+
+@pytest.mark.usefixtures("many_segments")
+def test_copies_in_another_segment_are_bit_for_bit_the_same(tmp_path: Path) -> None:
+    with make(tmp_path / "index") as made:
+        copies = [copy_of(page, f"copy of {page.id}", {"copy": True}) for page in PAGES]
+        assert made.add([*copies, copy_of(PAGES[0], "one more")], bundle=BUNDLE) == Added(51, 0, 0)
+        for _ in range(2):
+            for page, copy in zip(PAGES, copies, strict=True):
+                assert np.array_equal(made.vectors(page.id), made.vectors(copy.id))
+            for tier in made.tiers:
+                hits = made.search(QUERY, 1000, plan=(Stage(tier, 1000),)).hits
+                scores = {hit.id: hit.score for hit in hits}
+                assert [scores[page.id] for page in PAGES] == [scores[copy.id] for copy in copies]
+            made.remove([page.id for page in PAGES[::3]])
+            made.compact()
+            made.add([copy_of(page, page.id.removesuffix("#1")) for page in PAGES[::3]], bundle=BUNDLE)
+            made.add(PAGES, bundle=BUNDLE)
+    assert all(check.passed for check in verify_index(tmp_path / "index"))
+
+
+def test_other_metadata_replaces_it_without_vectors(small: Index) -> None:
+    """Source, page number, warning and folder too; what differs in the order of names only is the same."""
+    before, page = tier_bytes(small), PAGES[3]
+
+    def add(metadata: dict[str, Any], source: str = page.source, number: int = page.page) -> Added:
+        return small.add([NewPage(page.id, None, source, number, metadata, page.content)], bundle=BUNDLE)
+
+    same, changed = Added(0, 0, 1), Added(0, 0, 0, 1)
+    assert add({"number": 3, "even": False}) == same
+    assert add({"even": False, "number": True}) == changed
+    assert add({"even": False, "number": 3.0}) == changed
+    assert add({"even": False, "number": 3.0}) == same
+    assert add({}) == changed
+    assert add({}, source="elsewhere.pdf") == changed
+    assert add({}, source="elsewhere.pdf", number=9) == changed
+    info = small.info(page.id)
+    assert (info.source, info.page, info.metadata, len(small)) == ("elsewhere.pdf", 9, {}, 50)
+    assert tier_bytes(small) == before
+    assert small.search(QUERY, where={"number": 3}).hits == ()
+    assert np.array_equal(small.vectors(page.id), STORAGE["f16"].restore(page.vectors))
+    small.close()
+    reopened = Index.open(small.folder)
+    assert reopened.info(page.id) == info
+    assert reopened.knows(page.id, page.content)
+
+
+def test_pages_may_trade_contents(small: Index) -> None:
+    """As files do that are renamed: the content of the first is gone from its id before the second one asks for it."""
+    a, b = PAGES[1], PAGES[2]
+    traded = [NewPage(a.id, None, content=b.content), NewPage(b.id, None, content=a.content)]
+    assert small.add(traded, bundle=BUNDLE) == Added(2, 2, 0)
+    assert np.array_equal(small.vectors(a.id), STORAGE["f16"].restore(b.vectors))
+    assert np.array_equal(small.vectors(b.id), STORAGE["f16"].restore(a.vectors))
+
+
+def test_a_page_without_vectors_needs_a_content_that_is_there(small: Index) -> None:
+    for content in (b"", b"nobody's"):
+        page = NewPage("x", None, content=content)
+        assert "'x' has no vectors" in refusal(lambda page=page: small.add([page], bundle=BUNDLE))
+        assert not small.has_content(content)
+    small.remove([PAGES[0].id])
+    assert small.add([PAGES[0]], bundle=BUNDLE) == Added(1, 0, 0)
+
+
+def test_vectors_that_are_damaged_are_not_taken_for_a_copy(small: Index) -> None:
+    page = PAGES[7]
+    start = int(small._snapshot()[0].columns.starts[1][7])
+    damage(small.folder / "00000001.u8", start + 3)
+    line = refusal(lambda: small.add([copy_of(page, "copy")], bundle=BUNDLE))
+    assert "00000001.u8 is damaged" in line
+    assert "--drop-damaged" in line
+    assert "copy#1" not in small
+    small.remove([page.id])
+    assert small.add([page], bundle=BUNDLE) == Added(1, 0, 0)  # with vectors of its own
+    assert len(small.search(QUERY, 50, plan=(Stage("u8", 50),)).hits) == 50
+
+
+def test_damage_of_shared_bytes_is_named_for_each_page(small: Index) -> None:
+    small.add([copy_of(PAGES[7], "copy")], bundle=BUNDLE)
+    small.close()
+    start = int(Index.open(small.folder)._snapshot()[0].columns.starts[0][7])
+    damage(small.folder / "00000001.f16", start)
+    (failed,) = [check for check in verify_index(small.folder) if not check.passed]
+    assert "'0/7'" in failed.detail
+    assert "'copy#1'" in failed.detail
+    with Index.open(small.folder, write=True, damaged=True) as mended:
+        assert mended.compact(drop_damaged=True).dropped == ("0/7", "copy#1")
+        assert not mended.has_content(PAGES[7].content)
+
+
+def test_an_index_is_of_the_newer_version_once_pages_share_bytes(small: Index) -> None:
+    def version() -> int:
+        fields = json.loads((small.folder / "CURRENT").read_bytes().rpartition(b" ")[0])
+        assert isinstance(fields, dict)
+        return int(fields["version"])
+
+    reader = Index.open(small.folder)
+    small.add(some_pages(3, seed=1), bundle=BUNDLE)
+    assert version() == 1
+    small.add([copy_of(PAGES[0], "copy")], bundle=BUNDLE)
+    assert version() == 2
+    reader.refresh()
+    assert len(reader) == 54
+    small.compact()
+    assert version() == 2
+
+
+def test_an_index_of_version_1(tmp_path: Path) -> None:
+    """It was written before pages could share bytes, and has ids as they were given then."""
+    folder = Path(shutil.copytree(CASES / "version1.index", tmp_path / "index"))
+    with Index.open(folder, write=True) as opened:
+        assert [page.id for page in opened.find()] == [f"scans/{i}.pdf#{n}" for i, n in VERSION_1]
+        before = {page.id: opened.vectors(page.id) for page in opened.find()}
+        told = opened.find(source="scans/1.pdf")[0].metadata
+        assert told == {"year": 2021, "b": 1, "a": 2}
+        again = [
+            NewPage(f"scans/{i}.pdf#{n}", None, f"scans/{i}.pdf", n, told, f"{i}-{n}".encode()) for i, n in VERSION_1
+        ]
+        assert opened.add(again, bundle="b" * 64) == Added(0, 0, 2, 3)  # the year of those in the other file
+        assert opened.add([replace(again[0], id="more")], bundle="b" * 64) == Added(1, 0, 0)
+        opened.compact()
+        after = {page.id: opened.vectors(page.id) for page in opened.find()}
+        assert np.array_equal(after.pop("more"), before["scans/0.pdf#1"])
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert all(check.passed for check in verify_index(folder))
+
+
+# Warnings, and what else cembed keeps beside the user's metadata.
+
+
+def test_a_warning_stays_with_its_content(tmp_path: Path) -> None:
+    doubtful = replace(PAGES[0], warning="a picture could not be decoded whole")
+    with make(tmp_path / "index", [doubtful, *PAGES[1:]]) as made:
+        made.add([replace(copy_of(doubtful, "copy"), metadata={"a": 1}, folder="/somewhere")], bundle=BUNDLE)
+        assert made.add([PAGES[0]], bundle=BUNDLE) == Added(0, 0, 1)
+        assert made.warning_of(doubtful.content) == doubtful.warning
+    for step in range(2):
+        opened = Index.open(tmp_path / "index")
+        assert opened.stats().warnings == 2
+        found = {hit.id: hit for hit in opened.search(QUERY, 100).hits}
+        assert {name for name, hit in found.items() if hit.warning} == {doubtful.id, "copy#1"}
+        assert found["copy#1"].warning == doubtful.warning
+        assert (found["copy#1"].metadata, found["copy#1"].folder) == ({"a": 1}, "/somewhere")
+        assert opened.info(doubtful.id).metadata == doubtful.metadata
+        assert ids(opened.search(QUERY, where={"cembed:warning": doubtful.warning, "a": 1})) == ["copy#1"]
+        with Index.open(tmp_path / "index", write=True) as writing:
+            writing.remove([PAGES[5 + step].id])
+            writing.compact()
+    with Index.open(tmp_path / "index", write=True) as opened:
+        opened.remove([doubtful.id])
+        assert opened.stats().warnings == 1
+        opened.remove(["copy#1"])
+        assert opened.add([PAGES[0]], bundle=BUNDLE) == Added(1, 0, 0)  # read again, and well
+        assert (opened.stats().warnings, opened.warning_of(PAGES[0].content)) == (0, None)
+
+
+def test_names_of_metadata_that_are_taken(small: Index) -> None:
+    for name in ("cembed:warning", "cembed:", "cembed:folder"):
+        page = NewPage("x", QUERY, metadata={name: "mine"})
+        assert "are cembed's" in refusal(lambda page=page: small.add([page], bundle=BUNDLE))
+    fine = {"Cembed:warning": 1, "warning": "mine", "note": '"cembed:warning":"no"', "deep": {"cembed:warning": "x"}}
+    small.add([NewPage("x", QUERY, metadata=fine)], bundle=BUNDLE)
+    assert (small.info("x").metadata, small.info("x").warning, small.stats().warnings) == (fine, None, 0)
+
+
+def test_sources(small: Index) -> None:
+    found = small.sources()
+    assert list(found) == [f"scans/{i}.pdf" for i in range(13)]
+    assert (found["scans/3.pdf"].numbers, found["scans/12.pdf"].numbers) == ([1, 2, 3, 4], [1, 2])
+    small.remove(["0/12", "0/48", "0/49"])
+    small.add([NewPage("x", QUERY, "scans/3.pdf", 9, folder="/here")], bundle=BUNDLE)
+    found = small.sources()
+    assert list(found) == [f"scans/{i}.pdf" for i in range(12)]
+    assert (found["scans/3.pdf"].numbers, found["scans/3.pdf"].folder) == ([2, 3, 4, 9], "/here")
 
 
 # Searching.
@@ -598,8 +837,89 @@ def test_a_torn_tail_is_cut_off_and_reported(small: Index) -> None:
     assert len(Index.open(small.folder)) == 50
 
 
+@pytest.mark.parametrize("size", [1 << 32, 1 << 42])
+def test_logs_with_holes_that_no_disk_has_room_for(small: Index, size: int) -> None:
+    """Up to what a log may have, the hole is a torn write, which is not looked through."""
+    small.close()
+    log = small.folder / "00000001.log"
+    os.truncate(log, size)
+    if size > records.MAX_LOG:
+        assert "more than any log" in refusal(lambda: Index.open(small.folder))
+        return
+    assert len(Index.open(small.folder)) == 50
+    with Index.open(small.folder, write=True) as opened:
+        assert str(log) in opened.notes[0]
+    assert log.stat().st_size < 1 << 20
+
+
+def test_what_looks_like_records_is_not_read_without_end(small: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers in the tail of a log, with good CRCs, each of which asks for a large payload to be compared."""
+    monkeypatch.setattr(records, "_FRAGMENT_BYTES", 5 << 20)
+    small.close()
+    log, seed = small.folder / "00000001.log", records.seed_of(small._current.index, 1)
+    content = bytearray(log.read_bytes()) + bytes(64)
+    for offset in (len(content), len(content) + (1 << 20)):
+        header = bytearray(records.encode_record(seed, 99, records.COMMIT, 1, 0, bytes(4 << 20))[:64])
+        header[20] ^= 1
+        content[offset:] = header + bytes(8 << 20)
+        fuzz_index.seal_header(content, offset, seed)
+    log.write_bytes(content)
+    assert "2 fragments of records are in it" in refusal(lambda: Index.open(small.folder))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_a_lock_of_another_kind(small: Index, kind: str) -> None:
+    small.close()
+    lock = small.folder / "LOCK"
+    lock.unlink()
+    if kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to("/dev/zero")
+    refusal(lambda: Index.open(small.folder, write=True))
+    assert len(Index.open(small.folder)) == 50
+
+
+def test_starts_of_shared_bytes_that_make_no_sense(small: Index) -> None:
+    """The record's CRCs are good. Each number in turn is one that is odd, beyond the end, negative, or has no next."""
+    small.add([copy_of(PAGES[7], "copy"), copy_of(PAGES[8], "copy 2")], bundle=BUNDLE)
+    small.close()
+    log, seed = small.folder / "00000001.log", records.seed_of(small._current.index, 1)
+    whole = log.read_bytes()
+    offset, length = fuzz_index.split(whole)[1]
+    first = offset + 64 + 8 * 3 + 2 * (8 + 5 * 4 + 3 * 4 + 16)
+    for place in range(first, first + 8 * 6, 8):
+        for number in (1, 1 << 40, (1 << 60) + 64, (1 << 63) - 64, (1 << 64) - 64):
+            content = bytearray(whole)
+            content[place : place + 8] = number.to_bytes(8, "little")
+            fuzz_index.seal(content, offset, length, seed)
+            log.write_bytes(content)
+            assert f"record at byte {offset} makes no sense" in refusal(lambda: Index.open(small.folder))
+            assert len(Index.open(small.folder, damaged=True)) == 50
+    log.write_bytes(whole)
+    assert len(Index.open(small.folder)) == 52
+
+
+def test_records_that_could_not_be_read_again_are_not_written(small: Index) -> None:
+    with pytest.raises(CembedError, match="do less at once"):
+        records.encode_record(0, 0, records.COMMIT, payload=bytes(records.MAX_PAYLOAD + 1))
+
+
+def test_compaction_makes_records_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long ids and sources count for the size of a record, as vectors do."""
+    monkeypatch.setattr(compaction, "BATCH_BYTES", 100_000)
+    pages = [NewPage("é" * 8000 + str(i), QUERY, "é" * 8000 + str(i)) for i in range(40)]
+    with make(tmp_path / "index", pages) as made:
+        made.remove([pages[0].id])
+        made.compact()
+        assert made.stats().records > 5
+        assert len(made) == 39
+
+
 def test_hostile_files() -> None:
-    assert sum(fuzz_index.fuzz(60, 0, 100).values()) == 100
+    assert sum(fuzz_index.fuzz(60, 0, 150).values()) == 150
 
 
 def test_a_full_disk(small: Index, monkeypatch: pytest.MonkeyPatch) -> None:

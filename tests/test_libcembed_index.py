@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import struct
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fuzz_index
 import libcembed
 import numpy as np
 import pytest
 from libcembed import CallError, Library
-from test_index import BUNDLE, DIM, PAGES, QUERY, make, some_pages
+from test_index import BUNDLE, CASES, DIM, PAGES, QUERY, make, some_pages
 
-from cembed.runtime import CembedError, records
+from cembed.runtime import CembedError, new_pages, records
+from cembed.runtime import index as index_module
 from cembed.runtime.index import Index, NewPage
 from cembed.runtime.index_files import read_current
+from cembed.runtime.search import Hit
+from cembed.runtime.vectors import Vectors
 
 
 def same(library: Library, folder: Path, top: int = 10, query: np.typing.NDArray[np.float32] = QUERY) -> None:
@@ -26,10 +34,16 @@ def same(library: Library, folder: Path, top: int = 10, query: np.typing.NDArray
     theirs, ours = Index.open(folder), libcembed.Index(library, folder)
     info = ours.info
     assert (info.pages, info.dim, info.bundle.decode()) == (len(theirs), theirs.dim, theirs.bundle)
-    expected = [(h.id, h.score, h.source, h.page, h.metadata) for h in theirs.search(query, top).hits]
+    expected = [(h.id, h.score, h.source, h.page, told(h)) for h in theirs.search(query, top).hits]
     found = [(*hit[:4], json.loads(hit[4])) for hit in ours.search(query, top)]
     assert found == expected
     ours.close()
+
+
+def told(hit: Hit) -> dict[str, Any]:
+    """The metadata with what cembed adds, as an index keeps it."""
+    added = {"cembed:warning": hit.warning, "cembed:folder": hit.folder}
+    return {**hit.metadata, **{name: value for name, value in added.items() if value is not None}}
 
 
 @pytest.mark.parametrize("store", ["f32", "f16,u8,bits", "u8"])
@@ -45,6 +59,68 @@ def test_it_finds_what_python_finds(library: Library, tmp_path: Path, store: str
     with Index.open(folder, write=True) as index:
         index.compact()
     same(library, folder, top=1000)
+
+
+def test_pages_that_share_their_bytes(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch, over batches and segments, with other metadata, removed, compacted; and filters of them."""
+    monkeypatch.setattr(index_module, "SEGMENT_BYTES", 20_000)
+    monkeypatch.setattr(new_pages, "BATCH_PAGES", 9)
+    folder = tmp_path / "index"
+    copies = [
+        NewPage(
+            f"copy {i}", None, f"copies/{i}.pdf", i, {"copy": i % 2}, page.content, folder="/there" if i % 3 else None
+        )
+        for i, page in enumerate(PAGES)
+    ]
+    doubtful = [replace(page, warning="blurred") if i % 5 == 0 else page for i, page in enumerate(PAGES)]
+    with make(folder, doubtful) as index:
+        assert index.add(copies, bundle=BUNDLE).added == 50
+        same(library, folder, top=100)
+        index.add([replace(copy, metadata={"copy": 2}) for copy in copies[::4]], bundle=BUNDLE)
+        index.remove([page.id for page in PAGES[::3]])
+        same(library, folder, top=100)
+        ours = libcembed.Index(library, folder)
+        for where in ({"copy": 2}, {"copy": 1, "cembed:folder": "/there"}, {"cembed:warning": "blurred"}):
+            hits = Index.open(folder).search(QUERY, 100, where=where, source="*[0-9].pdf").hits
+            assert hits
+            found = ours.search(QUERY, 100, json.dumps(where), "*[0-9].pdf")
+            assert [hit[:2] for hit in found] == [(hit.id, hit.score) for hit in hits]
+        ours.close()
+        index.compact()
+    same(library, folder, top=100)
+
+
+def test_an_index_of_version_1(library: Library) -> None:
+    """Written before pages could share bytes."""
+    query = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    same(library, CASES / "version1.index", query=query)
+
+
+def test_an_index_of_a_later_version(library: Library, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(CASES / "version1.index", tmp_path / "index"))
+    text = (folder / "CURRENT").read_bytes().rpartition(b" ")[0].replace(b'"version": 1', b'"version": 3')
+    (folder / "CURRENT").write_bytes(text + b" %08x\n" % zlib.crc32(text))
+    with pytest.raises(CallError, match="use a newer cembed"):
+        libcembed.Index(library, folder)
+
+
+def test_logs_with_holes_and_with_what_looks_like_records(library: Library, tmp_path: Path) -> None:
+    """As tests/test_index.py has them: a hole is a torn write, and not all that asks for it is read."""
+    with make(tmp_path / "index"):
+        pass
+    log, seed = tmp_path / "index" / "00000001.log", records.seed_of(read_current(tmp_path / "index").index, 1)
+    whole = log.read_bytes()
+    os.truncate(log, 1 << 32)
+    same(library, tmp_path / "index")
+    os.truncate(log, 1 << 42)
+    with pytest.raises(CallError, match="more than any log"):
+        libcembed.Index(library, tmp_path / "index")
+    content = bytearray(whole)
+    fuzz_index.add_fragments(content, random.Random(0), seed)
+    assert len(content) > len(whole) + 65 * 64
+    log.write_bytes(content)
+    assert ours(library, tmp_path / "index") is None
+    assert not python_takes(tmp_path / "index")
 
 
 def test_stages_are_those_of_python(library: Library, tmp_path: Path) -> None:
@@ -113,12 +189,12 @@ def test_records_that_make_no_sense_are_refused_whatever_their_crc(
     assert ours(library, tmp_path / "index", 99) is None
 
 
-def ours(library: Library, folder: Path, top: int = 10) -> object:
+def ours(library: Library, folder: Path, top: int = 10, query: Vectors = QUERY) -> object:
     """Hits, or None where the index is refused."""
     try:
-        return libcembed.Index(library, folder).search(QUERY, top)
+        return libcembed.Index(library, folder).search(query, top)
     except CallError as error:
-        return None if error.status == libcembed.INDEX else error
+        return None if error.status in (libcembed.INDEX, libcembed.ARGUMENT) else error
 
 
 def python_takes(folder: Path, top: int = 10) -> bool:
@@ -126,6 +202,21 @@ def python_takes(folder: Path, top: int = 10) -> bool:
         return bool(Index.open(folder).search(QUERY, top).hits)
     except CembedError:
         return False
+
+
+def test_what_fuzzing_makes_is_taken_or_refused_as_python_does(library: Library, tmp_path: Path) -> None:
+    """Records with good CRCs and wrong numbers, files of other kinds, and others: see tests/fuzz_index.py."""
+    counts = {True: 0, False: 0}
+    for number in range(150):
+        folder = tmp_path / str(number)
+        fuzz_index.write_changed(f"c/{number}".encode(), folder)
+        query = np.ones((2, fuzz_index.DIM), np.float32)
+        found, theirs = ours(library, folder, 100, query), None
+        with contextlib.suppress(CembedError):
+            theirs = [(hit.id, hit.score) for hit in Index.open(folder).search(query, 100).hits]
+        assert ([hit[:2] for hit in found] if isinstance(found, list) else found) == theirs, number
+        counts[found is None] += 1
+    assert min(counts.values()) > 20
 
 
 def test_indexes_that_are_refused(library: Library, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ CEMBED_API cembed_status cembed_maxsim(const float *query, int32_t rows, int32_t
 typedef struct cembed_hit {
     float score;
     int32_t page; /* in its source, from 1 on */
-    const char *id, *source, *metadata;
+    const char *id, *source, *metadata; /* the last is JSON; "cembed:warning" in it: something may be missing */
 } cembed_hit;
 
 typedef struct cembed_hits {

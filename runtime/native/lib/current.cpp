@@ -34,7 +34,8 @@ Json parse(const std::string &raw) {
     Json fields = Json::parse(text, nullptr, false);
     require(!fields.is_discarded(), "it is no JSON");
     require(fields.is_object() && fields.value("format", Json()) == "cembed index", "it is of another format");
-    require(fields.value("version", Json()) == 1, "it is of another version than 1: use a newer cembed");
+    const Json version = fields.value("version", Json());
+    require(version == 1 || version == 2, "it is of another version than 1 and 2: use a newer cembed");
     return fields;
 }
 

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int ATTEMPTS = 5;
 constexpr auto RETRY = std::chrono::milliseconds(50);
-constexpr int64_t MAX_CURRENT = 1 << 21, MAX_LOG = int64_t(1) << 34;
+constexpr int64_t MAX_CURRENT = 1 << 21;
 constexpr int64_t EXACT_BYTES = 64 << 20;  // an exact tier of this size is scanned about as fast as stages would be
 constexpr int64_t CANDIDATES = 1000, LAST_CANDIDATES = 100;
 const std::string REPAIR = "take the file from a copy, or repair the index with `cembed index compact --drop-damaged`";
@@ -54,9 +54,9 @@ Current read_current(const std::string &folder) {
 }
 
 Log read_log(const std::string &path, const Current &current, int64_t segment) {
-    const std::string bytes = File(path, INDEX).read(MAX_LOG);
+    const File file(path, INDEX);
     try {
-        return Log(bytes, current.index, segment, current.tiers.size());
+        return Log(file, current.index, segment, current.tiers.size());
     } catch (const Error &error) {
         throw Error(INDEX, path + ": " + error.what() + ": " + REPAIR);
     }
@@ -93,8 +93,10 @@ void Segment::add(const Commit &commit) {
         if (commit.bases[t] < tier.end) damaged("its pages lie on others");
         tier.end = commit.bases[t];
         for (size_t i = 0; i < n; ++i) {
-            tier.starts.push_back(tier.end);
-            tier.end += aligned(page_size(tier, int64_t(rows_.size() - n + i)));
+            const int64_t size = page_size(tier, int64_t(rows_.size() - n + i));
+            tier.starts.push_back(commit.placed ? commit.starts[t * n + i] : tier.end);
+            if (!commit.placed) tier.end += aligned(size);
+            if (tier.starts.back() + size > tier.end) damaged("its pages lie where there are none");
         }
         tier.crcs.insert(tier.crcs.end(), commit.crcs.begin() + std::ptrdiff_t(t * n),
                          commit.crcs.begin() + std::ptrdiff_t((t + 1) * n));

@@ -1,10 +1,13 @@
 #include "log.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <utility>
 
+#include <unistd.h>
 #include <zlib.h>
 
 #include "error.h"
@@ -17,11 +20,13 @@ constexpr std::string_view MAGIC(
     "\x8e"
     "cembed\n",
     8);
-constexpr uint32_t COMMIT = 1, CLOSE = 2;
+constexpr uint32_t COMMIT = 1, CLOSE = 2, PLACED = 3;
 constexpr uint64_t MAX_PAYLOAD = 1 << 28;
+constexpr int64_t MAX_LOG = int64_t(1) << 32, CHUNK = 1 << 20;
 constexpr size_t CONTENT_BYTES = 16;
 constexpr int64_t MAX_NUMBER = int64_t(1) << 60;
 constexpr int MAX_FRAGMENTS = 64;
+constexpr int64_t FRAGMENT_BYTES = 1 << 29;  // of what looks like a record and is none: more of it is no accident
 
 [[noreturn]] void damaged(const std::string &why) { throw Error(INDEX, why); }
 
@@ -32,39 +37,73 @@ T at(std::string_view bytes, size_t offset) {
     return value;
 }
 
-struct Record {
-    uint32_t kind, pages, removed;
+// What the file has from `offset` on, `size` bytes or as many as are left.
+std::string bytes_at(const File &file, int64_t offset, int64_t size) {
+    std::string bytes(size_t(std::max<int64_t>(0, std::min(size, file.size() - offset))), '\0');
+    size_t done = 0;
+    while (done < bytes.size()) {
+        const ssize_t count = pread(file.handle(), &bytes[done], bytes.size() - done, off_t(offset + int64_t(done)));
+        if (count < 0) damaged("it cannot be read");
+        if (count == 0) break;  // it was cut off meanwhile
+        done += size_t(count);
+    }
+    bytes.resize(done);
+    return bytes;
+}
+
+struct Header {
+    uint32_t kind, pages, removed, crc;
     uint64_t sequence;
-    std::string_view payload;
+    int64_t length;
+};
+
+struct Record : Header {
+    std::string payload;
     int64_t end;
 };
 
-// The record at `offset`; none if there is no whole one with good CRCs.
-std::optional<Record> record_at(std::string_view log, int64_t offset, uint32_t seed) {
-    if (offset + ALIGNMENT > int64_t(log.size())) return std::nullopt;
-    const auto header = log.substr(size_t(offset), ALIGNMENT);
-    if (at<uint32_t>(header, 60) != crc32(header.substr(0, 60), seed)) return std::nullopt;
-    const auto length = at<uint64_t>(header, 32);
-    Record record{
-        at<uint32_t>(header, 8), at<uint32_t>(header, 12), at<uint32_t>(header, 16), at<uint64_t>(header, 24), {}, 0};
-    const bool known = header.substr(0, 8) == MAGIC && (record.kind == COMMIT || record.kind == CLOSE) &&
+std::optional<Header> header_at(const File &log, int64_t offset, uint32_t seed) {
+    const std::string raw = bytes_at(log, offset, ALIGNMENT);
+    const std::string_view header = raw;
+    if (int64_t(raw.size()) != ALIGNMENT || at<uint32_t>(header, 60) != crc32(header.substr(0, 60), seed))
+        return std::nullopt;
+    const auto length = at<uint64_t>(header, 32), sequence = at<uint64_t>(header, 24);
+    const auto kind = at<uint32_t>(header, 8);
+    const bool known = header.substr(0, 8) == MAGIC && (kind == COMMIT || kind == CLOSE || kind == PLACED) &&
                        header.substr(40, 20) == std::string(20, '\0') && length <= MAX_PAYLOAD &&
-                       record.sequence < uint64_t(MAX_NUMBER);
-    if (!known || offset + ALIGNMENT + aligned(int64_t(length)) > int64_t(log.size())) return std::nullopt;
-    const auto padded = log.substr(size_t(offset + ALIGNMENT), size_t(aligned(int64_t(length))));
-    if (crc32(padded, seed) != at<uint32_t>(header, 20)) return std::nullopt;
-    record.payload = padded.substr(0, size_t(length));
-    record.end = offset + ALIGNMENT + aligned(int64_t(length));
-    return record;
+                       sequence < uint64_t(MAX_NUMBER);
+    if (!known) return std::nullopt;
+    return Header{kind,     at<uint32_t>(header, 12), at<uint32_t>(header, 16), at<uint32_t>(header, 20),
+                  sequence, int64_t(length)};
 }
 
-// Whether there is a whole record at `offset` or behind it, later than `sequence`.
-bool goes_on(std::string_view log, int64_t offset, uint32_t seed, uint64_t sequence) {
+// The record at `offset`; none if there is no whole one with good CRCs.
+std::optional<Record> record_at(const File &log, int64_t offset, uint32_t seed) {
+    const auto header = header_at(log, offset, seed);
+    if (!header || offset + ALIGNMENT + aligned(header->length) > log.size()) return std::nullopt;
+    std::string payload = bytes_at(log, offset + ALIGNMENT, aligned(header->length));
+    if (int64_t(payload.size()) != aligned(header->length) || crc32(payload, seed) != header->crc) return std::nullopt;
+    payload.resize(size_t(header->length));
+    return Record{*header, std::move(payload), offset + ALIGNMENT + aligned(header->length)};
+}
+
+// Whether there is a whole record at `offset` or after it, later than `sequence`, or so much like it that it is damage.
+bool goes_on(const File &log, int64_t offset, uint32_t seed, uint64_t sequence) {
     int fragments = 0;
-    for (; offset + ALIGNMENT <= int64_t(log.size()); offset += ALIGNMENT) {
-        if (log.substr(size_t(offset), 8) != MAGIC) continue;
-        const auto record = record_at(log, offset, seed);
-        if ((record && record->sequence > sequence) || ++fragments > MAX_FRAGMENTS) return true;
+    int64_t looked_at = 0;
+    for (; offset < log.size(); offset += CHUNK) {
+        const off_t data = lseek(log.handle(), off_t(offset), SEEK_DATA);
+        if (data < 0 && errno == ENXIO) return false;  // a hole to the end
+        if (data >= 0) offset = std::max(offset, int64_t(data) / ALIGNMENT * ALIGNMENT);
+        const std::string chunk = bytes_at(log, offset, CHUNK);
+        for (size_t i = 0; i + ALIGNMENT <= chunk.size(); i += ALIGNMENT) {
+            if (std::string_view(chunk).substr(i, 8) != MAGIC) continue;
+            const auto header = header_at(log, offset + int64_t(i), seed);
+            looked_at += header ? header->length : ALIGNMENT;
+            if (++fragments > MAX_FRAGMENTS || looked_at > FRAGMENT_BYTES) return true;
+            const auto record = record_at(log, offset + int64_t(i), seed);
+            if (record && record->sequence > sequence) return true;
+        }
     }
     return false;
 }
@@ -123,6 +162,8 @@ void check(const Commit &commit) {
         std::all_of(commit.rows.begin(), commit.rows.end(), [](int32_t rows) { return rows > 0 && rows <= 1 << 20; }) &&
         std::all_of(commit.serials.begin(), commit.serials.end(), in_range) &&
         std::all_of(commit.bases.begin(), commit.bases.end(), in_range) &&
+        std::all_of(commit.starts.begin(), commit.starts.end(),
+                    [&](int64_t start) { return in_range(start) && start % ALIGNMENT == 0; }) &&
         std::all_of(commit.scales.begin(), commit.scales.end(), [](float scale) { return std::isfinite(scale); });
     if (!rising || !named || !sane) damaged("its columns do not fit each other");
 }
@@ -139,6 +180,8 @@ Commit decode(const Record &record, size_t tiers) {
     commit.scales = payload.array<float>(n);
     commit.crcs = payload.array<uint32_t>(tiers * n);
     payload.array<uint8_t>(CONTENT_BYTES * n);
+    commit.placed = record.kind == PLACED;
+    if (commit.placed) commit.starts = payload.array<int64_t>(tiers * n);
     for (auto *texts : {&commit.ids, &commit.sources, &commit.metadata}) *texts = payload.texts();
     payload.finish();
     check(commit);
@@ -156,21 +199,22 @@ std::string_view Texts::operator[](size_t i) const {
     return std::string_view(text).substr(first, ends[i] - first);
 }
 
-Log::Log(std::string_view bytes, const std::string &index, int64_t segment, size_t tiers) {
+Log::Log(const File &file, const std::string &index, int64_t segment, size_t tiers) {
+    if (file.size() > MAX_LOG) damaged("it has " + std::to_string(file.size()) + " bytes, more than any log");
     const uint32_t seed = crc32(index + "/" + std::to_string(segment));
     int64_t offset = 0;
     uint64_t sequence = 0;
     bool clean = true;
-    while (offset < int64_t(bytes.size())) {
-        const auto record = record_at(bytes, offset, seed);
+    while (offset < file.size()) {
+        const auto record = record_at(file, offset, seed);
         if (!record || record->sequence != sequence) {
-            if (goes_on(bytes, offset + ALIGNMENT, seed, sequence))
-                damaged("it is damaged from byte " + std::to_string(offset) + " on, with records behind");
+            if (goes_on(file, offset + ALIGNMENT, seed, sequence))
+                damaged("it is damaged from byte " + std::to_string(offset) + " on, with records after it");
             closed = false;
             return;
         }
         clean = record->kind == CLOSE;
-        if (record->kind == COMMIT) commits.push_back(decode(*record, tiers));
+        if (record->kind != CLOSE) commits.push_back(decode(*record, tiers));
         offset = record->end;
         ++sequence;
     }

@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "files.h"
+
 namespace cembed {
 
 constexpr int64_t ALIGNMENT = 64;
@@ -25,11 +27,13 @@ struct Texts {
 
 // What a record says of the pages that count from it on, and of those that no longer do.
 struct Commit {
+    bool placed = false;                                    // `starts` says where the pages are, `bases` the ends then
     std::vector<int64_t> bases;                             // [T]
     std::vector<int64_t> serials, removed;                  // [n], [m]
     std::vector<int32_t> rows, numbers, source, metadatum;  // [n]
     std::vector<float> scales;                              // [n]
     std::vector<uint32_t> crcs;                             // [T, n]
+    std::vector<int64_t> starts;                            // [T, n], or none
     Texts ids, sources, metadata;
 };
 
@@ -37,8 +41,8 @@ struct Log {
     std::vector<Commit> commits;
     bool closed = true;  // whether its writer ended well
 
-    // Throws Error(INDEX): it is damaged. What lies behind the last whole record is a write that was cut off.
-    Log(std::string_view bytes, const std::string &index, int64_t segment, size_t tiers);
+    // Throws Error(INDEX): it is damaged. What lies after the last whole record is a write that was cut off.
+    Log(const File &file, const std::string &index, int64_t segment, size_t tiers);
 };
 
 // zlib's CRC-32, going on from another.
