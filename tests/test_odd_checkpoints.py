@@ -204,7 +204,6 @@ INDICES: dict[str, tuple[Any, str]] = {
     "backwards": ({"weight_map": {"a": "..\\\\other.safetensors"}}, "which is no *.safetensors file beside it"),
     "a pickle": ({"weight_map": {"a": "pytorch_model.bin"}}, "which is no *.safetensors file beside it"),
     "nobody": ({"weight_map": {"a": "model-3.safetensors"}}, "model-3.safetensors, which is missing: 1 of 1"),
-    "one of two": ({"weight_map": {"a": "model-1.safetensors"}}, "custom_text_proj"),
 }
 
 
