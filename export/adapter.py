@@ -54,10 +54,10 @@ def refuse_alone(root: Path) -> None:
     """Raises CembedError if `root` is given as a model and is, or holds, an adapter that nobody asked to merge."""
     if not (root / CONFIG).exists() or not any(root.glob("adapter_model.*")):
         return
-    alone = all(path.name == ADAPTER for path in root.glob("*.safetensors"))
-    base = base_of(Settings.read(root / CONFIG)) if alone else str(root)
-    what = "is a LoRA adapter" if alone else "holds a model and a LoRA adapter"
-    raise CembedError(f"{root} {what}: export --model {base} --adapter {root}")
+    if any(path.name != ADAPTER for path in root.glob("*.safetensors")):
+        raise CembedError(f"{root} holds a model and a LoRA adapter: merge it with --adapter {root}, or take it away")
+    base = base_of(Settings.read(root / CONFIG))
+    raise CembedError(f"{root} is a LoRA adapter: give --model {base} --adapter {root}")
 
 
 @dataclass(frozen=True)

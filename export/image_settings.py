@@ -118,7 +118,7 @@ def fixed_image(given: Settings, geometry: Geometry, side: int) -> ImageProcessi
     check_type(given, "SiglipImageProcessor")
     processor = given.over(SIGLIP)
     for switch in ("do_center_crop", "do_pad"):
-        processor.require(switch, False)
+        processor.require(switch, False, None)
     size = square_size(processor)
     for name in ("height", "width"):
         size.require(name, side)

@@ -18,17 +18,22 @@ MAX_COUNT = 1 << 24
 
 def read_json(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
     """The object in a file of at most `most` bytes. Raises CembedError: missing, larger, no JSON, no object."""
+    require_file(path)
     try:
         if path.stat().st_size > most:
             raise CembedError(f"{path} has {path.stat().st_size} bytes: at most {most} are read")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CembedError(f"{path} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CembedError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise CembedError(f"{path} holds no JSON object")
     return value
+
+
+def require_file(path: Path) -> None:
+    """Raises CembedError for what is not there, and for folders, pipes and devices."""
+    if not path.is_file():
+        raise CembedError(f"{path} is {'no file' if path.exists() else 'missing'}")
 
 
 def one_line(error: BaseException) -> str:

@@ -24,9 +24,11 @@ def failures_named(what: object) -> Iterator[None]:
     """Whatever the tokenizers library raises as a CembedError; a panic of its Rust code is no Exception."""
     try:
         yield
-    except (CembedError, KeyboardInterrupt, SystemExit):
+    except CembedError:
         raise
     except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CembedError(f"{what} is not a tokenizer that can be used: {one_line(error)}") from error
 
 

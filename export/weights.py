@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cembed.export.settings import one_line, read_json
+from cembed.export.settings import one_line, read_json, require_file
 from cembed.runtime.errors import CembedError
 
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
@@ -81,6 +81,7 @@ class Weights:
     def __init__(self, files: Iterable[Path]) -> None:
         self._files: dict[str, tuple[Path, Any]] = {}
         for path in files:
+            require_file(path)
             try:
                 opened = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError, ValueError) as error:

@@ -95,6 +95,7 @@ GOOD: dict[str, tuple[str, Json]] = {
     "SigLIP, fast": ("colpali", SIGLIP | {"image_processor_type": "SiglipImageProcessorFast"}),
     "SigLIP, a list": ("colpali", SIGLIP | {"size": [112, 112]}),
     "SigLIP, size only": ("colpali", {"size": {"height": 112, "width": 112}}),
+    "SigLIP, as fast ones are saved": ("colpali", SIGLIP | {"do_center_crop": None, "do_pad": None, "crop_size": None}),
     "SigLIP, one mean": ("colpali", SIGLIP | {"image_mean": 0.4, "image_std": 0.3}),
 }
 BAD: dict[str, tuple[str, Json, str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -153,12 +154,13 @@ def test_files_that_are_no_objects(tmp_path: Path, file: str, content: bytes) ->
     refused(file, lambda: plan(root, "colqwen2"))
 
 
-def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
-    for file in ("config.json", "preprocessor_config.json", "tokenizer.json", SINGLE):
-        root = copy("colqwen2", tmp_path / file)
-        (root / file).unlink()
-        (root / file).mkdir()
-        refused(file, lambda root=root: plan(root, "colqwen2"))
+def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path: Path) -> None:
+    for file in ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", SINGLE):
+        for make in (Path.mkdir, os.mkfifo):
+            root = copy("colqwen2", tmp_path / make.__name__ / file)
+            (root / file).unlink()
+            make(root / file)
+            refused(f"{file} is no file", lambda root=root: plan(root, "colqwen2"))
 
 
 def test_a_file_of_settings_of_any_length(tmp_path: Path) -> None:
@@ -448,7 +450,7 @@ def test_files_of_an_adapter(tmp_path: Path) -> None:
     root.mkdir()
     refused("adapter_config.json is missing", lambda: merged(root))
     write(root / "adapter_config.json", LORA)
-    refused("adapter_model.safetensors cannot be read", lambda: merged(root))
+    refused("adapter_model.safetensors is missing", lambda: merged(root))
     (root / "adapter_model.bin").touch()
     refused("adapter_model.bin, a pickle", lambda: merged(root))
     for content in NO_JSON.values():
@@ -460,14 +462,14 @@ def test_an_adapter_in_place_of_a_model(tmp_path: Path) -> None:
     """Alone, with the configuration that some repositories have beside it, and among a model's own files."""
     root = adapter(tmp_path / "adapter")
     command = f"--model someone/base --adapter {root}"
-    refused(f"is a LoRA adapter: export {command}", lambda: plan(root, "colqwen2"))
+    refused(f"is a LoRA adapter: give {command}", lambda: plan(root, "colqwen2"))
     for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         shutil.copy(GOLDEN / "colqwen2" / file, root / file)
     refused(command, lambda: plan(root, "colqwen2"))
     write(root / "adapter_config.json", LORA | {"base_model_name_or_path": ["x"]})
     refused("--model the model that it was trained on", lambda: plan(root, "colqwen2"))
     both = adapter(copy("colqwen2", tmp_path / "both"))
-    refused(f"holds a model and a LoRA adapter: export --model {both} --adapter {both}", lambda: plan(both, "colqwen2"))
+    refused(f"holds a model and a LoRA adapter: merge it with --adapter {both}", lambda: plan(both, "colqwen2"))
     made = plan(both, "colqwen2", adapter=both)
     assert torch.equal(made.checkpoint.load(f"{Q}.weight"), merged(both).checkpoint.load(f"{Q}.weight"))
 
