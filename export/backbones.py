@@ -5,6 +5,7 @@ A new backbone is one module with a `from_hf(config, processor) -> Backbone`, an
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,17 @@ from typing import Any
 
 from torch import nn
 
-from cembed.export.checkpoint import read_json
 from cembed.export.choices import BACKBONES, require_choice
 from cembed.export.decoder import DecoderConfig
+from cembed.export.image_settings import find_settings, warn_of_others
 from cembed.export.layers import Dialect
+from cembed.export.settings import Settings, is_number, one_line
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import ImageProcessing, Positions, PromptAttention, SlotPositions, Tensor
+
+WRAPPERS = ("colpali", "colqwen2", "colqwen2_5")
+"""Model types of transformers' own retrieval classes."""
+MAX_PARTS, MAX_LAYERS, MAX_SIDE = 1 << 16, 1 << 10, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -43,20 +49,17 @@ class Backbone:
     embedding_scale: float = 1.0
 
 
-def load_backbone(name: str, root: Path) -> Backbone:
-    """The backbone `name` as the configuration files in `root` describe it.
+def load_backbone(name: str, root: Path, adapter: Path | None = None) -> Backbone:
+    """The backbone `name` as the configuration files in `root`, and the image settings of `adapter`, describe it.
 
     Raises CembedError: an unknown name, a checkpoint of another architecture, a configuration that is not supported.
     """
     require_choice("backbone", name, BACKBONES)
-    config = read_config(root)
-    module = module_name(name)
-    if config.model_type != module:
-        known = [backbone for backbone in BACKBONES if module_name(backbone) == config.model_type]
-        hint = f"use --backbone {known[0]}" if known else f"cembed has {', '.join(BACKBONES)}"
-        raise CembedError(f"{root} is a {config.model_type} checkpoint, not {name}: {hint}")
-    processor = read_processor(root)
-    backbone: Backbone = importlib.import_module(f"cembed.export.{module}").from_hf(config, processor)
+    config = read_config(name, root)
+    from_hf = importlib.import_module(f"cembed.export.{module_name(name)}").from_hf
+    images = find_settings([place for place in (adapter, root) if place is not None])
+    warn_of_others(images, lambda settings: from_hf(config, settings).image)
+    backbone: Backbone = from_hf(config, images[0])
     return backbone
 
 
@@ -65,56 +68,48 @@ def module_name(backbone: str) -> str:
     return backbone.replace("-", "_").replace(".", "_")
 
 
-def read_processor(root: Path) -> Mapping[str, Any]:
-    """The image processor's settings; transformers 5 writes them into `processor_config.json`."""
-    newer = root / "processor_config.json"
-    if not (root / "preprocessor_config.json").exists() and newer.exists():
-        settings: Mapping[str, Any] = required(read_json(newer), "image_processor")
-        return settings
-    return read_json(root / "preprocessor_config.json")
-
-
-def required(settings: Mapping[str, Any], *names: str) -> Any:
-    """The first of `names` that is there. Raises CembedError if none is."""
-    for name in names:
-        if settings.get(name) is not None:
-            return settings[name]
-    raise CembedError(f"the image processor's configuration has no {' or '.join(names)}")
-
-
-def read_config(root: Path) -> Any:
-    """The transformers configuration of the vision-language model."""
-    from transformers import AutoConfig
+def read_config(name: str, root: Path) -> Settings:
+    """The configuration of a checkpoint, with transformers' defaults for what it does not say."""
+    from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    read_json(root / "config.json")
+    given = Settings.read(root / "config.json")
+    check_model_type(name, root, given)
+    check_sizes(given.where, given.values)
     try:
-        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CembedError(f"{root / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
-    if hasattr(config, "vlm_config"):
+        config = CONFIG_MAPPING[module_name(name)].from_dict(copy.deepcopy(dict(given.values))).to_dict()
+    except Exception as error:  # whatever its own checks raise, and what they did not think of
+        raise CembedError(f"{given.where}: {one_line(error)}") from error
+    return Settings(given.where, config)
+
+
+def check_model_type(name: str, root: Path, config: Settings) -> None:
+    """Raises CembedError for a checkpoint of another architecture than `name`."""
+    kind = config.text("model_type")
+    if config.has("vlm_config") or kind in WRAPPERS:
         raise CembedError(
-            f"{root} is a transformers {config.model_type} wrapper, whose prompts differ from those of the original "
+            f"{root} is a transformers {kind} wrapper, whose prompts differ from those of the original "
             "checkpoints: export the original one (colpali-engine's layout)"
         )
-    return config
+    if kind != module_name(name):
+        known = [backbone for backbone in BACKBONES if module_name(backbone) == kind]
+        hint = f"use --backbone {known[0]}" if known else f"cembed has {', '.join(BACKBONES)}"
+        raise CembedError(f"{root} is a {kind:.80} checkpoint, not {name}: {hint}")
 
 
-def require_value(what: str, given: object, *supported: object) -> None:
-    """Raises CembedError for a setting of a checkpoint that would change its numbers and is not implemented."""
-    if given not in supported:
-        raise CembedError(f"the checkpoint has {what} {given!r}: supported is {' or '.join(map(repr, supported))}")
+def check_sizes(where: str, values: Mapping[str, Any]) -> None:
+    """Raises CembedError for numbers of layers and the like that transformers would fill the memory with."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_sizes(f"{where}: {name}", value)
+        elif (name.startswith("num_") or name == "depth") and is_number(value) and value > MAX_PARTS:
+            raise CembedError(f"{where}: {name} is {value!r:.80}: supported are up to {MAX_PARTS}")
 
 
-def image_processing(processor: Mapping[str, Any], **geometry: Any) -> ImageProcessing:
-    """The part of a `preprocessor_config.json` that every backbone shares, checked, around a backbone's `geometry`."""
-    for switch in ("do_resize", "do_rescale", "do_normalize"):
-        require_value(switch, processor.get(switch, True), True)
-    require_value("resample", processor.get("resample", 3), 3)
-    return ImageProcessing(
-        rescale_factor=float(processor.get("rescale_factor", 1 / 255)),
-        mean=tuple(required(processor, "image_mean")),
-        std=tuple(required(processor, "image_std")),
-        **geometry,
-    )
+def require_parts(settings: Settings, whole: str, parts: str) -> int:
+    """The quotient of two counts. Raises CembedError if there is none."""
+    total, number = settings.count(whole), settings.count(parts)
+    if total % number:
+        settings.refuse(parts, f"a divisor of {whole}, {total}")
+    return total // number

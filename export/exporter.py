@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from cembed.export.checkpoint import resolve
+from cembed.export.checkpoint import require_finite, resolve
 from cembed.export.graph import WeightFile, choose_dialect, trace, write_graph
 from cembed.export.layers import DTYPES, Dialect
 from cembed.export.parity import check_parity, parity_inputs
 from cembed.export.plan import ExportOptions, Plan
-from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import EmbeddingTable, Graph, Manifest, Parity
 from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
@@ -67,26 +66,22 @@ def write_graphs(
 
 def write_embeddings(plan: Plan, root: Path) -> EmbeddingTable:
     """The token table in float32 (fp16 bundles: float16), scaled as the backbone scales it, a slice at a time."""
-    name = plan.checkpoint.embeddings_name
-    table = plan.checkpoint.load(name)
-    hidden = plan.backbone.decoder.hidden_size
-    needed = max(plan.backbone.image_token_id, plan.tokenizer.get_vocab_size() - 1)
-    if table.dim() != 2 or table.shape[1] != hidden or table.shape[0] <= needed:
-        raise CembedError(f"{name} has shape {tuple(table.shape)}: [more than {needed}, {hidden}] is wanted")
-    half = plan.options.dtype == "fp16"
-    return write_table(plan, root / "token_embeddings.bin", [table], torch.float16 if half else torch.float32)
+    dtype = torch.float16 if plan.options.dtype == "fp16" else torch.float32
+    return write_table(plan, root / "token_embeddings.bin", [plan.checkpoint.embeddings_name], dtype)
 
 
 def write_slot_rows(plan: Plan, root: Path) -> EmbeddingTable | None:
     """The learned rows of both sides in float32, the document's first; scaled like the embeddings they stand beside."""
-    tables = [plan.checkpoint.load(name) for name in plan.slot_tables]
-    return write_table(plan, root / "slot_embeddings.bin", tables, torch.float32) if tables else None
+    names = plan.slot_tables
+    return write_table(plan, root / "slot_embeddings.bin", names, torch.float32) if names else None
 
 
-def write_table(plan: Plan, path: Path, tables: Sequence[torch.Tensor], dtype: torch.dtype) -> EmbeddingTable:
+def write_table(plan: Plan, path: Path, names: Sequence[str], dtype: torch.dtype) -> EmbeddingTable:
+    count = 0
     with path.open("wb") as file:
-        for rows in (rows for table in tables for rows in table.split(8192)):
-            scaled = (rows.float() * plan.backbone.embedding_scale).to(dtype)
-            file.write(scaled.contiguous().numpy().data)
-    rows = sum(len(table) for table in tables)
-    return EmbeddingTable(path.name, "float16" if dtype == torch.float16 else "float32", rows)
+        for name in names:
+            for rows in plan.checkpoint.load(name).split(8192):
+                scaled = (rows.float() * plan.backbone.embedding_scale).to(dtype)
+                file.write(require_finite(scaled, name).contiguous().numpy().data)
+                count += len(rows)
+    return EmbeddingTable(path.name, "float16" if dtype == torch.float16 else "float32", count)

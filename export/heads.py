@@ -6,15 +6,18 @@ the fields of `HeadSide`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cembed.export.choices import HEADS as NAMES
+from cembed.export.settings import read_json
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import FirstVector, Pooling, SlotKind, SlotPositions
 from cembed.runtime.schema import decode
+
+MAX_SPEC = 1 << 20
+"""Bytes of a `--head-spec` file."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,13 @@ assert tuple(HEADS) == NAMES
 
 def read_head(path: Path) -> Head:
     """The head of a `--head-spec` file. Raises CembedError that names what is wrong in it."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CembedError(f"{path} cannot be read as JSON: {error}") from error
-    head: Head = decode(Head, raw, str(path))
+    head: Head = decode(Head, read_json(path, MAX_SPEC), str(path))
+    for name, side in (("document", head.document), ("query", head.query)):
+        budgets, prompt = side.nested_budgets, side.prompt or ""
+        if any(n < 1 for n in budgets) or list(budgets) != sorted(set(budgets)):
+            raise CembedError(f"{path}.{name}.nested_budgets is {list(budgets)!r:.80}: give rising numbers from 1 on")
+        if any("\ud800" <= character < "\ue000" for character in prompt):
+            raise CembedError(f"{path}.{name}.prompt is not UTF-8")
     return head
 
 

@@ -9,18 +9,18 @@ Graph contract of `vision.onnx` (B images, P patches = visual tokens):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cembed.export.backbones import Backbone, image_processing, require_value
+from cembed.export.backbones import MAX_LAYERS, MAX_SIDE, Backbone, require_parts
 from cembed.export.decoder import DecoderConfig
-from cembed.export.layers import MLP, Dialect, LayerNorm, Linear, PatchEmbedding
-from cembed.runtime.manifest import ImageProcessing, Positions
+from cembed.export.image_settings import Geometry, fixed_image
+from cembed.export.layers import ACTIVATIONS, MLP, Dialect, LayerNorm, Linear, PatchEmbedding
+from cembed.export.settings import Settings
+from cembed.runtime.manifest import Positions
 from cembed.runtime.manifest import Tensor as TensorSpec
 
 # The processor of transformers 4.57, which the checkpoints were trained with, put one <bos> before the prompt's own.
@@ -119,55 +119,61 @@ class SiglipTower(nn.Module):
         return self.multi_modal_projector.linear(tower.post_layernorm(x)).float()
 
 
-def decoder_config(text: Any) -> DecoderConfig:
-    require_value("attention_bias", text.attention_bias, False)
-    require_value("rope_type", text.rope_parameters.get("rope_type", "default"), "default")
-    require_value("hidden_act", text.hidden_act, "gelu_pytorch_tanh")
+def decoder_config(text: Settings) -> DecoderConfig:
+    rope = text.section("rope_parameters").over({"rope_type": "default"})
+    text.require("attention_bias", False)
+    text.require("hidden_act", "gelu_pytorch_tanh")
+    rope.require("rope_type", "default")
+    require_parts(text, "num_attention_heads", "num_key_value_heads")
+    if text.count("head_dim") % 2:
+        text.refuse("head_dim", "an even number")
     return DecoderConfig(
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        intermediate_size=text.intermediate_size,
+        hidden_size=text.count("hidden_size"),
+        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
+        num_heads=text.count("num_attention_heads"),
+        num_kv_heads=text.count("num_key_value_heads"),
+        head_dim=text.count("head_dim"),
+        intermediate_size=text.count("intermediate_size"),
         activation="gelu_pytorch_tanh",
-        rms_norm_eps=text.rms_norm_eps,
-        rope_theta=float(text.rope_parameters["rope_theta"]),
+        rms_norm_eps=text.positive("rms_norm_eps"),
+        rope_theta=rope.positive("rope_theta"),
         mrope_section=(),
         attention_bias=False,
         gemma=True,
-        max_positions=text.max_position_embeddings,
+        max_positions=text.count("max_position_embeddings"),
     )
 
 
-def fixed_image(processor: Mapping[str, Any], vision: SiglipConfig) -> ImageProcessing:
-    size = processor["size"]
-    require_value("size", (size["height"], size["width"]), (vision.image_size, vision.image_size))
-    pixels = vision.image_size**2
-    return image_processing(
-        processor, resize="fixed", patch_size=vision.patch_size, merge_size=1, min_pixels=pixels, max_pixels=pixels
+def siglip_config(v: Settings, out_hidden_size: int) -> SiglipConfig:
+    v.require("model_type", "siglip_vision_model")
+    v.require("num_channels", 3)
+    v.require("hidden_act", *ACTIVATIONS)
+    require_parts(v, "hidden_size", "num_attention_heads")
+    require_parts(v, "image_size", "patch_size")
+    return SiglipConfig(
+        hidden_size=v.count("hidden_size"),
+        out_hidden_size=out_hidden_size,
+        num_layers=v.count("num_hidden_layers", most=MAX_LAYERS),
+        num_heads=v.count("num_attention_heads"),
+        intermediate_size=v.count("intermediate_size"),
+        activation=v.text("hidden_act"),
+        image_size=v.count("image_size", most=MAX_SIDE),
+        patch_size=v.count("patch_size", most=MAX_SIDE),
+        layer_norm_eps=v.positive("layer_norm_eps"),
     )
 
 
-def from_hf(config: Any, processor: Mapping[str, Any]) -> Backbone:
-    v, text = config.vision_config, config.text_config
-    require_value("text model", text.model_type, "gemma")
-    vision = SiglipConfig(
-        hidden_size=v.hidden_size,
-        out_hidden_size=text.hidden_size,
-        num_layers=v.num_hidden_layers,
-        num_heads=v.num_attention_heads,
-        intermediate_size=v.intermediate_size,
-        activation=v.hidden_act,
-        image_size=v.image_size,
-        patch_size=v.patch_size,
-        layer_norm_eps=v.layer_norm_eps,
-    )
+def from_hf(config: Settings, processor: Settings) -> Backbone:
+    text = config.section("text_config")
+    text.require("model_type", "gemma")
+    decoder = decoder_config(text)
+    vision = siglip_config(config.section("vision_config"), decoder.hidden_size)
+    token = "image_token_index" if config.has("image_token_index") else "image_token_id"
     return Backbone(
         name="paligemma",
-        decoder=decoder_config(text),
-        image=fixed_image(processor, vision),
-        image_token_id=config.image_token_index if hasattr(config, "image_token_index") else config.image_token_id,
+        decoder=decoder,
+        image=fixed_image(processor, Geometry("fixed", vision.patch_size, merge_size=1), vision.image_size),
+        image_token_id=config.count(token, least=0),
         positions=Positions(axes=1, first=1),
         prompts=(DOCUMENT_PROMPT, QUERY_PROMPT),
         slot_positions="continue",
@@ -178,5 +184,5 @@ def from_hf(config: Any, processor: Mapping[str, Any]) -> Backbone:
         vision_prefix="",
         build_vision=partial(SiglipTower, vision),
         # Gemma multiplies its input embeddings by sqrt(hidden); PaliGemma divides image features by it first.
-        embedding_scale=math.sqrt(text.hidden_size),
+        embedding_scale=math.sqrt(decoder.hidden_size),
     )

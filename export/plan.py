@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,11 +15,19 @@ from tokenizers import Tokenizer
 from cembed import __version__
 from cembed.export import choices
 from cembed.export.backbones import Backbone, load_backbone
-from cembed.export.checkpoint import Checkpoint, parameter
+from cembed.export.checkpoint import Checkpoint, check_shape, parameter
 from cembed.export.decoder import Attending, SinglePass, Step
 from cembed.export.graph import GraphSpec, empty_module
-from cembed.export.heads import HEADS, Head, HeadSide, read_head, with_budgets, with_pooling
+from cembed.export.head_weights import (
+    SLOT_TABLES,
+    named_head,
+    projection_width,
+    refuse_other_layouts,
+    slot_tables,
+)
+from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
+from cembed.export.tokens import check_prompts, read_tokenizer
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import (
     EmbeddingTable,
@@ -34,9 +42,8 @@ from cembed.runtime.manifest import (
     SlotPositions,
     Tensor,
 )
-from cembed.runtime.prompts import QUERY_POSITIONS, Prompter, check_prompt, load_tokenizer
+from cembed.runtime.prompts import QUERY_POSITIONS, Prompter, check_prompt
 
-SLOT_TABLES = ("slot_embeddings.document", "slot_embeddings.query")
 MADE_WITH = ("torch", "transformers", "onnxruntime")
 SELF_TEST_TEXT = "What is the total of the invoice?"
 SELF_TEST_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "fp16": 2e-2}
@@ -101,16 +108,20 @@ class Plan:
     @classmethod
     def make(cls, options: ExportOptions, root: Path) -> Plan:
         checkpoint = Checkpoint.open(root, options.adapter, options.head_weights)
-        backbone = limit_visual_tokens(load_backbone(options.backbone, root), options.max_visual_tokens)
-        backbone = limit_layers(backbone, options.num_layers, checkpoint)
+        backbone = load_backbone(options.backbone, root, options.adapter)
+        backbone = limit_layers(
+            limit_visual_tokens(backbone, options.max_visual_tokens), options.num_layers, checkpoint
+        )
         name, head = choose_head(options, checkpoint)
-        tokenizer = load_tokenizer(find_tokenizer(root, options.adapter))
-        tables = slot_tables(checkpoint, head, backbone.decoder.hidden_size)
+        tokenizer = read_tokenizer([place for place in (options.adapter, root) if place is not None])
+        hidden = backbone.decoder.hidden_size
+        tables = slot_tables(checkpoint, head, None if options.head_spec else name, hidden)
         document, query = sides(options, backbone, head, tables, tokenizer)
+        check_prompts(tokenizer, backbone.image_token_id, (document, query), backbone.decoder.max_positions)
         capacity = cache_capacity(options, backbone, tokenizer, (document, query))
-        specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint), capacity)
-        names = {name for spec in specs for name in parameter_names(spec)}
-        checkpoint.require([checkpoint.embeddings_name, *names, *tables])
+        specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint, hidden), capacity)
+        check_weights(checkpoint, specs, tables)
+        check_embeddings(checkpoint, hidden, max(backbone.image_token_id, tokenizer.get_vocab_size() - 1))
         return cls(options, backbone, checkpoint, tokenizer, name, document, query, tuple(tables), specs)
 
     def loader(self, spec: GraphSpec, *, stored: bool) -> Callable[[str], torch.Tensor]:
@@ -118,7 +129,7 @@ class Plan:
         arithmetic = DTYPES[self.options.dtype] if stored else DTYPES["fp32"]
         with torch.device("meta"):
             module = empty_module(spec, Decomposed(), arithmetic)
-        return lambda name: parameter(module, self.checkpoint, spec.prefix, name)
+        return lambda name: parameter(module, self.checkpoint, spec.prefix, name, finite=stored)
 
     def manifest(
         self,
@@ -158,32 +169,12 @@ class Plan:
 
 def choose_head(options: ExportOptions, checkpoint: Checkpoint) -> tuple[str, Head]:
     """The head's name and what it is: the one asked for, or what the checkpoint's weights say."""
+    refuse_other_layouts(checkpoint)
     if options.head_spec:
         name, head = options.head_spec.stem, read_head(options.head_spec)
     else:
-        learned = any(table in checkpoint for table in SLOT_TABLES)
-        if learned and options.head is None:
-            raise CembedError("the checkpoint has learned slot rows: say --head metaembed (no pooling) or --head btoks")
-        name = options.head or ("colbert" if "custom_text_proj.weight" in checkpoint else "causal")
-        head = HEADS[name]
-    if name == "colbert" and "custom_text_proj.weight" not in checkpoint:
-        raise CembedError(f"{checkpoint.root} has no custom_text_proj: it is no ColBERT-style one, use --head causal")
+        name, head = named_head(options.head, checkpoint)
     return name, with_pooling(with_budgets(head, options.num_vectors, options.query_vectors), options.pooling)
-
-
-def slot_tables(checkpoint: Checkpoint, head: Head, hidden_size: int) -> dict[str, int]:
-    """The tables of learned rows that the head's sides need, and how many rows each has."""
-    wanted = [
-        name for name, side in zip(SLOT_TABLES, (head.document, head.query), strict=True) if side.slots == "learned"
-    ]
-    for name in wanted:
-        if name not in checkpoint:
-            raise CembedError(f"this head needs {name} [slots, hidden]: give it with --head-weights FILE.safetensors")
-    shapes = {name: tuple(checkpoint.load(name).shape) for name in wanted}
-    for name, shape in shapes.items():
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
-            raise CembedError(f"{name} has shape {shape}: [slots, {hidden_size}] is wanted")
-    return {name: shape[0] for name, shape in shapes.items()}
 
 
 def limit_layers(backbone: Backbone, num_layers: int | None, checkpoint: Checkpoint) -> Backbone:
@@ -211,26 +202,21 @@ def limit_visual_tokens(backbone: Backbone, tokens: int | None) -> Backbone:
     return replace(backbone, image=replace(image, max_pixels=tokens * image.factor**2))
 
 
-def projection_width(checkpoint: Checkpoint) -> int | None:
-    """The length of projected vectors; None if the checkpoint has no projection."""
-    parts = [name for name in ("custom_text_proj.weight", "custom_text_proj.bias") if name in checkpoint]
-    if not parts:
-        return None
-    if len(parts) == 1:
-        raise CembedError(f"the checkpoint has {parts[0]} only: a projection is custom_text_proj.weight and .bias")
-    shape = checkpoint.load("custom_text_proj.bias").shape
-    if len(shape) != 1 or not shape[0]:
-        raise CembedError(f"custom_text_proj.bias has shape {tuple(shape)}: [dim] is wanted")
-    return shape[0]
+def check_weights(checkpoint: Checkpoint, specs: Sequence[GraphSpec], tables: Iterable[str]) -> None:
+    """Raises CembedError that names what is missing, left over, or of another shape than the graphs want."""
+    with torch.device("meta"):
+        modules = [(spec.prefix, spec.build(Decomposed())) for spec in specs]
+    wanted = [(prefix, module, name) for prefix, module in modules for name, _ in module.named_parameters()]
+    checkpoint.require([checkpoint.embeddings_name, *tables, *(prefix + name for prefix, _, name in wanted)])
+    for prefix, module, name in wanted:
+        check_shape(module, checkpoint, prefix, name)
 
 
-def find_tokenizer(root: Path, adapter: Path | None) -> Path:
-    """The adapter's tokenizer goes before the base's: training may have added tokens."""
-    places = [place / "tokenizer.json" for place in (adapter, root) if place is not None]
-    for path in places:
-        if path.exists():
-            return path
-    raise CembedError(f"{places[-1]} is missing: save the checkpoint with a fast tokenizer")
+def check_embeddings(checkpoint: Checkpoint, hidden: int, last_token: int) -> None:
+    name = checkpoint.embeddings_name
+    shape = checkpoint.shape(name)
+    if len(shape) != 2 or shape[1] != hidden or shape[0] <= last_token:
+        raise CembedError(f"{name} has shape {shape}: [more than {last_token}, {hidden}] is wanted")
 
 
 def sides(
@@ -352,8 +338,3 @@ def step_spec(
     inputs = (*text.inputs[:3], Tensor("cache_position", "int64", ("batch_size",)), *cache("past_key_values"))
     build = partial(Step, config, attends, projection)
     return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data", grouped=4)
-
-
-def parameter_names(spec: GraphSpec) -> list[str]:
-    with torch.device("meta"):
-        return [spec.prefix + name for name, _ in spec.build(Decomposed()).named_parameters()]

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from cembed.export.backbones import Backbone
-from cembed.export.qwen2_vl import qwen_backbone, smart_image
+from cembed.export.backbones import MAX_LAYERS, MAX_SIDE, Backbone
+from cembed.export.layers import ACTIVATIONS
+from cembed.export.qwen2_vl import check_vision, qwen_backbone
 from cembed.export.qwen_vision import QwenVisionConfig
+from cembed.export.settings import Settings
 from cembed.runtime.manifest import Tensor
 
 
-def from_hf(config: Any, processor: Mapping[str, Any]) -> Backbone:
-    v = config.vision_config
+def from_hf(config: Settings, processor: Settings) -> Backbone:
+    v = config.section("vision_config")
+    check_vision(v, "hidden_size")
+    v.require("hidden_act", *ACTIVATIONS)
     vision = QwenVisionConfig(
-        hidden_size=v.hidden_size,
-        out_hidden_size=v.out_hidden_size,
-        num_layers=v.depth,
-        num_heads=v.num_heads,
-        intermediate_size=v.intermediate_size,
-        activation=v.hidden_act,
-        patch_size=v.patch_size,
-        merge_size=v.spatial_merge_size,
+        hidden_size=v.count("hidden_size"),
+        out_hidden_size=v.count("out_hidden_size"),
+        num_layers=v.count("depth", most=MAX_LAYERS),
+        num_heads=v.count("num_heads"),
+        intermediate_size=v.count("intermediate_size"),
+        activation=v.text("hidden_act"),
+        patch_size=v.count("patch_size", most=MAX_SIDE),
+        merge_size=v.count("spatial_merge_size", most=MAX_SIDE),
         windowed=True,
-        window_size=v.window_size,
-        full_attention_layers=tuple(v.fullatt_block_indexes),
+        window_size=v.count("window_size"),
+        full_attention_layers=v.counts("fullatt_block_indexes", least=0),
     )
-    merged = v.patch_size * v.spatial_merge_size
+    side = vision.window_size // (vision.patch_size * vision.merge_size) * vision.merge_size
+    if side == 0:
+        v.refuse("window_size", f"{vision.patch_size * vision.merge_size} pixels or more")
     windows = (
-        Tensor("window_index", "int64", ("num_windows", (v.window_size // merged * v.spatial_merge_size) ** 2)),
+        Tensor("window_index", "int64", ("num_windows", side**2)),
         Tensor("window_restore", "int64", ("num_patches",)),
     )
-    return qwen_backbone("qwen2.5-vl", config, smart_image(processor, vision), vision, windows)
+    return qwen_backbone("qwen2.5-vl", config, processor, vision, windows)

@@ -18,12 +18,13 @@ from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
 from cembed.runtime.inputs import ImageLike, InputBuilder, Prompt, check_length
 from cembed.runtime.kv_cache import StaticKVCache
-from cembed.runtime.latent import LatentState, SideName, StateMemory, read_state
+from cembed.runtime.latent import LatentState, StateMemory
 from cembed.runtime.manifest import Side
 from cembed.runtime.pooling import normalise, pool_states, pool_tokens
 from cembed.runtime.positions import slot_positions
 from cembed.runtime.providers import open_sessions
 from cembed.runtime.session import Array, EngineSettings, Session
+from cembed.runtime.state_files import SideName, StateSchema, open_state
 from cembed.runtime.vectors import Vectors
 
 Decode = Literal["single-pass", "loop"]
@@ -152,14 +153,16 @@ class Embedder:
         return self._start("query", self.inputs.query(text), max_vectors)
 
     def resume(self, path: str | Path, max_vectors: int | None = None) -> LatentState:
-        """A state that `LatentState.save` wrote. Raises CembedError: damaged, or of another bundle."""
-        name, arrays = read_state(Path(path), self.bundle.hash)
-        made = len(arrays.get("states", ()))
-        length = next(array.shape[2] for key, array in arrays.items() if key.startswith("past_key_values."))
-        side: Side = getattr(self.manifest, name)
-        more = max(0, self._max_vectors(side, max_vectors) - made)
-        check_length(self.manifest, length + more)
-        return self._states.add(LatentState(self, name, self._cache(length + more))).restore(arrays)
+        """A state that `LatentState.save` wrote.
+
+        Raises CembedError: damaged, of another bundle or version of cembed, too many states for `state_memory`.
+        """
+        around = len(self.inputs.prompter.document(self.manifest.document.prompt, 0))
+        saved = open_state(Path(path), StateSchema(self.bundle.hash, self.manifest, around))
+        more = max(0, self._max_vectors(saved.schema.side(saved.side), max_vectors) - saved.vectors)
+        check_length(self.manifest, saved.positions + more)
+        state = self._states.add(LatentState(self, saved.side, self._cache(saved.positions + more)))
+        return state.restore(saved.read())
 
     def check(self, side: Side, budget: Budget) -> int | None:
         """The number of vectors to make, None for all positions. Raises CembedError for what the bundle cannot do."""

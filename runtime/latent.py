@@ -5,29 +5,25 @@ Letters: A position axes, S positions of the prompt, H hidden, D length of a sta
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from cembed.runtime.errors import CembedError
 from cembed.runtime.kv_cache import StaticKVCache
 from cembed.runtime.manifest import Side
 from cembed.runtime.positions import IntArray, slot_positions
 from cembed.runtime.session import Array, StepSession
-from cembed.runtime.vectors import Vectors, write_whole
+from cembed.runtime.state_files import SideName, write_state
+from cembed.runtime.vectors import Vectors
 
 if TYPE_CHECKING:
     from cembed.runtime.embedder import Embedder
-
-SideName = Literal["document", "query"]
 
 
 @dataclass(frozen=True)
@@ -134,11 +130,10 @@ class LatentState:
         arrays = {name: np.ascontiguousarray(b[:, :, : self.cache.length]) for name, b in self.cache.buffers.items()}
         arrays |= {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
         arrays |= {"states": np.concatenate(self.states)} if self.states else {}
-        metadata = {"bundle": self._embedder.bundle.hash, "side": self.name, "sha256": digest(arrays)}
-        write_whole(Path(path), lambda file: file.write(save(arrays, metadata)))
+        write_state(Path(path), self._embedder.bundle.hash, self.name, arrays)
 
     def restore(self, arrays: Mapping[str, Array]) -> LatentState:
-        """Takes the content of a file over, into a cache that is at least as large."""
+        """Takes the tensors of a `StateFile` over, into a cache that is at least as large."""
         for name, buffer in self.cache.buffers.items():
             buffer[:, :, : arrays[name].shape[2]] = arrays[name]
             self.cache.length = arrays[name].shape[2]
@@ -146,31 +141,6 @@ class LatentState:
         self.prompt_end[:], self.hidden = arrays["prompt_end"], arrays["hidden"]
         self.states = list(arrays["states"][:, None]) if "states" in arrays else []
         return self
-
-
-def read_state(path: Path, bundle: str) -> tuple[SideName, dict[str, Array]]:
-    """The side and arrays of a saved state. Raises CembedError: damaged, no state, of another bundle."""
-    try:
-        path.stat()
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CembedError(f"{path} cannot be read as a state: {error}") from error
-    if metadata.get("bundle") != bundle:
-        raise CembedError(f"{path} is not a state of this bundle: use the one that made it, or start again")
-    if metadata.get("side") not in ("document", "query") or metadata.get("sha256") != digest(arrays):
-        raise CembedError(f"{path} is a damaged state: start again")
-    return ("document" if metadata["side"] == "document" else "query"), arrays
-
-
-def digest(arrays: Mapping[str, Array]) -> str:
-    """sha256 over names, shapes and values."""
-    result = hashlib.sha256()
-    for name in sorted(arrays):
-        result.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        result.update(np.ascontiguousarray(arrays[name]).data)
-    return result.hexdigest()
 
 
 class StateMemory:

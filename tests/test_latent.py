@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from reference import BACKBONES, HIDDEN, Model, Zoo
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.embedder import Budget
 from cembed.runtime.kv_cache import StaticKVCache
-from cembed.runtime.latent import LatentState, StateMemory, read_state
+from cembed.runtime.latent import LatentState, StateMemory
 from cembed.runtime.manifest import Side, SlotPositions, Tensor
 from cembed.runtime.pooling import normalise, pool_states
 
@@ -175,9 +175,7 @@ def test_a_state_is_saved_at_any_time(zoo: Zoo, tmp_path: Path, kind: str, first
     resumed = embedder.resume(tmp_path / "state.safetensors", 9)
     assert resumed.cache.capacity == state.cache.capacity
     resumed.save(tmp_path / "again.safetensors")
-    saved, again = (
-        read_state(tmp_path / f"{name}.safetensors", embedder.bundle.hash)[1] for name in ("state", "again")
-    )
+    saved, again = (load_file(tmp_path / f"{name}.safetensors") for name in ("state", "again"))
     assert saved.keys() == again.keys()
     assert all(np.array_equal(saved[name], again[name]) for name in saved)
     close(resumed.extend(9), state.extend(9), 1e-6)
@@ -337,78 +335,7 @@ def test_a_state_of_another_bundle(zoo: Zoo, feedback: Embedder, tmp_path: Path)
         zoo.under("qwen2.5-vl", "feedback").embedder.resume(tmp_path / "state.safetensors")
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def scramble(path: Path) -> None:
-    path.write_bytes(bytes(reversed(path.read_bytes())))
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1000] ^= 64
-    path.write_bytes(bytes(content))
-
-
-def foreign(path: Path) -> None:
-    save_file({"vectors": np.ones((2, 2), np.float32)}, path)
-
-
-def changed(change: Callable[[dict[str, Any], dict[str, str]], object]) -> Callable[[Path], None]:
-    """A file of ours, by its hash, that no `save` wrote."""
-
-    def rewrite(path: Path) -> None:
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = dict(file.metadata())
-        arrays = load_file(path)
-        change(arrays, metadata)
-        save_file(arrays, path, metadata)
-
-    return rewrite
-
-
 KEY = "past_key_values.1.key"
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "gone": Path.unlink,
-    "cut": cut,
-    "empty": empty,
-    "scrambled": scramble,
-    "bit": flip,
-    "foreign": foreign,
-    "no key": changed(lambda arrays, _: arrays.pop(KEY)),
-    "no cache": changed(lambda arrays, _: [arrays.pop(name) for name in list(arrays) if name.startswith("past")]),
-    "no hidden": changed(lambda arrays, _: arrays.pop("hidden")),
-    "no end": changed(lambda arrays, _: arrays.pop("prompt_end")),
-    "no states": changed(lambda arrays, _: arrays.pop("states")),
-    "short key": changed(lambda arrays, _: arrays.update({KEY: arrays[KEY][:, :, :-1].copy()})),
-    "few heads": changed(lambda arrays, _: arrays.update({KEY: arrays[KEY][:, :1].copy()})),
-    "flat key": changed(lambda arrays, _: arrays.update({KEY: arrays[KEY][0].copy()})),
-    "narrow hidden": changed(lambda arrays, _: arrays.update({"hidden": arrays["hidden"][:, :-1].copy()})),
-    "narrow states": changed(lambda arrays, _: arrays.update({"states": arrays["states"][:, :-1].copy()})),
-    "shape of end": changed(lambda arrays, _: arrays.update({"prompt_end": np.zeros((2, 2), np.int64)})),
-    "no side": changed(lambda _, metadata: metadata.pop("side")),
-    "other side": changed(lambda _, metadata: metadata.update({"side": "page"})),
-    "no bundle": changed(lambda _, metadata: metadata.pop("bundle")),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_state(feedback: Embedder, tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    path = tmp_path / "state.safetensors"
-    state = feedback.start_query(TEXT, 6)
-    state.extend(4)
-    state.save(path)
-    damage(path)
-    with pytest.raises(CembedError, match="state") as raised:
-        feedback.resume(path)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_state_is_written_whole_or_not_at_all(feedback: Embedder, tmp_path: Path) -> None:
@@ -417,9 +344,9 @@ def test_a_state_is_written_whole_or_not_at_all(feedback: Embedder, tmp_path: Pa
         state.save(tmp_path / "nowhere" / "state.safetensors")
     state.save(tmp_path / "state.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
-    name, arrays = read_state(tmp_path / "state.safetensors", feedback.bundle.hash)
-    assert name == "query"
-    assert arrays[KEY].shape[2] == state.cache.length < state.cache.capacity
+    with safe_open(tmp_path / "state.safetensors", framework="numpy") as file:
+        assert file.metadata()["side"] == "query"
+        assert file.get_tensor(KEY).shape[2] == state.cache.length < state.cache.capacity
 
 
 def test_a_head_of_all_tokens_has_no_states(zoo: Zoo) -> None:
