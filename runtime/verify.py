@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 
-from cembed.runtime.tensor_files import read_safetensors
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.documents import PageError, PageReader
 from cembed.runtime.embedder import Budget, Embedder
@@ -16,6 +15,7 @@ from cembed.runtime.images import Pixels
 from cembed.runtime.manifest import Graph
 from cembed.runtime.manifest_file import upgrade
 from cembed.runtime.session import EngineSettings, OrtSession
+from cembed.runtime.tensor_files import read_safetensors
 from cembed.runtime.vectors import Vectors
 
 MAX_VECTORS = 1 << 30
