@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import libcembed
-import onnxruntime
 import pytest
+
+from cembed.runtime.quiet import ort as onnxruntime
 
 GOLDEN = Path(__file__).parent / "golden"
 BACKBONE_OF = {

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from cembed.runtime import Bundle, CembedError, Embedder
 from cembed.runtime.errors import Check
 from cembed.runtime.manifest import MANIFEST, SCHEMA_VERSION, Manifest
+from cembed.runtime.quiet import ort as onnxruntime
 from cembed.runtime.verify import verify
 
 FILES = (
