@@ -11,12 +11,12 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from cembed.runtime.array_files import Parts, write_safetensors
 from cembed.runtime.errors import CembedError
 from cembed.runtime.kv_cache import StaticKVCache
 from cembed.runtime.manifest import Side
@@ -128,6 +128,9 @@ class LatentState:
         self._step = None
         self.cache.buffers.clear()
 
+    def __reduce__(self) -> NoReturn:
+        raise CembedError("a LatentState cannot be pickled: save() it, and go on from the file with Embedder.resume()")
+
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of the cache."""
         self._open().pull()
@@ -135,7 +138,8 @@ class LatentState:
         arrays |= {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
         arrays |= {"states": np.concatenate(self.states)} if self.states else {}
         metadata = {"bundle": self._embedder.bundle.hash, "side": self.name, "sha256": digest(arrays)}
-        write_whole(Path(path), lambda file: file.write(save(arrays, metadata)))
+        parts = {name: Parts.of([array]) for name, array in arrays.items()}
+        write_whole(Path(path), lambda file: write_safetensors(file, parts, metadata))
 
     def restore(self, arrays: Mapping[str, Array]) -> LatentState:
         """Takes the content of a file over, into a cache that is at least as large."""
