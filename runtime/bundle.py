@@ -18,6 +18,7 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ class Bundle:
         self._verify = verify
         self._check_references()
         self._check_listing()
+
+    def __reduce__(self) -> tuple[Callable[..., Bundle], tuple[str, str, bool]]:
+        """Pickles as its path; it is opened again, and must be the same, where it is unpickled."""
+        return reopen, (os.path.abspath(self.root), self.hash, self._verify)
 
     def _check_references(self) -> None:
         """The files that the manifest's fields name must be those it lists: one that is not named is never verified."""
@@ -146,6 +151,14 @@ class Bundle:
         if self.manifest.files[name].size != expected:
             raise CembedError(f"{self.root / name}: {shape} of {dtype} takes {expected} bytes")
         return np.memmap(self.path(name), dtype=dtype, mode="r", shape=shape)
+
+
+def reopen(root: str, expected: str, verify: bool) -> Bundle:
+    """The bundle at `root`, if its hash is `expected`; else CembedError."""
+    bundle = Bundle(root, verify=verify)
+    if bundle.hash != expected:
+        raise CembedError(f"{root} is not the bundle that was pickled: its hash is {bundle.hash[:16]}…, load it anew")
+    return bundle
 
 
 def record_files(root: Path) -> dict[str, FileRecord]:
