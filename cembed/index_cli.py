@@ -27,9 +27,10 @@ from cembed.cli import (
     VectorDim,
     as_decode,
     complain,
+    load_embedder,
     show_checks,
 )
-from cembed.display import progress_bar, show_table
+from cembed.display import Cell, progress_bar, show_table
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ def add(
     """
     from cembed.ranking import parse_pairs
     from cembed.runtime.documents import PageReader, find_documents
-    from cembed.runtime.embedder import CPU, Budget, Embedder
+    from cembed.runtime.embedder import Budget
 
     files, pairs = find_documents(paths), parse_pairs("--metadata", tuple(metadata or ()))
-    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, max_visual_tokens=max_visual_tokens)
+    embedder = load_embedder(bundle, provider, threads, max_visual_tokens)
     budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
     embedder.check(embedder.manifest.document, budget)
     settings = [num_vectors, dim, pool_factor, max_visual_tokens, dpi]
@@ -88,6 +89,8 @@ def add(
         job = Job(opened, embedder, budget, json.dumps(settings), pairs)
         with progress_bar() as progress:
             total = job.plan(reader, files)
+            if total:
+                embedder.prepare("document", budget)
             task = progress.add_task("embedding", total=total)
             job.run(reader, lambda: progress.advance(task))
         for failure in job.failures:
@@ -277,8 +280,8 @@ def stats(index: IndexPath, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
         return
-    sizes = "\n".join(f"{name}  {size:,}" for name, size in found.bytes.items())
-    fields = {
+    sizes = [f"{name}  {size:,}" for name, size in found.bytes.items()]
+    fields: dict[str, Cell] = {
         "pages": f"{found.pages}, and {found.removed} removed",
         "vectors": f"{found.vectors} of {found.dim}",
         "bundle": found.bundle,
