@@ -16,7 +16,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,9 +148,6 @@ class Evaluation:
     bundle: str
     pages: int
     rows: tuple[Row, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
 
 
 def evaluate(
