@@ -120,8 +120,9 @@ class ReferenceSide:
 
 def sgemm_peaks(threads: int, *shapes: tuple[int, int, int]) -> dict[str, float]:
     """GFLOP/s of float32 products by two libraries, the best of the model's shapes and one more."""
-    import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
+
+    from cembed.runtime.quiet import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

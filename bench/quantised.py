@@ -33,6 +33,7 @@ from cembed.runtime import Embedder
 from cembed.runtime.embedder import Budget
 from cembed.runtime.errors import CembedError
 from cembed.runtime.openvino_session import OpenVinoSession
+from cembed.runtime.quiet import import_openvino
 from cembed.runtime.session import Array, EngineSettings, OrtSession, Session, StepSession
 
 VARIANTS = {
@@ -118,8 +119,8 @@ def with_openvino(root: Path, threads: int) -> dict[str, Embedder]:
 
 def openvino_int8(root: Path, threads: int) -> Embedder:
     """The checkpoint in standard operators, quantised by nncf and run by OpenVINO as it is set by default."""
+    openvino = import_openvino()
     import nncf
-    import openvino
 
     bundle, core = standard_bundles(root)["fp32"], openvino.Core()
     embedder = Embedder.load(bundle, threads=threads)

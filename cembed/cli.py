@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cembed import __version__
-from cembed.display import progress_bar, show_manifest, show_table
+from cembed.display import complain as complain
+from cembed.display import progress_bar, say, show_json, show_manifest, show_table
 from cembed.export import choices
 from cembed.runtime.errors import CembedError, Check
+from cembed.signals import Stopped, StopSignals
+from cembed.streams import allow_any_text, flush_output, held_stderr, printable
 
 if TYPE_CHECKING:
-    from cembed.runtime.documents import Page, PageError
-    from cembed.runtime.embedder import Budget, Decode, Embedder
-    from cembed.runtime.vectors import Vectors
+    from cembed.embedding import Harvest
+    from cembed.runtime.embedder import Decode, Embedder
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -177,7 +183,7 @@ def export(
         task = progress.add_task("reading the checkpoint", total=None)
 
         def tell(step: str) -> None:
-            progress.update(task, description=step)
+            progress.update(task, description=printable(step))
 
         if weights is None:
             manifest = run(ExportOptions(**arguments), out, force=force, progress=tell)
@@ -282,7 +288,7 @@ def quantize(
     with progress_bar("{task.description}") as progress:
         task = progress.add_task("reading the bundle", total=None)
         manifest = quantise(
-            bundle, options, out, force=force, progress=lambda step: progress.update(task, description=step)
+            bundle, options, out, force=force, progress=lambda step: progress.update(task, description=printable(step))
         )
     show_manifest(out, manifest)
 
@@ -294,9 +300,7 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
 
     opened = Bundle(bundle)
     if as_json:
-        typer.echo(
-            json.dumps({"hash": opened.hash, **json.loads(opened.manifest.to_json())}, indent=1, ensure_ascii=False)
-        )
+        show_json({"hash": opened.hash, **json.loads(opened.manifest.to_json())})
     else:
         show_manifest(bundle, opened.manifest)
 
@@ -314,7 +318,8 @@ def verify(
     from cembed.runtime.bundle import Bundle
 
     run = checks.verify_and_upgrade if upgrade else checks.verify
-    show_checks(run(Bundle(bundle)), as_json)
+    with held_stderr():
+        show_checks(run(Bundle(bundle)), as_json)
 
 
 def show_checks(found: Iterable[Check], as_json: bool) -> None:
@@ -323,9 +328,9 @@ def show_checks(found: Iterable[Check], as_json: bool) -> None:
     for check in found:
         checks.append(check)
         if not as_json:
-            typer.echo(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")
+            say(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")
     if as_json:
-        typer.echo(json.dumps([vars(check) for check in checks], indent=1))
+        show_json([vars(check) for check in checks])
     if not all(check.passed for check in checks):
         raise typer.Exit(EXIT_FAILED)
 
@@ -346,51 +351,69 @@ def embed(
     threads: Threads = None,
     force: Force = False,
 ) -> None:
-    """Embed the pages of documents into one vector file. Exits with 3 if some pages could not be read."""
+    """Embed the pages of documents into one vector file.
+
+    Exits with 3 if some pages could not be read, or not without doubt. When it is interrupted, the pages so far are
+    written.
+    """
+    from cembed.embedding import Harvest
     from cembed.runtime.documents import PageReader, find_documents
-    from cembed.runtime.embedder import CPU, Budget, Embedder
-    from cembed.runtime.vectors import VectorFile, check_writable
+    from cembed.runtime.embedder import Budget
+    from cembed.runtime.vectors import check_writable
 
     check_writable(out, force)
     files = find_documents(paths)
-    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, max_visual_tokens=max_visual_tokens)
+    embedder = load_embedder(bundle, provider, threads, max_visual_tokens)
     budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
-    embedder.check(embedder.manifest.document, budget)
-    with PageReader(dpi=dpi, timeout=timeout) as reader, progress_bar() as progress:
-        task = progress.add_task("embedding", total=reader.count_pages(files))
-        embedded, failures = embed_pages(embedder, reader.read(files), budget, lambda: progress.advance(task))
-    for failure in failures:
-        page = "" if failure.number is None else f", page {failure.number}"
-        complain(f"not embedded: {failure.path}{page}: {failure.reason}")
-    if not embedded:
-        raise CembedError(f"none of the {len(failures)} pages could be embedded: {out} was not written")
-    vectors, sources, numbers = zip(*embedded, strict=True)
-    content = VectorFile.of(vectors, sources, numbers, embedder.bundle.hash)
-    content.save(out)
-    rows, dim = content.vectors.shape
-    typer.echo(f"{out}: {len(content)} pages, {rows} vectors of {dim}, {out.stat().st_size:,} bytes")
-    if failures:
+    embedder.prepare("document", budget)
+    harvest = Harvest(out, embedder, budget)
+    with StopSignals() as signals:
+        with PageReader(dpi=dpi, timeout=timeout) as reader, progress_bar() as progress:
+            harvest.total = reader.count_pages(files)
+            task = progress.add_task("embedding", total=harvest.total)
+            ended = harvest.run(reader.read(files), signals, lambda: progress.advance(task))
+        finish_embedding(harvest, ended)
+
+
+def finish_embedding(harvest: Harvest, ended: BaseException | None) -> None:
+    """Writes what there is, and says what there is not; `ended` is what ended the run before the last page."""
+    try:
+        if harvest.pages:
+            harvest.save()
+    finally:
+        harvest.report()
+    if isinstance(ended, Stopped):
+        ended.message = f"interrupted {harvest.stopped()}"
+    elif ended is not None:
+        complain(f"ended {harvest.stopped()}")
+    if ended is not None:
+        raise ended
+    if not harvest.pages:
+        raise CembedError(f"none of the {harvest.seen} pages could be embedded: {harvest.out} was not written")
+    rows, dim = sum(len(page.vectors) for page in harvest.pages), harvest.pages[0].vectors.shape[1]
+    size = harvest.out.stat().st_size
+    say(f"{harvest.out}: {len(harvest.pages)} pages, {rows} vectors of {dim}, {size:,} bytes")
+    if harvest.doubtful:
         raise typer.Exit(EXIT_INCOMPLETE)
 
 
-def embed_pages(
-    embedder: Embedder, pages: Iterable[Page | PageError], budget: Budget, done: Callable[[], None]
-) -> tuple[list[tuple[Vectors, str, int]], list[PageError]]:
-    """Vectors, path and number of each page that could be embedded, and what went wrong with the others."""
-    from cembed.runtime.documents import Page, PageError
+def load_embedder(
+    bundle: Path,
+    provider: list[str] | None,
+    threads: int | None,
+    max_visual_tokens: int | None = None,
+    prepack: bool | None = True,
+) -> Embedder:
+    from cembed.runtime.embedder import CPU, Embedder
 
-    embedded: list[tuple[Vectors, str, int]] = []
-    failures: list[PageError] = []
-    for page in pages:
-        if isinstance(page, Page):
-            try:
-                embedded.append((embedder.embed_image(page.image, budget), page.path, page.number))
-            except CembedError as error:
-                failures.append(PageError(page.path, page.number, str(error)))
-        else:
-            failures.append(page)
-        done()
-    return embedded, failures
+    with held_stderr():
+        return Embedder.load(
+            bundle,
+            providers=provider or CPU,
+            threads=threads,
+            prepack=prepack,
+            max_visual_tokens=max_visual_tokens,
+        )
 
 
 @app.command()
@@ -424,19 +447,20 @@ def search(
 ) -> None:
     """Rank the pages of a vector file or an index by MaxSim with a query."""
     from cembed import ranking
-    from cembed.runtime.embedder import CPU, Budget, Embedder
+    from cembed.runtime.embedder import Budget
 
     pages = ranking.open_pages(file, ranking.Tuning(tuple(where or ()), source, candidates, exact, explain))
     if (query is None) == (image is None):
         raise CembedError("give either a QUERY or an --image")
-    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, prepack=False)  # for one query
+    embedder = load_embedder(bundle, provider, threads, prepack=None)  # for one query
     if pages.bundle != embedder.bundle.hash:
         raise CembedError(f"{file} was made by another bundle than {bundle}: use that one, or embed the pages again")
     budget = Budget(query_vectors, pages.dim, as_decode(decode))
-    vectors = ranking.embed_image(embedder, image, budget) if image else embedder.embed_query(query or "", budget)
+    with held_stderr():
+        vectors = ranking.embed_image(embedder, image, budget) if image else embedder.embed_query(query or "", budget)
     rows, stages = pages.rank(vectors, top, threads)
     if as_json:
-        typer.echo(json.dumps({"pages": rows, "stages": stages} if explain else rows, indent=1, ensure_ascii=False))
+        show_json({"pages": rows, "stages": stages} if explain else rows)
         return
     warned = ["warning"] if any("warning" in row for row in rows) else []
     cells = [{"warning": "", **row} for row in rows]
@@ -467,10 +491,9 @@ def evaluate(
 ) -> None:
     """Measure how well a bundle finds judged pages: nDCG, recall and MRR by budget and storage type."""
     from cembed.runtime import evaluate as evaluation
-    from cembed.runtime.embedder import CPU, Embedder
 
     data = evaluation.Dataset.read(dataset)
-    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads)
+    embedder = load_embedder(bundle, provider, threads)
     with progress_bar() as progress:
         task = progress.add_task("embedding", total=None)
         result = evaluation.evaluate(
@@ -480,13 +503,13 @@ def evaluate(
             storage.split(","),
             lambda done, total: progress.update(task, completed=done, total=total),
         )
+    if as_json:
+        show_json(asdict(result))
+    else:
+        title = f"{dataset.name}: {result.pages} pages, {result.rows[0].questions} questions; bytes, ms: of a page"
+        show_table(title, evaluation.COLUMNS, [evaluation.table_row(row) for row in result.rows])
     if plot is not None:
         evaluation.plot(result, plot)
-    if as_json:
-        typer.echo(result.to_json())
-        return
-    title = f"{dataset.name}: {result.pages} pages, {result.rows[0].questions} questions; bytes, ms: of a page"
-    show_table(title, evaluation.COLUMNS, [evaluation.table_row(row) for row in result.rows])
 
 
 def as_numbers(name: str, value: str | None) -> list[int] | None:
@@ -504,11 +527,6 @@ def show_warning(message: Warning | str, category: type[Warning], *where: Any, *
         SHOW_WARNING(message, category, *where, **more)
 
 
-def complain(message: str) -> None:
-    """One line on standard error, whatever a file's name has in it."""
-    typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message), err=True)
-
-
 from cembed.bench_cli import bench_app  # noqa: E402 they use what is above
 from cembed.engine_cli import engine_app  # noqa: E402
 from cembed.index_cli import index_app  # noqa: E402
@@ -523,19 +541,49 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     if not debug:
         warnings.showwarning = show_warning
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    allow_any_text()
+    try:
+        status = run([argument for argument in sys.argv[1:] if argument != "--debug"])
+    except BaseException as error:  # a panic of a native library is no Exception
+        if debug and not isinstance(error, Stopped):
+            raise
+        status, message = explain(error)
+        with contextlib.suppress(OSError):  # then nobody listens
+            complain(message)
+    raise SystemExit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """The command's exit status, once its output is out."""
     try:
         app(arguments, prog_name="cembed")
-    except SystemExit as exit_:
-        if exit_.code == EXIT_INTERRUPTED:
-            complain("interrupted")
-        raise
-    except CembedError as error:
-        if debug:
-            raise
-        complain(f"error: {error}")
-    except Exception as error:
-        if debug:
-            raise
-        complain(f"error: {type(error).__name__}: {error} (--debug shows where; please report it)")
-    raise SystemExit(EXIT_FAILED)
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    if status == EXIT_INTERRUPTED:
+        complain("interrupted")
+    flush_output()
+    return status
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit status and line for what ended a command."""
+    if isinstance(error, Stopped):
+        return error.status, error.message
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    if isinstance(error, CembedError):
+        return EXIT_FAILED, f"error: {error}"
+    if isinstance(error, MemoryError):
+        return EXIT_FAILED, "error: there is not enough memory (--debug shows where)"
+    if isinstance(error, (OSError, ImportError)):
+        return EXIT_FAILED, f"error: {reason(error)} (--debug shows where)"
+    return EXIT_FAILED, f"error: {type(error).__name__}: {error} (--debug shows where; please report it)"
+
+
+def reason(error: OSError | ImportError) -> str:
+    """What the system says, of which file, and what to do where that is known."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    place = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+    return f"{error.strerror}{place}{': raise `ulimit -n`' if error.errno == errno.EMFILE else ''}"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import typer
+
+from cembed.streams import is_shown, output_named, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -12,29 +18,66 @@ if TYPE_CHECKING:
     from cembed.runtime.manifest import LayerDamage, Manifest, Quantisation, Side
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str | int | float]]) -> None:
+TEXTS = ("path", "field", "value", "warning")
+"""Columns that are aligned to the left."""
+Cell: TypeAlias = "str | int | float | Sequence[str]"
+"""What a table shows; a sequence of strings as lines."""
+
+
+def say(message: str) -> None:
+    """One line on standard output, whatever a file's name has in it."""
+    with output_named():
+        typer.echo(printable(message))
+
+
+def complain(message: str) -> None:
+    """One line on standard error, whatever a file's name has in it."""
+    typer.echo(printable(message), err=True)
+
+
+def show_json(value: Any) -> None:
+    """In characters that a terminal shows and its encoding has, others as escapes of JSON."""
+    unicode = sys.stdout is None or (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    text = json.dumps(value, indent=1, ensure_ascii=not unicode)
+    with output_named():
+        typer.echo("".join(c if c == "\n" or is_shown(c) else json.dumps(c)[1:-1] for c in text))
+
+
+def lines_of(cell: Cell) -> str:
+    """The text of a cell; only its own lines are lines."""
+    if isinstance(cell, float):
+        return f"{cell:.4f}"
+    return printable(str(cell)) if isinstance(cell, (str, int)) else "\n".join(map(printable, cell))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cell]]) -> None:
+    """`columns` of `rows`; a row that lacks one leaves it empty."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
+    class StrictConsole(Console):
+        def on_broken_pipe(self) -> None:  # which would end the process without a word
+            raise BrokenPipeError
+
+    table = Table(title=Text(printable(title)), title_justify="left")
     for name in columns:
-        table.add_column(name, overflow="fold", justify="right" if name not in ("path", "field", "value") else "left")
+        table.add_column(name, overflow="fold", justify="left" if name in TEXTS else "right")
     for row in rows:
-        cells = (row[name] for name in columns)
-        table.add_row(*(Text(f"{cell:.4f}" if isinstance(cell, float) else str(cell)) for cell in cells))
-    Console().print(table)
+        table.add_row(*(Text(lines_of(row.get(name, ""))) for name in columns))
+    with output_named():
+        StrictConsole().print(table)
 
 
 def show_manifest(path: Path, manifest: Manifest) -> None:
     from importlib.metadata import version as installed
 
-    files = "\n".join(f"{name}  {record.size:,} bytes" for name, record in manifest.files.items())
-    parity = "\n".join(
+    files = [f"{name}  {record.size:,} bytes" for name, record in manifest.files.items()]
+    parity = [
         f"{p.graph}: off by {p.max_error:.1e} (allowed {p.tolerance:.0e}), cosine {p.min_cosine:.6f}"
         for p in manifest.parity
-    )
-    fields = {
+    ]
+    fields: dict[str, Cell] = {
         "backbone": f"{manifest.backbone}, {manifest.head} head",
         "source": ", ".join(manifest.source.values()),
         "document": describe_side(manifest.document, manifest.dim),
@@ -52,7 +95,7 @@ def show_manifest(path: Path, manifest: Manifest) -> None:
     show_table(str(path), ["field", "value"], [{"field": key, "value": value} for key, value in fields.items()])
 
 
-def describe_quantisation(quantisation: Quantisation) -> dict[str, str]:
+def describe_quantisation(quantisation: Quantisation) -> dict[str, Cell]:
     """What was stored how, and what it cost."""
     found = quantisation.comparison
     counts: dict[str, dict[str, int]] = {}
@@ -64,7 +107,7 @@ def describe_quantisation(quantisation: Quantisation) -> dict[str, str]:
     judged = "" if found.ndcg5 is None else f", nDCG@5 {found.ndcg5[0]:.4f} to {found.ndcg5[1]:.4f}"
     return {
         "quantised": f"{quantisation.weights}, embeddings {quantisation.embeddings}",
-        "weights": "\n".join([*weights, *(f"in float: {name}" for name in quantisation.kept)]),
+        "weights": [*weights, *(f"in float: {name}" for name in quantisation.kept)],
         **({"sensitive": describe_damage(quantisation.sensitivity)} if quantisation.sensitivity else {}),
         "loss": f"on {found.pages} pages and {found.queries} queries: cosine at least {found.min_cosine:.4f}, "
         f"median {found.median_cosine:.4f}; scores off by {found.score_error:.2%}; the best five pages agree by "
@@ -74,12 +117,12 @@ def describe_quantisation(quantisation: Quantisation) -> dict[str, str]:
     }
 
 
-def describe_damage(sensitivity: Sequence[LayerDamage]) -> str:
+def describe_damage(sensitivity: Sequence[LayerDamage]) -> list[str]:
     """The layers that do most damage alone."""
     worst = [
         f"{damage.layer}: cosine {damage.min_cosine:.4f}, scores {damage.score_error:.2%}" for damage in sensitivity
     ]
-    return "\n".join([*worst[:5], *([f"and {len(worst) - 5} that do less"] if len(worst) > 5 else [])])
+    return [*worst[:5], *([f"and {len(worst) - 5} that do less"] if len(worst) > 5 else [])]
 
 
 def describe_side(side: Side, dim: int) -> str:
@@ -120,7 +163,7 @@ def progress_bar(description: str = "") -> Progress:
             self.text_format = f"{task.finished_speed or task.speed or 0:.2f} pages/s"
             return super().render(task)
 
-    steps = [SpinnerColumn(), TextColumn(description), TimeElapsedColumn()]
+    steps = [SpinnerColumn(), TextColumn(description, markup=False), TimeElapsedColumn()]
     pages = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()]
     console = Console(stderr=True)
     return Progress(*(steps if description else pages), console=console, disable=not console.is_terminal)

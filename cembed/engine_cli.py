@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cembed.cli import BundlePath, one_of
-from cembed.display import show_table
+from cembed.display import say, show_table
 from cembed.export.choices import require_choice
 from cembed.runtime.errors import CembedError
 
@@ -61,8 +61,8 @@ def build_engine(
     show_table(f"memory of {gpu.name if gpu else 'a device'}, with activations estimated", ["for", "MiB"], fit.rows())
     if not force:
         fit.check()
-    for path in build_engines(EngineCache(opened, library, gpu), graphs, options, typer.echo, force):
-        typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+    for path in build_engines(EngineCache(opened, library, gpu), graphs, options, say, force):
+        say(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def is_tf32(manifest: Manifest, precision: str | None) -> bool:

@@ -26,9 +26,10 @@ from cembed.cli import (
     VectorDim,
     as_decode,
     complain,
+    load_embedder,
     show_checks,
 )
-from cembed.display import progress_bar, show_table
+from cembed.display import Cell, progress_bar, show_table
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
@@ -76,12 +77,12 @@ def add(
     from cembed.index_job import FLUSH_PAGES, Job
     from cembed.ranking import parse_pairs
     from cembed.runtime.documents import PageReader, find_documents
-    from cembed.runtime.embedder import CPU, Budget, Embedder
+    from cembed.runtime.embedder import Budget
     from cembed.runtime.index_metadata import check_metadata
 
     files, pairs = find_documents(paths), parse_pairs("--metadata", tuple(metadata or ()))
     check_metadata(pairs)
-    embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, max_visual_tokens=max_visual_tokens)
+    embedder = load_embedder(bundle, provider, threads, max_visual_tokens)
     budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
     embedder.check(embedder.manifest.document, budget)
     settings = [num_vectors, dim, pool_factor, max_visual_tokens, dpi]
@@ -90,6 +91,8 @@ def add(
         try:
             with progress_bar() as progress:
                 total = job.plan(reader, files)
+                if total:
+                    embedder.prepare("document", budget)
                 task = progress.add_task("embedding", total=total)
                 job.run(reader, lambda: progress.advance(task))
         finally:  # a page with a warning that was added is not told of again
@@ -222,8 +225,8 @@ def stats(index: IndexPath, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
         return
-    sizes = "\n".join(f"{name}  {size:,}" for name, size in found.bytes.items())
-    fields = {
+    sizes = [f"{name}  {size:,}" for name, size in found.bytes.items()]
+    fields: dict[str, Cell] = {
         "pages": f"{found.pages}, and {found.removed} removed",
         "with a warning": str(found.warnings),
         "vectors": f"{found.vectors} of {found.dim}",

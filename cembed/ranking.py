@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cembed.display import complain
 from cembed.runtime.documents import Page, PageReader
 from cembed.runtime.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
@@ -68,10 +69,13 @@ class FilePages:
         content = self._content
         scores = maxsim([query], content.documents())[0]
         best = np.argsort(-scores, kind="stable")[:top]
-        rows = [
+        rows: list[Row] = [
             {"rank": rank, "score": float(scores[i]), "path": content.paths[i], "page": int(content.pages[i])}
             for rank, i in enumerate(best, 1)
         ]
+        for row, i in zip(rows, best, strict=True):
+            if content.warnings and content.warnings[i]:
+                row["warning"] = content.warnings[i]
         return rows, []
 
 
@@ -117,8 +121,8 @@ class IndexPages:
 def parse_pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
     """Metadata from the command line: values are JSON where they can be, text otherwise. Raises CembedError.
 
-    >>> parse_pairs("--where", ("year=2024", "lang=de", "title=a=b"))
-    {'year': 2024, 'lang': 'de', 'title': 'a=b'}
+    >>> parse_pairs("--where", ("year=2024", "lang=de", "title=a=b", "name=NaN"))
+    {'year': 2024, 'lang': 'de', 'title': 'a=b', 'name': 'NaN'}
     """
     metadata = {}
     for pair in pairs:
@@ -126,10 +130,15 @@ def parse_pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
         if not key or not equals:
             raise CembedError(f"{option} {pair!r}: wanted KEY=VALUE")
         try:
-            metadata[key] = json.loads(value)
-        except ValueError:
+            metadata[key] = json.loads(value, parse_constant=refuse_constant)
+        except (ValueError, RecursionError):
             metadata[key] = value
     return metadata
+
+
+def refuse_constant(name: str) -> float:
+    """Python's parser takes NaN and Infinity, which JSON does not have."""
+    raise ValueError(name)
 
 
 def embed_image(embedder: Embedder, path: Path, budget: Budget) -> Vectors:
@@ -138,4 +147,6 @@ def embed_image(embedder: Embedder, path: Path, budget: Budget) -> Vectors:
         page = next(iter(reader.read([path])))
     if not isinstance(page, Page):
         raise CembedError(f"{path} cannot be read: {page.reason}")
+    if page.warning:
+        complain(f"warning: {path}, page {page.number}: {page.warning}")
     return embedder.embed_image(page.image, budget)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from cembed.quantize.graph import SourceGraph
 from cembed.quantize.weights import Floats, Range
 from cembed.runtime.errors import CembedError
+from cembed.runtime.quiet import ort
 from cembed.runtime.session import StepSession
 
 BALANCE = 0.5  # share of the outliers that goes to the weights: alpha of SmoothQuant

@@ -19,6 +19,7 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ class Bundle:
         self._verified: set[str] = set()
         self._verify = verify
         self._check_listing()
+
+    def __reduce__(self) -> tuple[Callable[..., Bundle], tuple[str, str, bool]]:
+        """Pickles as its path; it is opened again, and must be the same, where it is unpickled."""
+        return reopen, (os.path.abspath(self.root), self.hash, self._verify)
 
     def _check_listing(self) -> None:
         listed, found = set(self.manifest.files), listing(self.root) - {MANIFEST, DIGEST}
@@ -128,6 +133,14 @@ def listing(root: Path) -> set[str]:
         return {entry.name for entry in os.scandir(root)}
     except OSError as error:
         raise CembedError(f"cannot list {root}: {error.strerror}") from error
+
+
+def reopen(root: str, expected: str, verify: bool) -> Bundle:
+    """The bundle at `root`, if its hash is `expected`; else CembedError."""
+    bundle = Bundle(root, verify=verify)
+    if bundle.hash != expected:
+        raise CembedError(f"{root} is not the bundle that was pickled: its hash is {bundle.hash[:16]}…, load it anew")
+    return bundle
 
 
 def record_files(root: Path) -> dict[str, FileRecord]:

@@ -6,7 +6,7 @@ Letters: K vectors, D length of a state, H hidden.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,8 +60,10 @@ class Embedder:
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
+        self._options = (engine, max_visual_tokens, state_memory)
         self._open = open_sessions(bundle, engine)
         self._sessions: dict[str, Session] = {}
+        self._replaced = False
         self._lock = threading.Lock()
         self.inputs = InputBuilder(bundle, max_visual_tokens, self.session)
         self._slots = bundle.table(self.manifest.slot_embeddings) if self.manifest.slot_embeddings else None
@@ -74,7 +76,7 @@ class Embedder:
         *,
         providers: Sequence[str] = CPU,
         threads: int | None = None,
-        prepack: bool = True,
+        prepack: bool | None = True,
         max_visual_tokens: int | None = None,
         state_memory: int = DEFAULT_STATE_MEMORY,
         verify: bool = True,
@@ -84,9 +86,10 @@ class Embedder:
         `providers` are `tensorrt` (see `cembed build-engine`), `openvino`, `openvino-bf16` and ONNX Runtime's execution
         providers, in order of preference; `threads` is per operator, None for all cores; `prepack=False` leaves the
         weights memory-mapped, which opens at once, is a little slower per page, and with int8 or int4 weights fifteen
-        times or more slower per step of the loop; `max_visual_tokens` lowers the bundle's own limit, for speed;
-        `state_memory` bounds, in bytes, what the states of `start` hold together; `verify=False` skips the sha256 of
-        files.
+        times or more slower per step of the loop; `prepack=None` maps those only that this costs little, for a process
+        of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `state_memory` bounds, in bytes,
+        what the states of `start` hold together; `verify=False` skips the sha256 of files.
+        An Embedder can be pickled: it is opened again where it is unpickled.
         Raises CembedError: no bundle, a damaged one, a provider that is not available.
         """
         engine = EngineSettings(tuple(providers), threads, prepack)
@@ -185,6 +188,17 @@ class Embedder:
             check_length(self.manifest, budget.num_vectors)
         return budget.num_vectors or side.num_vectors
 
+    def prepare(self, name: SideName, budget: Budget = FULL) -> None:
+        """Verifies and opens the graphs that pages ("document") or queries ("query") of this budget need.
+
+        They are opened when needed without it, too. Raises CembedError: one is damaged, or cannot be loaded.
+        """
+        side: Side = getattr(self.manifest, name)
+        self.check(side, budget)
+        graphs = ["vision"] if name == "document" else []
+        for graph in (*graphs, "text_step" if self._loops(side, budget) else "text"):
+            self.session(graph)
+
     def session(self, name: str) -> Session:
         """The session of a graph, loaded on first use."""
         with self._lock:
@@ -196,6 +210,7 @@ class Embedder:
         """Run these in place of the bundle's own graphs, by name: other engines, or one that watches."""
         with self._lock:
             self._sessions |= sessions
+            self._replaced = True
 
     def release(self, name: str) -> None:
         """Closes a graph's session, which frees its memory; it is loaded again when needed."""
@@ -211,21 +226,30 @@ class Embedder:
             return self._slots[start : start + count]
         return self.inputs.tokens[np.full(count, side.latent_token_id)]
 
-    def finish(self, side: Side, states: Array, dim: int | None = None) -> Vectors:
-        """Vectors from states [n, D]: pooled, cut to `dim`, normalised."""
-        return normalise(pool_states(states, side.pooling)[:, :dim])
+    def finish(self, side: Side, states: Array, dim: int | None = None, graph: str = "text_step") -> Vectors:
+        """Vectors from states [n, D] that `graph` gave: pooled, cut to `dim`, normalised."""
+        source = "image" if side is self.manifest.document else "query"
+        return normalise(pool_states(states, side.pooling)[:, :dim], f"graph {graph}, of this {source},")
 
     def embed_prompt(self, name: SideName, prompt: Prompt, budget: Budget = FULL) -> Vectors:
         """Vectors of what `inputs` made of a page or query, by the text graphs alone; errors as in `embed_images`."""
         side: Side = getattr(self.manifest, name)
         num_vectors = self.check(side, budget)
-        if num_vectors is not None and (budget.decode == "loop" or side.slots == "feedback"):
+        if num_vectors is not None and self._loops(side, budget):
             state = self._state(name, prompt, num_vectors)
             vectors = state.extend(num_vectors)
             state.close()
             return vectors if budget.dim is None else normalise(vectors[:, : budget.dim])
-        vectors = self.finish(side, self._single_pass(side, prompt, num_vectors), budget.dim)
+        vectors = self.finish(side, self._single_pass(side, prompt, num_vectors), budget.dim, "text")
         return pool_tokens(vectors, budget.pool_factor)
+
+    def __reduce__(self) -> tuple[Callable[..., Embedder], tuple[Any, ...]]:
+        if self._replaced:
+            raise CembedError("an Embedder whose sessions were replaced cannot be pickled: load one in each process")
+        return type(self), (self.bundle, *self._options)
+
+    def _loops(self, side: Side, budget: Budget) -> bool:
+        return budget.decode == "loop" or side.slots == "feedback"
 
     def _single_pass(self, side: Side, prompt: Prompt, num_vectors: int | None) -> Array:
         """States [K, D] of prompt and slots in one run of the text graph; all positions where K is None."""

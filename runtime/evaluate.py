@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 MEASURES = {"nDCG@5": "nDCG@5", "nDCG@10": "nDCG@10", "recall@1": "R@1", "recall@5": "R@5", "recall@10": "R@10"}
 MEASURES |= {"MRR": "RR"}
+WHOLE = re.compile(r"-?[0-9]{1,9}")
 DEPTH = 100  # pages of a ranking that are looked at
 TIMED_PAGES = 20
 
@@ -75,6 +78,8 @@ class Dataset:
             for page in reader.read(files):
                 if not isinstance(page, Page):
                     raise CembedError(f"{page.path} cannot be read: {page.reason}")
+                if page.warning:
+                    warnings.warn(f"{page.path}, page {page.number}: {page.warning}", RuntimeWarning, stacklevel=2)
                 name = Path(page.path).relative_to(folder).as_posix()
                 name = name if counts[page.path] == 1 else f"{name}#{page.number}"
                 yield name, page.image, sum(counts.values())
@@ -86,7 +91,7 @@ def read_queries(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CembedError(f"{path}, line {number}: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "_id" not in row:
             raise CembedError(f'{path}, line {number}: wanted {{"_id": …, "text": "…"}}')
@@ -95,11 +100,14 @@ def read_queries(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    header, *rows = list(csv.reader(read_text(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)) or [[]]
+    try:
+        header, *rows = list(csv.reader(read_text(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)) or [[]]
+    except csv.Error as error:
+        raise CembedError(f"{path}: {error}") from error
     if header != ["query-id", "corpus-id", "score"]:
         raise CembedError(f"{path}: the first line must be query-id, corpus-id, score with tabs between")
     for number, row in enumerate(rows, 2):
-        if len(row) != 3 or not row[2].lstrip("-").isdecimal():
+        if len(row) != 3 or not WHOLE.fullmatch(row[2]):
             raise CembedError(f"{path}, line {number}: wanted a query, a page and a whole number")
         qrels.setdefault(row[0], {})[row[1]] = int(row[2])
     return qrels
@@ -141,9 +149,6 @@ class Evaluation:
     pages: int
     rows: tuple[Row, ...]
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
 
 def evaluate(
     embedder: Embedder,
@@ -165,6 +170,8 @@ def evaluate(
     questions = dataset.judged()
     if not questions:
         raise CembedError("qrels.tsv names no relevant page: there is nothing to measure")
+    embedder.prepare("document", Budget(steps[-1]))
+    embedder.prepare("query")
     pages, images = embed_corpus(embedder, dataset, steps[-1], progress)
     queries = [embedder.embed_query(dataset.queries[question]) for question in questions]
     rows: list[Row] = []

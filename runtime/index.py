@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -131,6 +132,12 @@ class Index(IndexReader):
         self._writer = SegmentWriter(self._disk, self._segments[-1])
         self.notes += self._writer.recover()
         return self
+
+    def __reduce__(self) -> tuple[Callable[..., Index], tuple[str]]:
+        """Pickles as its path; what is open there sees what is in it by then."""
+        if self._writer is not None:
+            raise CembedError("an Index that is open for writing cannot be pickled: open it where it is searched")
+        return partial(Index.open, damaged=self._damaged), (os.path.abspath(self.folder),)
 
     def __enter__(self) -> Index:
         return self

@@ -16,6 +16,7 @@ from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
 from cembed.runtime.images import to_rgb
 from cembed.runtime.manifest import ImageProcessing, Manifest
+from cembed.runtime.pooling import require_finite
 from cembed.runtime.positions import Grid, IntArray, patch_positions, prompt_positions, window_index, window_restore
 from cembed.runtime.preprocess import preprocess
 from cembed.runtime.prompts import Prompter, load_tokenizer
@@ -41,6 +42,15 @@ class InputBuilder:
         self.prompter = Prompter(load_tokenizer(bundle.path(self.manifest.tokenizer)), self.manifest.image_token_id)
         self.tokens = bundle.table(self.manifest.token_embeddings)
         self._session = session
+        self._try_tokenizer(bundle)
+
+    def _try_tokenizer(self, bundle: Bundle) -> None:
+        """Raises CembedError for one that fails whatever it is given, before there is a page."""
+        try:
+            self.prompter.document(self.manifest.document.prompt, 1)
+            self.prompter.query(self.manifest.query.prompt, "é")
+        except CembedError as error:
+            raise CembedError(f"{bundle.root / self.manifest.tokenizer}: {error}") from error
 
     def document(self, image: ImageLike) -> Prompt:
         pixel_values, grid = preprocess(to_rgb(image), self.image)
@@ -73,6 +83,7 @@ class InputBuilder:
             feeds["window_index"] = window_index(grid, self.image)
             feeds["window_restore"] = window_restore(feeds["window_index"], len(pixel_values))
         features: Array = self._session("vision").run(feeds)[0]
+        require_finite(features, "graph vision, of this image,")
         return features
 
 

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -123,6 +123,9 @@ class LatentState:
         """Drops the cache; vectors that were handed out stay."""
         self._step = None
         self.cache.buffers.clear()
+
+    def __reduce__(self) -> NoReturn:
+        raise CembedError("a LatentState cannot be pickled: save() it, and go on from the file with Embedder.resume()")
 
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of the cache."""

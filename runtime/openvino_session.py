@@ -11,6 +11,7 @@ import numpy as np
 
 from cembed.runtime.bundle import Bundle
 from cembed.runtime.errors import CembedError
+from cembed.runtime.quiet import import_openvino
 from cembed.runtime.session import Array, EngineSettings
 
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
@@ -22,7 +23,7 @@ def openvino_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str
     """What opens the session of a graph. Raises CembedError: OpenVINO, or bfloat16 arithmetic, is not there, or the
     bundle is for another engine."""
     try:
-        import openvino
+        openvino = import_openvino()
     except ImportError as error:
         raise CembedError("OpenVINO is not installed: pip install 'cembed[openvino]'") from error
     precision = PRECISIONS[settings.providers[0]]
@@ -65,6 +66,7 @@ class OpenVinoStep:
 
     def __init__(self, model: Any, cache: Mapping[str, Array]) -> None:
         self._request, self._cache = model.create_infer_request(), cache
+        self._tensor = import_openvino().Tensor
         self._past = {name: array.copy() for name, array in cache.items()}
         self._present = {name: np.empty_like(array) for name, array in cache.items()}
         self._states = {output.any_name: output for output in model.outputs if not named_present(output)}
@@ -78,12 +80,10 @@ class OpenVinoStep:
             np.copyto(self._past[name], array)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        from openvino import Tensor
-
         for name in self._cache:
-            self._request.set_tensor(name, Tensor(self._past[name], shared_memory=True))
+            self._request.set_tensor(name, self._tensor(self._past[name], shared_memory=True))
             written = name.replace("past_key_values.", "present.")
-            self._request.set_tensor(written, Tensor(self._present[name], shared_memory=True))
+            self._request.set_tensor(written, self._tensor(self._present[name], shared_memory=True))
         outputs = infer(self._request, feeds)
         self._past, self._present = self._present, self._past
         return {name: np.array(outputs[output]) for name, output in self._states.items()}

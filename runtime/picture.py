@@ -27,7 +27,9 @@ def picture(out: Path, panels: int, size: tuple[float, float]) -> Iterator[list[
     try:
         yield list(axes[0])
         figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CembedError(f"cannot write {out}: {error.strerror or error}") from error
+    except ValueError as error:
         raise CembedError(f"cannot write {out}: {error}") from error
     finally:
         pyplot.close(figure)

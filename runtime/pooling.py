@@ -12,15 +12,27 @@ from cembed.runtime.manifest import Pooling
 from cembed.runtime.vectors import Vectors
 
 FloatArray = NDArray[np.floating[Any]]
+BLAME = "the checkpoint or its precision (fp16?) is at fault"
 
 
-def normalise(states: FloatArray) -> Vectors:
-    """Rows of length one. Raises CembedError for NaN, infinity or a row of zeros: none may be stored as a vector."""
-    norms = np.linalg.norm(states, axis=-1, keepdims=True)
-    if not np.isfinite(norms).all() or not norms.all():
-        raise CembedError("the model gave NaN, infinity or zeros: the checkpoint or its precision (fp16?) is at fault")
+def normalise(states: FloatArray, source: str = "the model") -> Vectors:
+    """Rows of length one. Raises CembedError for NaN, infinity or a row of zeros: none may be stored as a vector.
+
+    `source` is what made the states.
+    """
+    with np.errstate(over="ignore"):
+        norms = np.linalg.norm(states, axis=-1, keepdims=True)
+    require_finite(norms, source)
+    if not norms.all():
+        raise CembedError(f"{source} gave zeros: {BLAME}")
     vectors: Vectors = (states / norms).astype(np.float32)
     return vectors
+
+
+def require_finite(states: FloatArray, source: str) -> None:
+    """Raises CembedError for NaN or infinity, by its name, and with what made it."""
+    if not np.isfinite(states).all():
+        raise CembedError(f"{source} gave {'NaN' if np.isnan(states).any() else 'infinity'}: {BLAME}")
 
 
 def pool_states(states: FloatArray, pooling: Pooling) -> FloatArray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,25 @@ QUERY_POSITIONS = 512
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises CembedError if `path` is not a tokenizer as the `tokenizers` library writes it."""
-    try:
+    with panics_named(f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise CembedError(f"{path} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()  # settings left over from training, which transformers resets as well
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextlib.contextmanager
+def panics_named(what: str) -> Iterator[None]:
+    """What `tokenizers` raises becomes a CembedError: Exception itself, or a panic, which is none.
+
+    The CembedError's cause is what was raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CembedError(f"{what}: {' '.join(str(error).split()):.200}") from error
 
 
 class Prompter:
@@ -44,7 +58,8 @@ class Prompter:
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def _encode(self, text: str) -> NDArray[np.int64]:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        with panics_named("the tokenizer failed"):
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def document(self, prompt: str, num_visual_tokens: int) -> NDArray[np.int64]:
         """`input_ids` [S]: the prompt with its one `{image}` become `num_visual_tokens` image tokens."""

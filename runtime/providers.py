@@ -22,7 +22,7 @@ def open_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], S
     others = tuple(name for name in settings.providers if name not in ENGINES)
     check_providers(others)
     if first not in ENGINES:
-        chosen = replace(settings, providers=others)
+        chosen = replace(settings, providers=others, prepack=settings.packs(bundle.manifest))
         return lambda name: OrtSession(bundle.graph_path(name), chosen)
     try:
         return ENGINES[first](bundle, settings)

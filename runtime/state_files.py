@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from cembed.runtime.array_files import Parts, write_safetensors
 from cembed.runtime.errors import CembedError
 from cembed.runtime.manifest import Manifest, Side
 from cembed.runtime.session import Array
@@ -178,8 +178,8 @@ def described(signature: Signature, name: str, otherwise: str) -> str:
 def write_state(path: Path, bundle: str, side: SideName, arrays: Mapping[str, Array]) -> None:
     """A file that `open_state` reads. Raises CembedError if it cannot be written."""
     origin = metadata(bundle, side)
-    content = save(dict(arrays), origin | {"sha256": digest(arrays, origin)})
-    write_whole(path, lambda file: file.write(content))
+    parts = {name: Parts.of([array]) for name, array in arrays.items()}
+    write_whole(path, lambda file: write_safetensors(file, parts, origin | {"sha256": digest(arrays, origin)}))
 
 
 def metadata(bundle: str, side: SideName) -> dict[str, str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import libcembed
-import onnxruntime
 import pytest
 from filelock import FileLock
+
+from cembed.runtime.quiet import ort as onnxruntime
 
 if TYPE_CHECKING:
     from reference import Zoo

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from cembed.runtime.manifest import Graph
+from cembed.runtime.quiet import ort
 
 Work = Callable[[], None]
 STREAM = 7

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -25,6 +24,7 @@ from cembed.runtime import Bundle, CembedError, Embedder
 from cembed.runtime.errors import Check
 from cembed.runtime.manifest import DIGEST, MANIFEST, OLDEST_SCHEMA, SCHEMA_VERSION, Manifest
 from cembed.runtime.manifest_file import digest_line, write_manifest
+from cembed.runtime.quiet import ort as onnxruntime
 from cembed.runtime.verify import verify
 
 FILES = (

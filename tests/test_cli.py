@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from conftest import GOLDEN
 from PIL import Image, ImageDraw
 
 from cembed import __version__
 from cembed.cli import main
-from cembed.runtime import Bundle, Embedder, VectorFile, maxsim
-from cembed.runtime.manifest import MANIFEST
+from cembed.runtime import Bundle, CembedError, Embedder, VectorFile, maxsim
+from cembed.runtime.bundle import sha256
+from cembed.runtime.documents import Page, PageError, PageReader
+from cembed.runtime.embedder import Budget
+from cembed.runtime.manifest import MANIFEST, FileRecord
 from cembed.runtime.manifest_file import write_manifest
+from cembed.runtime.quiet import ort as onnxruntime
+from cembed.streams import held_stderr
 
 COMMANDS = ("export", "quantize", "inspect", "verify", "embed", "search", "eval")
 CHECKPOINT = GOLDEN / "causalqwen2_5"
@@ -57,11 +66,12 @@ def cembed(*arguments: object) -> Outcome:
     return Outcome(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
 
 
-def cembed_process(*arguments: object) -> Outcome:
-    """Run the command line in a process of its own."""
+def cembed_process(*arguments: object, **options: Any) -> Outcome:
+    """Run the command line in a process of its own; `options` as for subprocess.run."""
     command = [sys.executable, "-c", "from cembed.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "surrogateescape"}
+    done = subprocess.run(command, timeout=60, check=False, **(pipes | options))
+    return Outcome(done.returncode, done.stdout or "", done.stderr or "")
 
 
 def picture(text: str, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -285,6 +295,244 @@ def test_an_interrupt(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.err == "interrupted\n"
 
 
+# Standard output and the system as they may be.
+
+
+def close_output() -> None:
+    """Leaves a pipe that nobody reads from where standard output was."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+
+
+COMMANDS_WITH_OUTPUT = ("search {vectors} x --bundle {bundle}", "inspect {bundle} --json", "verify {bundle}")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("line", [*COMMANDS_WITH_OUTPUT, "embed {bundle} {page} --out {tmp}/v.npz"])
+def test_a_full_disk_behind_standard_output(line: str, causal_bundle: Path, vectors: Path, tmp_path: Path) -> None:
+    values = {"bundle": causal_bundle, "vectors": vectors, "page": CHECKPOINT / "small.png", "tmp": tmp_path}
+    with open("/dev/full", "w") as full:
+        outcome = cembed_process(*line.format(**values).split(), stdout=full)
+    assert outcome.error == f"cannot write to standard output: {os.strerror(errno.ENOSPC)}"
+
+
+@pytest.mark.parametrize("line", COMMANDS_WITH_OUTPUT)
+def test_a_pipe_that_nobody_reads(line: str, causal_bundle: Path, vectors: Path) -> None:
+    command = line.format(bundle=causal_bundle, vectors=vectors).split()
+    assert (
+        cembed_process(*command, preexec_fn=close_output).error == "standard output was closed before all was written"
+    )
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_stream_that_is_closed(closed: int, causal_bundle: Path, vectors: Path) -> None:
+    outcome = cembed_process("search", vectors, "x", "--bundle", causal_bundle, preexec_fn=lambda: os.close(closed))
+    assert outcome.status == 0
+    assert outcome.err == ""
+
+
+@pytest.mark.parametrize(("command", "limit"), [("search", 6), ("embed", 9), ("embed", 12)])
+def test_few_files_may_be_open(command: str, limit: int, causal_bundle: Path, vectors: Path, tmp_path: Path) -> None:
+    """Where it does not suffice, that is said."""
+    lines = {"search": f"{vectors} x --bundle {causal_bundle}"}
+    lines["embed"] = f"{causal_bundle} {CHECKPOINT / 'small.png'} --out {tmp_path / 'v.npz'}"
+    outcome = cembed_process(
+        command,
+        *lines[command].split(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    if outcome.status:
+        assert os.strerror(errno.EMFILE) in outcome.error
+        assert "report" not in outcome.error
+
+
+def test_memory_that_does_not_suffice(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("cembed.runtime.bundle.Bundle.__init__", fail)
+    assert cembed("inspect", causal_bundle).error == "there is not enough memory (--debug shows where)"
+
+
+def test_without_home_and_without_a_working_directory(causal_bundle: Path, vectors: Path, tmp_path: Path) -> None:
+    def vanish() -> None:
+        (tmp_path / "gone").mkdir()
+        os.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+    options: dict[str, Any] = {"env": environment, "preexec_fn": vanish}
+    assert cembed_process("search", vectors, "x", "--bundle", causal_bundle, **options).status == 0
+    outcome = cembed_process("embed", causal_bundle, CHECKPOINT / "small.png", "--out", "v.npz", **options)
+    assert outcome.error == f"cannot write v.npz: {os.strerror(errno.ENOENT)}"
+
+
+def test_a_folder_that_cannot_be_written(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the first page; the tests may run as root, whom permissions do not stop."""
+
+    def refuse(self: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr("cembed.runtime.documents.PageReader.__init__", None)
+    monkeypatch.setattr(Path, "open", refuse)
+    message = cembed("embed", causal_bundle, CHECKPOINT / "small.png", "--out", tmp_path / "v.npz").error
+    assert message == f"cannot write {tmp_path / 'v.npz'}: {os.strerror(errno.EROFS)}"
+
+
+LOCALES = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+}
+
+
+@pytest.mark.parametrize(("locale", "suffix"), [("ascii", ".npz"), ("latin-1", ".safetensors"), ("C", ".safetensors")])
+def test_any_file_name_in_any_encoding(locale: str, suffix: str, causal_bundle: Path, tmp_path: Path) -> None:
+    for name in ("写真 Grüße.png", os.fsdecode(b"caf\xe9.png")):
+        picture("page").save(tmp_path / name, format="png")
+    (tmp_path / "größe.pdf").touch()
+    options: dict[str, Any] = {"env": {**os.environ, **LOCALES[locale], "COLUMNS": "250"}}
+    out = tmp_path / f"Öl{suffix}"
+    outcome = cembed_process("embed", causal_bundle, tmp_path, "--out", out, **options)
+    assert outcome.status == 3, outcome.err
+    assert "2 pages" in outcome.out
+    command = ("search", out, "page", "--bundle", causal_bundle)
+    rows = json.loads(cembed_process(*command, "--json", **options).out)
+    assert {os.fsencode(row["path"]) for row in rows} == {os.fsencode(path) for path in tmp_path.glob("*.png")}
+    outcome = cembed_process(*command, **options)
+    assert outcome.status == 0, outcome.err
+    assert len(outcome.out.splitlines()) == 7
+
+
+# Text from files is shown, not obeyed.
+
+HOSTILE = "a\x1b[31mred\x1b]0;title\x07\r\n\x9b2J\u202e\u2028fdp.exe\x7f\udce9"
+SHOWN = r"a\x1b[31mred\x1b]0;title\x07\r\n\x9b2J\u202e\u2028fdp.exe\x7f\udce9"
+
+
+def assert_harmless(outcome: Outcome) -> None:
+    """Nothing was written but lines of characters that a terminal shows."""
+    text = outcome.out + outcome.err
+    assert not [c for c in text if c != "\n" and not c.isprintable()], text
+    assert "fdp.exe" in text
+
+
+def test_a_foreign_vector_file(causal_bundle: Path, tmp_path: Path) -> None:
+    embedder, out = Embedder.load(causal_bundle), tmp_path / "v.npz"
+    vectors = embedder.embed_query("x", Budget(1))
+    VectorFile.of([vectors], [HOSTILE], [1], embedder.bundle.hash, [HOSTILE]).save(out)
+    command = ("search", out, "x", "--bundle", causal_bundle)
+    outcome = cembed(*command)
+    assert_harmless(outcome)
+    assert outcome.out.count(SHOWN) == 2
+    outcome = cembed(*command, "--json")
+    assert_harmless(outcome)
+    (row,) = json.loads(outcome.out)
+    assert (row["path"], row["warning"]) == (HOSTILE, HOSTILE)
+
+
+def test_a_foreign_bundle(causal_bundle: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(causal_bundle, tmp_path / f"bundle{HOSTILE}"))
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["source"] = {"model": HOSTILE}
+    manifest["made_with"] = {HOSTILE: HOSTILE}
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    outcome = cembed("inspect", root)
+    assert_harmless(outcome)
+    assert SHOWN in outcome.out
+    outcome = cembed("inspect", root, "--json")
+    assert_harmless(outcome)
+    assert json.loads(outcome.out)["source"] == {"model": HOSTILE}
+    (root / "text.data").write_bytes(b"")
+    assert SHOWN in cembed("inspect", root).error
+    (root / "text.data").unlink()
+    assert SHOWN in cembed("verify", root).error
+
+
+def test_foreign_documents(causal_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / f"{HOSTILE}.pdf").touch()
+    picture("page").save(folder / f"{HOSTILE}.png", format="png")
+    for command in (
+        ("embed", causal_bundle, folder, "--out", tmp_path / f"{HOSTILE}.npz"),
+        ("search", tmp_path / f"{HOSTILE}.npz", "x", "--bundle", causal_bundle),
+        ("search", tmp_path / f"{HOSTILE}.npz", "--image", folder / f"{HOSTILE}.png", "--bundle", causal_bundle),
+        ("search", tmp_path / f"{HOSTILE}.npz", HOSTILE, "--bundle", causal_bundle),
+        ("embed", causal_bundle, folder, "--out", tmp_path / f"{HOSTILE}.npy"),
+        ("embed", causal_bundle, folder / f"{HOSTILE}.tif", "--out", tmp_path / "v.npz"),
+        ("eval", causal_bundle, folder / HOSTILE),
+    ):
+        outcome = cembed(*command)
+        assert outcome.status in (0, 1, 3)
+        if HOSTILE not in command:
+            assert_harmless(outcome)
+
+
+def with_tokenizer(bundle: Path, root: Path, change: dict[str, Any]) -> Path:
+    """A copy of the bundle with another tokenizer, which its manifest names."""
+    shutil.copytree(bundle, root)
+    path = root / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer |= {name: value for name, value in change.items() if name != "model"}
+    tokenizer["model"] |= change.get("model", {})
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    bundle_manifest = Bundle(bundle).manifest
+    files = {**bundle_manifest.files, path.name: FileRecord(path.stat().st_size, sha256(path))}
+    (root / MANIFEST).write_text(replace(bundle_manifest, files=files).to_json(), encoding="utf-8")
+    return root
+
+
+PANICS: list[dict[str, Any]] = [
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+    {"normalizer": {"type": "Prepend", "prepend": ""}},
+    {"model": {"continuing_subword_prefix": "日本"}},
+]
+
+
+@pytest.mark.parametrize("change", PANICS, ids=str)
+def test_a_tokenizer_that_its_library_does_not_survive(
+    change: dict[str, Any], causal_bundle: Path, tmp_path: Path
+) -> None:
+    root = with_tokenizer(causal_bundle, tmp_path / "bundle", change)
+    with pytest.raises(CembedError, match=r"tokenizer\.json"):
+        Embedder.load(root)
+
+
+def test_a_panic_is_one_line(causal_bundle: Path, vectors: Path, tmp_path: Path) -> None:
+    """What the library says of it is not shown."""
+    root = with_tokenizer(causal_bundle, tmp_path / "bundle", PANICS[0])
+    options: dict[str, Any] = {"env": {**os.environ, "RUST_BACKTRACE": "1"}}
+    assert "tokenizer.json" in cembed_process("search", vectors, "x", "--bundle", root, **options).error
+    outcome = cembed_process("verify", root, **options)
+    assert outcome.status == 1
+    assert outcome.err == ""
+    assert [line for line in outcome.out.splitlines() if line.startswith("FAILED self-test") and "tokenizer" in line]
+
+
+def test_a_panic_anywhere_else_is_one_line(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def fail(*_: object) -> None:
+        raise PanicException("of all things")
+
+    monkeypatch.setattr("cembed.runtime.bundle.Bundle.__init__", fail)
+    assert "PanicException: of all things" in cembed("inspect", causal_bundle).error
+
+
+def test_what_native_code_says_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with held_stderr():
+        os.write(2, b"a word from a library\n")
+        assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "a word from a library\n"
+
+
 # export
 
 
@@ -430,6 +678,187 @@ def test_embed_failing_with_force_keeps_the_file(causal_bundle: Path, bad: Path,
     out.write_bytes(b"precious")
     assert cembed("embed", causal_bundle, bad, "--out", out, "--force").status == 1
     assert out.read_bytes() == b"precious"
+
+
+# Runs that end early, and pages in doubt.
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+def before_page(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Does something when the page with this number is about to be embedded."""
+    embed_image, seen = Embedder.embed_image, []
+
+    def embed(*arguments: Any) -> Any:
+        seen.append(arguments)
+        if len(seen) == number:
+            action()
+        return embed_image(*arguments)
+
+    monkeypatch.setattr(Embedder, "embed_image", embed)
+
+
+@pytest.mark.parametrize("number", STATUS)
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_signal_keeps_the_pages_so_far(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, suffix: str
+) -> None:
+    out = tmp_path / f"v{suffix}"
+    before_page(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
+    handlers = [signal.getsignal(each) for each in STATUS]
+    outcome = cembed("embed", causal_bundle, good, "--out", out)
+    assert outcome == Outcome(
+        STATUS[signal.Signals(number)], "", f"interrupted after 2 of 3 pages: {out} has 2 pages\n"
+    )
+    assert len(VectorFile.load(out)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert [signal.getsignal(each) for each in STATUS] == handlers
+
+
+def test_a_signal_before_the_first_page(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "v.npz"
+    before_page(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    outcome = cembed("embed", causal_bundle, good, "--out", out)
+    assert outcome == Outcome(143, "", f"interrupted after 0 of 3 pages: {out} was not written\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the second one", "the first one"])
+def test_a_signal_while_the_file_is_written(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """It changes nothing: the command is about to end."""
+    if first:
+        before_page(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    replace_file = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *paths: (os.kill(os.getpid(), signal.SIGINT), replace_file(*paths)))
+    outcome = cembed("embed", causal_bundle, good, "--out", tmp_path / "v.npz")
+    assert outcome.status == (130 if first else 0)
+    assert len(VectorFile.load(tmp_path / "v.npz")) == (2 if first else 3)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after nohup."""
+    before_page(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cembed("embed", causal_bundle, good, "--out", tmp_path / "v.npz").status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_to_the_process_itself(causal_bundle: Path, good: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.npz"
+    code = "import os, signal; from cembed.runtime import Embedder; from cembed.cli import main; take, n = "
+    code += "Embedder.embed_image, []\ndef embed(*a):\n n.append(os.kill(os.getpid(), 15) if len(n) == 1 else 0)\n "
+    code += "return take(*a)\nEmbedder.embed_image = embed\nmain()"
+    command = [sys.executable, "-c", code, "embed", str(causal_bundle), str(good), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr == f"interrupted after 1 of 3 pages: {out} has 1 pages\n"
+    assert len(VectorFile.load(out)) == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("odd"), MemoryError(), OSError(5, "broken"), CembedError("gone")])
+def test_what_nobody_expected_keeps_the_pages_so_far(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    read = PageReader.read
+
+    def break_off(self: PageReader, paths: Sequence[Path]) -> Iterator[Page | PageError]:
+        pages = read(self, paths)
+        yield next(pages)
+        yield next(pages)
+        raise error
+
+    out = tmp_path / "v.npz"
+    monkeypatch.setattr(PageReader, "read", break_off)
+    outcome = cembed("embed", causal_bundle, good, "--out", out)
+    assert outcome.status == 1
+    first, last = outcome.err.splitlines()
+    assert first == f"ended after 2 of 3 pages: {out} has 2 pages"
+    assert last.startswith("error: ")
+    assert len(VectorFile.load(out)) == 2
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_disk_that_is_full_at_the_end(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """The pages go where there is room."""
+    out, spare = tmp_path / "full" / f"v{suffix}", tmp_path / "spare"
+    out.parent.mkdir()
+    spare.mkdir()
+    replace_file = Path.replace
+
+    def refuse(path: Path, to: Path) -> Path:
+        if to == out:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace_file(path, to)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr("tempfile.tempdir", str(spare))
+    message = cembed("embed", causal_bundle, good, "--out", out).error
+    (kept,) = spare.rglob("*.npz")
+    assert message.startswith(f"cannot write {out}: {os.strerror(errno.ENOSPC)}; its 3 pages are in {kept}: ")
+    assert len(VectorFile.load(kept)) == 3
+    assert not list(out.parent.iterdir())
+
+
+def test_a_damaged_graph_is_found_before_the_first_page(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(causal_bundle, tmp_path / "bundle"))
+    content = bytearray((root / "text.data").read_bytes())
+    content[len(content) // 2] ^= 1
+    (root / "text.data").write_bytes(content)
+    dataset = tmp_path / "dataset"
+    shutil.copytree(good, dataset / "pages")
+    (dataset / "queries.jsonl").write_text('{"_id": "q", "text": "page"}')
+    (dataset / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\treport.pdf#1\t1\n")
+    monkeypatch.setattr(PageReader, "read", None)
+    for command in (
+        ("embed", root, good, "--out", tmp_path / "v.npz"),
+        ("embed", root, good, "--out", tmp_path / "v.npz", "--decode", "loop"),
+        ("index", "add", tmp_path / "index", good, "--bundle", root),
+        ("eval", root, dataset),
+    ):
+        assert cembed(*command).error == f"{root}/text.data does not match its sha256: it is damaged, copy it again"
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_pages_in_doubt(
+    causal_bundle: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    read, out = PageReader.read, tmp_path / f"v{suffix}"
+
+    def doubt(self: PageReader, paths: Sequence[Path]) -> Iterator[Page | PageError]:
+        for page in read(self, paths):
+            doubted = isinstance(page, Page) and page.path.endswith("report.pdf") and page.number == 2
+            yield replace(page, warning="half of it is white") if doubted and isinstance(page, Page) else page
+
+    monkeypatch.setattr(PageReader, "read", doubt)
+    outcome = cembed("embed", causal_bundle, good, "--out", out)
+    assert outcome.status == 3
+    assert outcome.err == f"warning: {good}/report.pdf, page 2: half of it is white\n"
+    assert "3 pages" in outcome.out
+    assert sorted(VectorFile.load(out).warnings) == ["", "", "half of it is white"]
+    command = ("search", out, "second", "--bundle", causal_bundle)
+    rows = json.loads(cembed(*command, "--json").out)
+    assert [row.get("warning") for row in rows if row["path"].endswith("pdf") and row["page"] == 2] == [
+        "half of it is white"
+    ]
+    assert sum("warning" in row for row in rows) == 1
+    shown = cembed(*command).out
+    assert "warning" in shown
+    assert "half of it is white" in shown
+    monkeypatch.undo()
+    cembed("embed", causal_bundle, good, "--out", out, "--force")
+    assert "warning" not in cembed(*command).out
 
 
 def test_pages_of_extreme_sizes(causal_bundle: Path, tmp_path: Path) -> None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import copy
+import multiprocessing
+import pickle
+import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from conftest import BACKBONE_OF, BundleMaker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cembed.runtime import CembedError, Embedder
+from cembed.runtime import Bundle, CembedError, Embedder, Index, NewPage
 from cembed.runtime.embedder import CPU, Budget
-from cembed.runtime.manifest import ImageProcessing
+from cembed.runtime.manifest import MANIFEST, ImageProcessing, Quantisation
 from cembed.runtime.pooling import normalise
 from cembed.runtime.positions import patch_positions, window_index, window_restore
 from cembed.runtime.preprocess import smart_resize
+from cembed.runtime.quiet import ort
+from cembed.runtime.session import EngineSettings
 
 SPEC = ImageProcessing("smart", 14, 2, 3136, 75264, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), window_size=112)
 
@@ -133,12 +140,191 @@ def test_a_head_of_all_tokens_has_no_budget(bundle_of: BundleMaker) -> None:
         Embedder.load(bundle_of("colqwen2")).embed_query("x", Budget(2))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
-def test_nan_infinity_and_zeros_never_become_vectors(bad: float) -> None:
+@pytest.mark.parametrize(
+    ("bad", "name"),
+    [
+        (np.nan, "NaN"),
+        (np.inf, "infinity"),
+        (-np.inf, "infinity"),
+        (3e38, "infinity"),
+        ([np.nan, np.inf, 0, 0], "NaN"),
+        (0.0, "zeros"),
+    ],
+)
+def test_nan_infinity_and_zeros_never_become_vectors(bad: Any, name: str) -> None:
     states = np.ones((3, 4), np.float32)
     states[1] = bad
-    with pytest.raises(CembedError, match="NaN"):
-        normalise(states)
+    with pytest.raises(CembedError, match=f"^graph text, of this query, gave {name}: "):
+        normalise(states, "graph text, of this query,")
+
+
+class Spoiler:
+    """A session that gives one bad value."""
+
+    def __init__(self, session: Any, bad: float) -> None:
+        self.session, self.bad = session, bad
+
+    def run(self, feeds: Any) -> Any:
+        output = self.session.run(feeds)
+        if isinstance(output, dict):
+            return {name: self.spoilt(value) for name, value in output.items()}
+        return self.spoilt(output)
+
+    def spoilt(self, value: Any) -> Any:
+        value = value.copy()
+        value[..., -1, 0] = self.bad
+        return value
+
+    def bind(self, cache: Any) -> Any:
+        return Spoiler(self.session.bind(cache), self.bad)
+
+
+@pytest.mark.parametrize(("bad", "name"), [(np.nan, "NaN"), (np.inf, "infinity")])
+@pytest.mark.parametrize(
+    ("graph", "what", "decode"),
+    [
+        ("vision", "image", None),
+        ("vision", "image", "loop"),
+        ("text", "image", None),
+        ("text", "query", None),
+        ("text_step", "image", "loop"),
+        ("text_step", "query", "loop"),
+    ],
+)
+def test_what_gave_nan_is_named(causal_bundle: Path, bad: float, name: str, graph: str, what: str, decode: Any) -> None:
+    embedder = Embedder.load(causal_bundle)
+    embedder.replace_sessions({graph: Spoiler(embedder.session(graph), bad)})
+    given: Any = MATES[1] if what == "image" else "x"
+    embed: Any = embedder.embed_image if what == "image" else embedder.embed_query
+    with pytest.raises(CembedError, match=f"^graph {graph}, of this {what}, gave {name}: "):
+        embed(given, Budget(decode=decode))
+
+
+# Pickled: as its path and options.
+
+
+def same_vectors(a: Embedder, b: Embedder) -> bool:
+    return bool(np.array_equal(a.embed_query("total"), b.embed_query("total")))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_an_embedder_is_pickled(
+    causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    monkeypatch.chdir(causal_bundle.parent)
+    embedder = Embedder.load(causal_bundle.name, threads=1, max_visual_tokens=24, state_memory=1234, verify=False)
+    expected = embedder.embed_image(MATES[0])
+    written = pickle.dumps(embedder, protocol)
+    assert len(written) < 1000
+    monkeypatch.chdir(tmp_path)  # whoever loads it is somewhere else
+    again = pickle.loads(written)
+    assert np.array_equal(again.embed_image(MATES[0]), expected)
+    assert again.bundle.root == causal_bundle
+    with pytest.raises(CembedError, match="state_memory"):
+        again.start_query("x")
+
+
+def test_an_embedder_goes_to_another_process(causal_bundle: Path) -> None:
+    embedder = Embedder.load(causal_bundle)
+    expected = embedder.embed_query("total")  # which has opened a session, locks and all
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert np.array_equal(pool.submit(embedder.embed_query, "total").result(), expected)
+
+
+def test_copies_of_an_embedder(causal_bundle: Path) -> None:
+    embedder = Embedder.load(causal_bundle, threads=1)
+    for same in (copy.copy(embedder), copy.deepcopy([embedder])[0]):
+        assert same is not embedder
+        assert same_vectors(same, embedder)
+
+
+def test_a_pickled_embedder_whose_bundle_is_another_by_now(causal_bundle: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(causal_bundle, tmp_path / "bundle"))
+    written = pickle.dumps(Embedder.load(root))
+    (root / MANIFEST).write_text((root / MANIFEST).read_text() + "\n")
+    with pytest.raises(CembedError, match="is not the bundle that was pickled"):
+        pickle.loads(written)
+    shutil.rmtree(root)
+    with pytest.raises(CembedError, match="is not a bundle"):
+        pickle.loads(written)
+
+
+def test_what_is_not_pickled_says_what_to_do(causal_bundle: Path, tmp_path: Path) -> None:
+    embedder = Embedder.load(causal_bundle)
+    with pytest.raises(CembedError, match=r"save\(\)"):
+        pickle.dumps(embedder.start_query("x"))
+    embedder.replace_sessions({"text": embedder.session("text")})
+    with pytest.raises(CembedError, match="load one in each process"):
+        pickle.dumps(embedder)
+    with Index.create(tmp_path / "index", dim=8, bundle="b") as index:
+        index.add([NewPage("a", np.ones((1, 8), np.float32))], bundle="b")
+        with pytest.raises(CembedError, match="open for writing"):
+            pickle.dumps(index)
+    again = pickle.loads(pickle.dumps(Index.open(tmp_path / "index")))
+    assert again.search(np.ones((1, 8), np.float32), top=1).hits[0].id == "a"
+
+
+# Graphs that are opened before they are needed, and weights that are packed where that pays.
+
+
+@pytest.mark.parametrize(
+    ("side", "decode", "graphs"),
+    [
+        ("document", None, ["vision", "text"]),
+        ("document", "loop", ["vision", "text_step"]),
+        ("query", None, ["text"]),
+        ("query", "loop", ["text_step"]),
+    ],
+)
+def test_prepare_opens_what_is_needed(
+    causal_bundle: Path, monkeypatch: pytest.MonkeyPatch, side: Any, decode: Any, graphs: list[str]
+) -> None:
+    opened: list[str] = []
+    path = Bundle.graph_path
+    monkeypatch.setattr(Bundle, "graph_path", lambda self, name: opened.append(name) or path(self, name))  # type: ignore[func-returns-value]
+    embedder, budget = Embedder.load(causal_bundle), Budget(2, decode=decode)
+    embedder.prepare(side, budget)
+    assert opened == graphs
+    embedder.embed_image(MATES[1], budget) if side == "document" else embedder.embed_query("x", budget)
+    assert opened == graphs
+    with pytest.raises(CembedError, match="at least 1"):
+        embedder.prepare(side, Budget(0))
+
+
+@pytest.mark.parametrize(
+    ("schemes", "packed"),
+    [
+        (None, False),
+        (("fp16", "fp16"), False),
+        (("w8a8", "w8a8"), False),
+        (("int8", "int8"), True),
+        (("int4", "int4"), True),
+        (("w8a8", "int8"), True),
+    ],
+)
+def test_weights_that_only_packing_makes_fast(causal_bundle: Path, schemes: Any, packed: bool) -> None:
+    manifest = Bundle(causal_bundle).manifest
+    if schemes is not None:
+        comparison: Any = None
+        weights = dict(zip(("text/a", "vision/b"), schemes, strict=True))
+        manifest = replace(manifest, quantisation=Quantisation("", "", "", "", weights, (), comparison))
+    assert EngineSettings(prepack=None).packs(manifest) is packed
+    assert EngineSettings(prepack=True).packs(manifest)
+    assert not EngineSettings(prepack=False).packs(manifest)
+
+
+@pytest.mark.parametrize(("prepack", "disabled"), [(None, "1"), (True, "0"), (False, "1")])
+def test_the_session_is_told(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch, prepack: Any, disabled: str) -> None:
+    told: list[str] = []
+    make = ort.InferenceSession
+
+    def record(path: str, options: Any, **more: Any) -> Any:
+        told.append(options.get_session_config_entry("session.disable_prepacking"))
+        return make(path, options, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", record)
+    Embedder.load(causal_bundle, prepack=prepack).embed_query("x")
+    assert told == [disabled]
 
 
 def test_fewer_visual_tokens_at_call_time(causal_bundle: Path) -> None:

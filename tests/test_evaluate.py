@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from test_cli import cembed
 
 from cembed.runtime import Embedder
+from cembed.runtime.documents import PageReader
 from cembed.runtime.errors import CembedError
 from cembed.runtime.evaluate import Dataset, evaluate, measure, rank, require_ir_measures
 from cembed.runtime.scoring import maxsim
@@ -114,12 +116,33 @@ def test_command_prints_table_json_and_picture(causal_bundle: Path, dataset: Pat
     assert "3 questions" in " ".join(table.split())
 
 
+def test_a_picture_that_cannot_be_written_costs_no_table(causal_bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nowhere" / "plot.png"
+    outcome = cembed("eval", causal_bundle, dataset, "--budgets", "1", "--plot", out)
+    assert outcome.status == 1
+    assert outcome.err == f"error: cannot write {out}: No such file or directory\n"
+    assert "nDCG@5" in outcome.out
+
+
+def test_pages_in_doubt_are_named(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = PageReader.read
+    monkeypatch.setattr(
+        PageReader, "read", lambda *arguments: (replace(page, warning="half of it") for page in read(*arguments))
+    )
+    with pytest.warns(RuntimeWarning, match=r"red\.png, page 1: half of it"):
+        assert len(list(Dataset.read(dataset).pages())) == 6
+
+
 DAMAGE = {
     "queries.jsonl, line 1": ("queries.jsonl", '{"text": 3}\n'),
     "an _id comes twice": ("queries.jsonl", 2 * '{"_id": "q0", "text": "a"}\n'),
     "there is no query": ("queries.jsonl", "\n"),
     "the first line must be": ("qrels.tsv", "q0\tred.png\t1\n"),
     "line 2: wanted a query": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tred.png\n"),
+    "line 3: wanted a query": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tred.png\t1\nq0\tred.png\t--5\n"),
+    "a query, a page and a whole": ("qrels.tsv", f"query-id\tcorpus-id\tscore\nq0\tred.png\t{'9' * 5000}\n"),
+    "field larger than field limit": ("qrels.tsv", f"query-id\tcorpus-id\tscore\nq0\t{'a' * 200_000}\t1\n"),
+    "queries.jsonl, line 1: maximum recursion": ("queries.jsonl", "[" * 100_000),
     "judges query 'q9'": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq9\tred.png\t1\n"),
     "names no relevant page": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tred.png\t0\n"),
     "judges page 'gone.png'": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tgone.png\t1\n"),

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cembed.export import maxsim
+from cembed.runtime.quiet import ort as onnxruntime
 
 ROOT = Path(__file__).parent.parent
 LEAST_USUAL_MOST = {"query": (1, 16, 64), "pages": (1, 100, 1000), "lengths": (1, 100, 1000)}

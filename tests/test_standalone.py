@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
+import numpy as np
 import pytest
 from conftest import GOLDEN
 from PIL import Image
 
 from cembed import runtime
-from cembed.runtime import Embedder, VectorFile, gpu
+from cembed.runtime import Bundle, Embedder, VectorFile, gpu
+from cembed.runtime.quiet import ort as onnxruntime
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "peft", "huggingface_hub")
@@ -150,6 +153,142 @@ def test_queries_never_load_the_vision_graph(causal_bundle: Path, monkeypatch: p
     assert loaded == ["text.onnx"]
     embedder.embed_image(Image.new("RGB", (64, 64)))
     assert loaded == ["text.onnx", "vision.onnx"]
+
+
+# Nothing is reported, and nothing is left in the home of who runs it.
+
+EMBED = """
+import sys
+from PIL import Image
+from cembed.runtime import Embedder
+embedder = Embedder.load(sys.argv[1])
+embedder.embed_query("total")
+embedder.embed_image(Image.open(sys.argv[2]))
+"""
+REPORTS = {"ORT_DISABLE_TELEMETRY": "0"}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A fresh home, and a command that runs there with nothing else in its environment: no sign of a CI either."""
+
+    home: Path
+
+    def run(self, *command: object, **more: str) -> list[str]:
+        """The files that the command leaves in the home."""
+        environment = {"HOME": str(self.home), "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, env=environment | more)
+        assert done.returncode == 0, done.stderr
+        return sorted(path.name for path in self.home.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    (tmp_path / "home").mkdir()
+    return Watched(tmp_path / "home")
+
+
+@pytest.fixture
+def commands(causal_bundle: Path, documents: Path, tmp_path: Path) -> dict[str, list[Any]]:
+    vectors, page = tmp_path / "v.npz", GOLDEN / "causalqwen2_5" / "small.png"
+    VectorFile.of([np.ones((1, 96), np.float32)], ["a"], [1], Bundle(causal_bundle).hash).save(vectors)
+    lines = {
+        "embedder": [EMBED, causal_bundle, page],
+        "embed": [MAIN, "embed", causal_bundle, documents, "--out", tmp_path / "new.npz"],
+        "search": [MAIN, "search", vectors, "total", "--bundle", causal_bundle],
+        "index": [MAIN, "index", "add", tmp_path / "index", documents, "--bundle", causal_bundle],
+        "verify": [MAIN, "verify", causal_bundle],
+    }
+    return {name: [sys.executable, "-c", *line] for name, line in lines.items()}
+
+
+def has_reporter() -> bool:
+    return tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 29)
+
+
+@pytest.mark.parametrize("name", ["embedder", "embed", "search", "index", "verify"])
+def test_nothing_is_left_at_home(watched: Watched, commands: dict[str, list[Any]], name: str) -> None:
+    assert watched.run(*commands[name]) == []
+
+
+@pytest.mark.skipif(not has_reporter(), reason="this ONNX Runtime reports nothing")
+@pytest.mark.parametrize("name", ["embedder", "search"])
+def test_who_wants_reports_has_them(watched: Watched, commands: dict[str, list[Any]], name: str) -> None:
+    """So that the test above can fail."""
+    assert "onnxruntime.db" in watched.run(*commands[name], **REPORTS)
+
+
+def test_the_c_library_reports_nothing(
+    watched: Watched, built: Path, onnxruntime_library: Path, causal_bundle: Path
+) -> None:
+    program, page = built / "samples" / "cembed-embed", GOLDEN / "causalqwen2_5" / "small.png"
+    if not program.exists():
+        pytest.skip("the samples are not built")
+    library = {"CEMBED_ONNXRUNTIME": str(onnxruntime_library)}
+    assert watched.run(program, causal_bundle, page, **library) == []
+    if has_reporter():
+        assert "onnxruntime.db" in watched.run(program, causal_bundle, page, **library, **REPORTS)
+
+
+def strace() -> list[str] | None:
+    """A command that shows the network calls of another; None where there is none, or it may not be used."""
+    command = ["strace", "-f", "-qq", "-e", "trace=network"]
+    try:
+        return command if not subprocess.run([*command, "true"], capture_output=True).returncode else None
+    except FileNotFoundError:
+        return None
+
+
+def internet(trace: Path) -> list[str]:
+    return [line for line in trace.read_text().splitlines() if "AF_INET" in line or "sendto(" in line]
+
+
+@pytest.mark.skipif(strace() is None, reason="no strace")
+@pytest.mark.parametrize("name", ["embedder", "search"])
+def test_nobody_is_asked_or_told(watched: Watched, commands: dict[str, list[Any]], tmp_path: Path, name: str) -> None:
+    watcher = [*(strace() or []), "-o", tmp_path / "trace"]
+    watched.run(*watcher, *commands[name])
+    assert internet(tmp_path / "trace") == []
+    code = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM)"
+    watched.run(*watcher, sys.executable, "-c", code)
+    assert internet(tmp_path / "trace"), "such a call would have been seen"
+
+
+REPORTER = """
+import pathlib
+class Telemetry:
+    def __init__(self, *values, **more): pathlib.Path.home().joinpath("told").touch()
+    def send_event(self, *values, **more): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "left"),
+    [
+        ("import openvino", ["told"]),
+        ("from cembed.runtime.quiet import import_openvino; import_openvino()", []),
+        ("import openvino_telemetry; from cembed.runtime.quiet import import_openvino; import_openvino()", ["told"]),
+        ("from cembed.runtime.quiet import import_openvino; import_openvino(); import openvino_telemetry.backend", []),
+    ],
+    ids=["by itself", "by us", "if it is there already", "it can be imported afterwards"],
+)
+def test_openvino_reports_nothing(watched: Watched, tmp_path: Path, code: str, left: list[str]) -> None:
+    """With a reporter that only leaves a file: the real one sends what it knows."""
+    pytest.importorskip("openvino")
+    (tmp_path / "fake" / "openvino_telemetry" / "backend").mkdir(parents=True)
+    (tmp_path / "fake" / "openvino_telemetry" / "__init__.py").write_text(REPORTER)
+    (tmp_path / "fake" / "openvino_telemetry" / "backend" / "__init__.py").write_text("backend_ga4 = None")
+    first = f"import sys; sys.path.insert(0, {str(tmp_path / 'fake')!r}); {code}"
+    assert watched.run(sys.executable, "-c", first) == left
+
+
+def test_libraries_that_report_are_imported_in_one_place() -> None:
+    folders = ("cembed", "export", "quantize", "runtime", "bench", "samples", "tests", "docs")
+    found = re.compile(r"^\s*(?:import|from) (?:onnxruntime|openvino)\b(?!\.quantization)", re.MULTILINE)
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    importing = {path for path in sources if found.search(path.read_text(encoding="utf-8"))}
+    assert importing == {ROOT / "runtime" / "quiet.py"}
 
 
 # Packaging.

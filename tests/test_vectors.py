@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cembed.runtime import CembedError, VectorFile
-from cembed.runtime.vectors import SUFFIXES, check_writable
+from cembed.runtime.vectors import SUFFIXES, VectorParts, check_writable
 
 EMBEDDINGS = [np.arange(12, dtype=np.float32).reshape(3, 4), np.ones((1, 4), np.float32), -np.eye(4, dtype=np.float32)]
 PATHS = ["a.pdf", "ordner/Grüße 名前.pdf", 'with "quotes", commas\nand lines.png']
@@ -31,7 +35,7 @@ def assert_same(actual: VectorFile, expected: VectorFile = CONTENT) -> None:
         a, b = getattr(actual, name), getattr(expected, name)
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)
-    assert (actual.paths, actual.bundle) == (expected.paths, expected.bundle)
+    assert (actual.paths, actual.bundle, actual.warnings) == (expected.paths, expected.bundle, expected.warnings)
 
 
 def write(path: Path, arrays: Arrays) -> None:
@@ -39,12 +43,14 @@ def write(path: Path, arrays: Arrays) -> None:
     if path.suffix == ".npz":
         np.savez(path, **arrays)
         return
-    strings = {"paths": json.dumps([str(p) for p in arrays["paths"]]), "bundle": str(arrays["bundle"])}
+    strings = {name: json.dumps([str(p) for p in arrays[name]]) for name in ("paths", "warnings") if name in arrays}
+    strings["bundle"] = str(arrays["bundle"])
     save_file({k: np.ascontiguousarray(v) for k, v in arrays.items() if k not in strings}, path, strings)
 
 
 def arrays_of(content: VectorFile) -> Arrays:
-    return {**vars(content), "paths": np.array(content.paths), "bundle": np.array(content.bundle)}
+    arrays = {**vars(content), "paths": np.array(content.paths), "bundle": np.array(content.bundle)}
+    return {name: value for name, value in arrays.items() if name != "warnings"}
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -130,6 +136,48 @@ def test_the_suffix_decides(tmp_path: Path, name: str) -> None:
 
 def test_nothing_to_keep() -> None:
     refusal(lambda: VectorFile.of([], [], [], "b"))
+    refusal(lambda: VectorParts.of([], [], [], "b"))
+
+
+def test_pages_in_doubt(path: Path) -> None:
+    """Files without the field are those of before, and are still written where there is no doubt."""
+    doubted = VectorFile.of(EMBEDDINGS, PATHS, [1, 12, 1], "b", ["", "Grüße: half of it is white", ""])
+    doubted.save(path)
+    assert_same(VectorFile.load(path), doubted)
+    assert VectorFile.load(path).warnings == ("", "Grüße: half of it is white", "")
+    VectorFile.of(EMBEDDINGS, PATHS, [1, 12, 1], "b", ["", "", ""]).save(path)
+    assert VectorFile.load(path).warnings == ()
+    assert b"warnings" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("warnings", [["one"], ["one", "two"], ["one", "two", "three", "four"]])
+def test_warnings_that_do_not_fit(path: Path, warnings: list[str]) -> None:
+    write(path, arrays_of(CONTENT) | {"warnings": np.array(warnings)})
+    assert str(path) in refusal(lambda: VectorFile.load(path))
+
+
+def test_parts_are_written_as_they_are(path: Path) -> None:
+    """No copy of all vectors is made, and none of all paths."""
+    pages, paths = [np.full((64, 1024), i, np.float32) for i in range(64)], [f"/folder/{i:0200}.pdf" for i in range(64)]
+    parts = VectorParts.of(pages, paths, range(1, 65), "b")
+    tracemalloc.start()
+    try:
+        parts.save(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.1 * sum(page.nbytes for page in pages)
+    loaded = VectorFile.load(path)
+    assert all(np.array_equal(a, b) for a, b in zip(loaded.documents(), pages, strict=True))
+    assert loaded.paths == tuple(paths)
+
+
+def test_parts_of_any_layout(path: Path) -> None:
+    """Views, columns first, foreign byte order."""
+    pages = [np.asfortranarray(EMBEDDINGS[0]), EMBEDDINGS[0][::-1], EMBEDDINGS[0].astype(">f4")]
+    VectorParts.of(pages, PATHS, [1, 2, 3], "b").save(path)
+    for actual, expected in zip(VectorFile.load(path).documents(), pages, strict=True):
+        assert np.array_equal(actual, expected)
 
 
 # Writing: whole or not at all.
@@ -177,9 +225,19 @@ def test_a_folder_that_is_not_there(path: Path) -> None:
 
 def test_check_writable(path: Path) -> None:
     check_writable(path, force=False)
+    assert not list(path.parent.iterdir())
     path.touch()
     check_writable(path, force=True)
     assert "--force" in refusal(lambda: check_writable(path, force=False))
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_what_cannot_be_written_is_found_before(path: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refusal(lambda: check_writable(path, force=True)) == f"cannot write {path}: {os.strerror(reason)}"
 
 
 def test_a_folder_cannot_be_replaced(path: Path) -> None:
@@ -204,6 +262,111 @@ def test_no_such_file(path: Path) -> None:
 def test_a_foreign_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert str(path) in refusal(lambda: VectorFile.load(path))
+
+
+# Files that would take more memory than they have bytes are refused by their headers.
+
+
+def npy(array: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def header(shape: tuple[int, ...], kind: str) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+ZEROS = bytes(1 << 25)
+BOMBS = {
+    "vectors that shrink": {"vectors": header((1 << 16, 128), "<f4") + ZEROS},
+    "paths that shrink": {"paths": header((1,), "<U8388608") + ZEROS},
+    "warnings that shrink": {"warnings": header((1,), "<U8388608") + ZEROS},
+    "a shape of more than there is": {"vectors": header((1 << 40, 128), "<f4") + bytes(512)},
+    "a negative shape": {"vectors": header((-2, -64), "<f4") + bytes(512)},
+    "a string of more than there is": {"paths": header((1,), "<U400000000") + bytes(4)},
+    "an array of objects": {"vectors": header((1 << 30,), "|O")},
+    "a long header": {"vectors": b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + ZEROS},
+    "a header of another version": {"vectors": b"\x93NUMPY\x09\x00" + bytes(200)},
+}
+
+
+def load_in_vain(path: Path) -> tuple[str, int]:
+    """What is said, and the memory that it took."""
+    tracemalloc.start()
+    try:
+        return refusal(lambda: VectorFile.load(path)), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA], ids=["deflate", "lzma"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_an_npz_that_is_a_bomb(tmp_path: Path, name: str, compression: int) -> None:
+    path = tmp_path / "v.npz"
+    members = {key: npy(value) for key, value in arrays_of(CONTENT).items()} | BOMBS[name]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for key, value in members.items():
+            archive.writestr(f"{key}.npy", value)
+    message, peak = load_in_vain(path)
+    assert message.startswith(f"{path} is not a vector file, or damaged: ")
+    assert peak < 4 << 20
+
+
+def test_an_npz_that_is_compressed_is_read(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "v.npz", **arrays_of(CONTENT))
+    assert_same(VectorFile.load(tmp_path / "v.npz"))
+
+
+def tensors(**changes: Any) -> dict[str, Any]:
+    known = {
+        "vectors": {"dtype": "F32", "shape": [8, 4], "data_offsets": [0, 128]},
+        "offsets": {"dtype": "I64", "shape": [4], "data_offsets": [128, 160]},
+        "pages": {"dtype": "I32", "shape": [3], "data_offsets": [160, 172]},
+        "__metadata__": {"paths": json.dumps(PATHS), "bundle": "b"},
+    }
+    return {name: value | changes.get(name, {}) for name, value in known.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vectors": {"shape": [1 << 40, 1 << 40]}},
+        {"vectors": {"shape": [1 << 30, 128], "data_offsets": [0, 1 << 39]}},
+        {"vectors": {"shape": [-8, -4]}},
+        {"vectors": {"data_offsets": [128, 0]}},
+        {"offsets": {"data_offsets": [0, 32]}},
+        {"__metadata__": {"paths": "[" * 100_000}},
+        {"__metadata__": {"paths": '"abc"'}},
+        {"__metadata__": {"paths": "[1, 2, 3]"}},
+        {"__metadata__": {"paths": '{"a": 1, "b": 2, "c": 3}'}},
+        {"__metadata__": {"warnings": '"abc"'}},
+    ],
+    ids=str,
+)
+def test_a_safetensors_header_that_lies(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path, text = tmp_path / "v.safetensors", json.dumps(tensors(**changes)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(172))
+    message, peak = load_in_vain(path)
+    assert message.startswith(f"{path} is not a vector file, or damaged: ")
+    assert peak < 4 << 20
+
+
+def test_paths_that_safetensors_would_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cembed.runtime.array_files._MOST_HEADER", 100)
+    assert "write .npz" in refusal(lambda: CONTENT.save(tmp_path / "v.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_does_not_suffice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Iterator[None]:
+        raise MemoryError
+
+    CONTENT.save(path)
+    monkeypatch.setattr("cembed.runtime.vectors._texts", fail)
+    assert refusal(lambda: VectorFile.load(path)) == f"there is not enough memory for the vectors of {path}"
 
 
 def test_an_npy_file_named_npz(tmp_path: Path) -> None:

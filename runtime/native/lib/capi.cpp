@@ -45,6 +45,10 @@ struct Found {
     std::vector<cembed_hit> hits;
 };
 
+// Unless the environment says otherwise, ONNX Runtime is told, before it loads, not to report and to keep no file of it.
+// Here and not when a bundle is opened: other threads may read the environment by then.
+__attribute__((constructor)) void turn_reports_off() { setenv("ORT_DISABLE_TELEMETRY", "1", 0); }
+
 thread_local char message[1024];
 
 bool is_utf8(const char *text) noexcept try {
