@@ -12,7 +12,7 @@ from cembed.runtime.documents import PageError, PageReader
 from cembed.runtime.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError, Check
 from cembed.runtime.images import Pixels
-from cembed.runtime.manifest import Graph
+from cembed.runtime.manifest import Graph, Tensor
 from cembed.runtime.manifest_file import upgrade
 from cembed.runtime.session import EngineSettings, OrtSession
 from cembed.runtime.tensor_files import read_safetensors
@@ -63,12 +63,19 @@ def _hash(bundle: Bundle, name: str) -> str:
 
 def _signature(bundle: Bundle, name: str, graph: Graph) -> str:
     session = OrtSession(bundle.graph_path(name), EngineSettings(prepack=False))
-    stated = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
-    found = {n: (_ONNX_TYPES.get(kind, kind), shape) for n, (kind, shape) in session.signature().items()}
-    if stated != found:
-        different = sorted(n for n in stated.keys() | found.keys() if stated.get(n) != found.get(n))
-        raise CembedError(f"the graph and the manifest disagree on {', '.join(different)}")
+    stated = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
+    found = session.signature()
+    different = {n for n in stated.keys() & found.keys() if not _is_stated(stated[n], *found[n])}
+    if different := different | (stated.keys() ^ found.keys()):
+        raise CembedError(f"the graph and the manifest disagree on {', '.join(sorted(different))}")
     return ", ".join(stated)
+
+
+def _is_stated(stated: Tensor, kind: str, shape: tuple[int | str, ...]) -> bool:
+    """Some releases of ONNX Runtime (1.25 to 1.31) give a number where they found that an axis with a name has it."""
+    axes = zip(stated.shape, shape, strict=False)
+    same = all(want == axis or (isinstance(want, str) and isinstance(axis, int)) for want, axis in axes)
+    return _ONNX_TYPES.get(kind, kind) == stated.dtype and len(stated.shape) == len(shape) and same
 
 
 def _self_test(bundle: Bundle) -> str:

@@ -439,7 +439,7 @@ def test_a_foreign_bundle(causal_bundle: Path, tmp_path: Path) -> None:
     manifest = json.loads((root / MANIFEST).read_text())
     manifest["source"] = {"model": HOSTILE}
     manifest["made_with"] = {HOSTILE: HOSTILE}
-    (root / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(root, json.dumps(manifest))
     outcome = cembed("inspect", root)
     assert_harmless(outcome)
     assert SHOWN in outcome.out
@@ -482,7 +482,7 @@ def with_tokenizer(bundle: Path, root: Path, change: dict[str, Any]) -> Path:
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
     bundle_manifest = Bundle(bundle).manifest
     files = {**bundle_manifest.files, path.name: FileRecord(path.stat().st_size, sha256(path))}
-    (root / MANIFEST).write_text(replace(bundle_manifest, files=files).to_json(), encoding="utf-8")
+    write_manifest(root, replace(bundle_manifest, files=files).to_json())
     return root
 
 

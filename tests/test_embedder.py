@@ -241,7 +241,7 @@ def test_copies_of_an_embedder(causal_bundle: Path) -> None:
 def test_a_pickled_embedder_whose_bundle_is_another_by_now(causal_bundle: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(causal_bundle, tmp_path / "bundle"))
     written = pickle.dumps(Embedder.load(root))
-    (root / MANIFEST).write_text((root / MANIFEST).read_text() + "\n")
+    write_manifest(root, (root / MANIFEST).read_text() + "\n")
     with pytest.raises(CembedError, match="is not the bundle that was pickled"):
         pickle.loads(written)
     shutil.rmtree(root)
