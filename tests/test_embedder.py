@@ -21,6 +21,7 @@ from PIL import Image
 from cembed.runtime import Bundle, CembedError, Embedder, Index, NewPage
 from cembed.runtime.embedder import CPU, Budget
 from cembed.runtime.manifest import MANIFEST, ImageProcessing, Quantisation
+from cembed.runtime.manifest_file import write_manifest
 from cembed.runtime.pooling import normalise
 from cembed.runtime.positions import patch_positions, window_index, window_restore
 from cembed.runtime.preprocess import smart_resize
