@@ -1,7 +1,7 @@
 """MaxSim over arrays where they lie: the library is told addresses and steps, nothing is copied.
 
-It reads float16, float32 and float64 with any steps. Other types that numpy has as numbers (integers, bfloat16 of
-ml_dtypes, another byte order) are converted to float32, each array when it is met.
+It reads float16, float32 and float64 with any steps. What numpy makes an array of (tensors, lists) counts as that one.
+Other numbers (integers, bfloat16 of ml_dtypes, another byte order) are converted to float32, each array when it is met.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Side:
         return len(self.given)
 
     def item(self, index: int) -> Floats:
-        item = np.asarray(self.given[index])
+        try:
+            item = np.asarray(self.given[index])
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors of a GPU, or of bfloat16
+            raise CembedError(f"{self.what} {index} cannot be made an array: {error}") from error
         return item if self.lengths is None else item[: self.lengths[index]]
 
     def checked(self, index: int, dim: int | None) -> Floats:
@@ -108,9 +111,16 @@ def described(library: ctypes.CDLL, side: Side, dim: int) -> Described:
     items = list(array) if side.lengths is None else [side.item(index) for index in range(len(side))]
     describe, at = _describer(library), 0
     while (at := describe(items, at, dim, address)) < len(items):
-        with np.errstate(over="ignore"):
-            items[at] = side.checked(at, dim).astype(np.float32, order="C")
+        items[at] = _converted(items[at], side.checked(at, dim))
     return Described(address, len(table), (table, items))
+
+
+def _converted(given: Floats, array: Floats) -> Floats:
+    """float32; but no copy where `given` was no array yet, and is one of floats now."""
+    if not isinstance(given, np.ndarray) and array.dtype in TYPES:
+        return array
+    with np.errstate(over="ignore"):
+        return np.array(array, np.float32, order="C")
 
 
 class _Python(ctypes.Structure):

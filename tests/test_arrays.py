@@ -115,8 +115,29 @@ def test_types_may_be_mixed(way: None) -> None:
     assert np.array_equal(maxsim(query, pages), maxsim(query, [page.astype(np.float32) for page in pages]))
 
 
-def test_lists_of_numbers_are_arrays_too(way: None) -> None:
-    assert maxsim([[[1.0, 2.0]]], [[[1, 1], [0, 3]], memoryview(np.ones((1, 2)))]).tolist() == [[6.0, 3.0]]
+class Tensor:
+    """Something else that numpy makes an array of."""
+
+    def __init__(self, content: Floats) -> None:
+        self.content = content
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Floats:
+        return self.content
+
+
+def test_what_numpy_makes_an_array_of(way: None) -> None:
+    page = draw(0, 3, 5)
+    kinds = (page, page.tolist(), Tensor(page), memoryview(page), Tensor(page.astype(">f8")), Tensor(page.T.copy().T))
+    assert len(np.unique(maxsim([draw(1, 4, 5)], kinds))) == 1
+    assert maxsim([[[1, 2]]], [[[1, 1], [0, 3]]]).tolist() == [[6.0]]
+
+
+@pytest.mark.parametrize("place", ["query", "document"])
+def test_what_numpy_makes_no_array_of(place: str, way: None) -> None:
+    sides: dict[str, list[Any]] = {"query": [draw(0, 2, 3)], "document": [draw(1, 2, 3)]}
+    sides[place].append([[1.0, 2.0, 3.0], [1.0]])
+    with pytest.raises(CembedError, match=f"{place} 1 cannot be made an array: .*inhomogeneous"):
+        maxsim(sides["query"], sides["document"])
 
 
 @pytest.mark.parametrize("bad", [np.ones((2, 3), complex), np.full((2, 3), "x"), np.full((2, 3), None)])
@@ -142,9 +163,9 @@ def test_nothing_is_copied(kind: type) -> None:
     """numpy tells tracemalloc of all that it allocates."""
     stack, query = np.ones((8, 512, 256), kind), [np.ones((2, 256), np.float32)]
     maxsim(query, stack)
-    for documents in (stack, list(stack), list(stack[:, :, ::2])):
+    for documents in (stack, list(stack), list(stack[:, :, ::2]), [Tensor(page) for page in stack]):
         tracemalloc.start()
-        maxsim(query if documents[0].shape[1] == 256 else [query[0][:, :128]], documents)
+        maxsim([query[0][:, : np.shape(documents[0])[1]]], documents)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < stack[0].nbytes / 4

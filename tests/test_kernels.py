@@ -19,6 +19,7 @@ from cembed.runtime.kernels import Pages, kernel_sets, matches, score, top, use_
 from cembed.runtime.storage import STORAGE
 
 NATIVE = Path(__file__).parent / "native" / "test_maxsim.cpp"
+QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 Floats = NDArray[np.float32]
 needs_library = pytest.mark.skipif(kernels.load() is None, reason="the library was not built")
 
@@ -297,9 +298,9 @@ def test_native_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no g++-aarch64-linux-gnu")
-@pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="no qemu-user-static")
+@pytest.mark.skipif(QEMU is None, reason="no qemu-user")
 def test_arm(tmp_path: Path) -> None:
     sources = sorted((NATIVE.parents[2] / "runtime" / "native").glob("*.cpp"))
     program = tmp_path / "program"
     run("aarch64-linux-gnu-g++", "-std=c++17", "-static", "-pthread", *sources, NATIVE, "-o", program)
-    assert run("qemu-aarch64-static", program, "quick").split() == ["neon", "scalar", "right"]
+    assert run(QEMU, program, "quick").split() == ["neon", "scalar", "right"]

@@ -20,9 +20,10 @@ bool is_packed(const maxsim_array &array, int dim) {
 }
 
 template <int BYTES> void copy_items(const maxsim_array &array, int dim, char *out) {
-    for (int64_t r = 0; r < array.rows; ++r) {
-        const char *row = static_cast<const char *>(array.data) + r * array.row_step;
-        for (int d = 0; d < dim; ++d, out += BYTES) std::memcpy(out, row + d * array.step, BYTES);
+    const maxsim_array from = array;  // what is written could be part of the other, for all that a compiler knows
+    for (int64_t r = 0; r < from.rows; ++r) {
+        const char *row = static_cast<const char *>(from.data) + r * from.row_step;
+        for (int d = 0; d < dim; ++d, out += BYTES) std::memcpy(out, row + d * from.step, BYTES);
     }
 }
 
