@@ -69,8 +69,9 @@ ITEM_SIZES = {"float32": 4, "float16": 2, "int8": 1}
 
 def check_contract(manifest: Manifest) -> None:
     """Raises CembedError that names the fields which do not fit each other."""
+    check_scales(manifest)
     check_files(manifest)
-    check_tables(manifest)
+    check_sizes(manifest)
     for rule in ORDER:
         check_order(manifest, rule)
     check_image(manifest.image)
@@ -97,12 +98,16 @@ def tables_of(manifest: Manifest) -> dict[str, EmbeddingTable]:
     return {name: table for name, table in tables.items() if table is not None}
 
 
-def check_tables(manifest: Manifest) -> None:
+def check_scales(manifest: Manifest) -> None:
     for name, table in tables_of(manifest).items():
         if (table.dtype == "int8") != bool(table.scales):
-            raise CembedError(
-                f"{name} has dtype {table.dtype}, scales {table.scales}: tables of int8, and no others, do"
-            )
+            given = f"{name} has dtype {table.dtype}, scales {table.scales}"
+            raise CembedError(f"{given}: tables of int8, and no others, have scales")
+
+
+def check_sizes(manifest: Manifest) -> None:
+    """Tables have the bytes that their rows take."""
+    for name, table in tables_of(manifest).items():
         check_size(manifest, table.file, f"{name}.rows", (table.rows, manifest.hidden_size), table.dtype)
         if table.scales:
             check_size(manifest, table.scales, f"{name}.rows", (table.rows, 1), "float32")

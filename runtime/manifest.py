@@ -30,7 +30,7 @@ Sha256 = Annotated[str, Text("sha256", "64 hexadecimal digits", "[0-9a-f]{64}")]
 
 Width = Annotated[int, Range(1, 1 << 20)]
 Rows = Annotated[int, Range(1, 1 << 28)]
-Row = Annotated[int, Range(0, 1 << 28)]
+RowNumber = Annotated[int, Range(0, 1 << 28)]
 Length = Annotated[int, Range(1, 1 << 24)]
 Opset = Annotated[int, Range(18, 64)]
 PatchSize = Annotated[int, Range(1, 256)]
@@ -46,7 +46,7 @@ Level = Annotated[float, Range(-1e3, 1e3)]
 Tolerance = Annotated[float, Range(0.0, 0.1)]
 Cosine = Annotated[float, Range(-1.001, 1.001)]  # of float32 rows
 Share = Annotated[float, Range(0.0, 1.001)]
-Error = Annotated[float, Range(-1e6, 1e6)]
+Deviation = Annotated[float, Range(-1e6, 1e6)]
 Milliseconds = Annotated[float, Range(0.0, 1e12)]
 SchemaVersion = Annotated[int, Range(OLDEST_SCHEMA, SCHEMA_VERSION)]
 
@@ -77,8 +77,8 @@ class Side:
     num_vectors: Length | None
     slot_positions: SlotPositions
     first_vector: FirstVector = "prompt_end"
-    latent_token_id: Row | None = None
-    slot_rows: tuple[Row, Row] | None = None
+    latent_token_id: RowNumber | None = None
+    slot_rows: tuple[RowNumber, RowNumber] | None = None
     nested_budgets: tuple[Length, ...] = ()
     pooling: Pooling = "none"
 
@@ -232,7 +232,7 @@ class Comparison:
     min_cosine: Cosine
     p1_cosine: Cosine
     median_cosine: Cosine
-    score_error: Error
+    score_error: Deviation
     top5_overlap: Share
     ms_per_page: tuple[Milliseconds, Milliseconds]
     bytes: tuple[Bytes, Bytes]
@@ -246,7 +246,7 @@ class LayerDamage:
     layer: str
     weights: tuple[str, ...]
     min_cosine: Cosine
-    score_error: Error
+    score_error: Deviation
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class Manifest:
     hidden_size: Width
     dim: Width
     max_sequence_length: Length
-    image_token_id: Row
+    image_token_id: RowNumber
     prompt_attention: PromptAttention
     document: Side
     query: Side

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -155,12 +156,16 @@ def _replace(disk: Disk, root: Path, name: str, content: bytes) -> None:
     temporary = root.parent / f".{root.name}.{name}"
     if os.path.lexists(temporary):
         disk.remove(temporary)
-    handle = disk.create(temporary)
     try:
-        os.fchmod(handle, (root / MANIFEST).stat().st_mode & 0o777)
-        disk.write(handle, content, 0)
-        disk.sync(handle)
+        handle = disk.create(temporary)
+        try:
+            os.fchmod(handle, (root / MANIFEST).stat().st_mode & 0o777)
+            disk.write(handle, content, 0)
+            disk.sync(handle)
+        finally:
+            disk.close(handle)
+        disk.rename(temporary, root / name)
     finally:
-        disk.close(handle)
-    disk.rename(temporary, root / name)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     disk.sync_folder(root)

@@ -60,7 +60,7 @@ typedef struct cembed_options {
 
 /* What a bundle is; texts live as long as it is open. A number of vectors is 0 where every token gives one. */
 typedef struct cembed_info {
-    const char *hash; /* sha256 of its manifest, in hexadecimal digits */
+    const char *hash; /* sha256 of its manifest as exported, in hexadecimal digits */
     const char *backbone;
     int32_t document_vectors, document_dim; /* rows and dim of what comes out at the full budget */
     int32_t query_vectors, query_dim;

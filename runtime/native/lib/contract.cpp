@@ -84,10 +84,15 @@ void check_size(const Manifest &m, const std::string &file, const std::string &r
            std::to_string(expected));
 }
 
-void check_tables(const Manifest &m) {
+void check_scales(const Manifest &m) {
     for (const auto &[name, table] : tables_of(m)) {
         if ((table.dtype == "int8") != table.scales.has_value())
             refuse(name + " has dtype " + table.dtype + ": tables of int8, and no others, have scales");
+    }
+}
+
+void check_sizes(const Manifest &m) {
+    for (const auto &[name, table] : tables_of(m)) {
         const int64_t item = table.dtype == "float32" ? 4 : table.dtype == "float16" ? 2 : 1;
         check_size(m, table.file, name + ".rows", table.rows * m.hidden_size * item);
         if (table.scales) check_size(m, *table.scales, name + ".rows", table.rows * 4);
@@ -257,8 +262,9 @@ void check_graphs(const Manifest &m) {
 }  // namespace
 
 void check_contract(const Manifest &manifest) {
+    check_scales(manifest);
     check_files(manifest);
-    check_tables(manifest);
+    check_sizes(manifest);
     check_image(manifest.image);
     check_side(manifest, "document", manifest.document, "{image}");
     check_side(manifest, "query", manifest.query, "{text}");
