@@ -19,7 +19,7 @@ from cembed.runtime.vectors import Vectors
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = ("onnxruntime_c_api.h", "nlohmann/json.hpp", "openssl/evp.h", "zlib.h")
 FOLDERS = ("", "include", "include/onnxruntime", "usr/include/onnxruntime", "include/onnxruntime/core/session")
-SAMPLE_HEADERS = ("httplib.h", "png.h", "turbojpeg.h")
+SAMPLE_HEADERS = ("boost/beast/version.hpp", "png.h", "turbojpeg.h")
 ABI_VERSION = 1
 OK, ARGUMENT, BUNDLE, ENGINE, INDEX, MEMORY, CAPACITY = range(7)
 

@@ -1,4 +1,4 @@
-"""The sample pages, the training recipe, the service under load: what is drawn is what is asked, training learns.
+"""The sample pages and the training recipe: what is drawn is what is asked, training learns.
 
 Faces come from matplotlib's own folder here, so that no Debian package is needed.
 """
@@ -6,19 +6,14 @@ Faces come from matplotlib's own folder here, so that no Debian package is neede
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from random import Random
 
-import libcembed
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
-from PIL import ExifTags, Image
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions
@@ -26,11 +21,10 @@ from cembed.runtime import Embedder
 from cembed.runtime.evaluate import Dataset
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
-sys.path[:0] = [str(SAMPLES / "pages"), str(SAMPLES / "train"), str(SAMPLES / "cpp")]
+sys.path[:0] = [str(SAMPLES / "pages"), str(SAMPLES / "train")]
 import data  # noqa: E402
 import fonts  # noqa: E402
 import generate  # noqa: E402
-import load  # noqa: E402
 import losses  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
@@ -260,52 +254,3 @@ def test_diversity_is_the_mean_squared_cosine_of_pairs() -> None:
     rows = torch.nn.functional.normalize(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     pairs = [float(q[a] @ q[b]) ** 2 for q in rows for a in range(4) for b in range(4) if a != b]
     assert losses.diversity(rows).item() == pytest.approx(np.mean(pairs), rel=1e-5)
-
-
-def test_the_service_under_load(
-    built: Path, causal_bundle: Path, onnxruntime_library: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A second each: ten times what it can do is refused, it recovers, slow connections cost nobody, SIGTERM drains."""
-    if (lacking := libcembed.missing(libcembed.SAMPLE_HEADERS)) or not shutil.which("wrk"):
-        pytest.skip(f"the service is not put under load: {lacking or 'no wrk'}")
-    monkeypatch.setenv("CEMBED_ONNXRUNTIME", str(onnxruntime_library))
-    program = built / "samples" / "cembed-service"
-    with load.Service(program, causal_bundle, "text/plain", b"warranty period") as service:
-        second = subprocess.run([program, causal_bundle, str(service.port)], capture_output=True, text=True)
-        assert second.stderr == f"cembed-service: port {service.port} is taken\n"
-        loads = dict(load.measure(service, 1))
-        assert loads["overload"].statuses.keys() == {"200", "429"}
-        assert loads["after it"].rate > 0  # what still waits of the overload may cost it a refusal
-        assert loads["alone"].statuses.keys() == loads["slow ones"].statuses.keys() == {"200"}
-        assert service.drain()[0] == {200: load.CALLERS + load.QUEUE}
-
-
-def write_pictures(folder: Path) -> None:
-    """Of every kind that libpng and TurboJPEG read."""
-    page = Image.open(GOLDEN / "causalqwen2_5" / "page.png").convert("RGB")
-    alpha = Image.linear_gradient("L").resize(page.size)
-    kinds = {mode: page.convert(mode) for mode in ("RGB", "L", "LA", "P", "1")}
-    kinds["RGBA"] = Image.merge("RGBA", (*page.split(), alpha))
-    kinds["I;16"] = Image.fromarray(np.asarray(page.convert("L")).astype(np.uint16) * 251)
-    for name, image in kinds.items():
-        image.save(folder / f"{name}.png")
-    page.convert("L").save(folder / "grey.jpg")
-    page.save(folder / "progressive.jpg", progressive=True, subsampling=0)
-    exif = Image.Exif()
-    for exif[ExifTags.Base.Orientation] in range(1, 10):
-        page.save(folder / f"orientation{exif[ExifTags.Base.Orientation]}.jpg", exif=exif)
-
-
-def test_the_cpp_samples_see_pictures_as_python_does(
-    built: Path, causal_bundle: Path, onnxruntime_library: Path, tmp_path: Path
-) -> None:
-    if lacking := libcembed.missing(libcembed.SAMPLE_HEADERS):
-        pytest.skip(f"the samples are not built: {lacking}")
-    write_pictures(tmp_path)
-    paths = sorted(tmp_path.iterdir())
-    program, variables = built / "samples" / "cembed-embed", {"CEMBED_ONNXRUNTIME": str(onnxruntime_library)}
-    lines = [line.split(" ") for line in libcembed.run(program, causal_bundle, *paths, **variables).splitlines()]
-    embedder = Embedder.load(causal_bundle)
-    for path in paths:
-        vectors = np.array([line[2:] for line in lines if line[0] == str(path)], np.float32)
-        assert np.abs(vectors - embedder.embed_image(Image.open(path))).max() < 1e-6, path.name

@@ -22,9 +22,9 @@ cembed::Vectors embed_page(cembed::Bundle &bundle, const char *path) {
         throw std::runtime_error(std::string(path) + " is not a file, or has more bytes than a page");
     std::ifstream stream(path, std::ios::binary);
     const std::string file{std::istreambuf_iterator<char>(stream), {}};
-    const auto picture = Picture::decode(file);
-    if (!picture) throw std::runtime_error(std::string(path) + " is no PNG or JPEG that can be read");
-    return bundle.embed(picture->image()).value();
+    const Picture picture(file);
+    if (picture.fault()) throw std::runtime_error(std::string(path) + ": " + picture.fault());
+    return bundle.embed(picture.image()).value();
 }
 
 void print(const char *path, const cembed::Vectors &page) {

@@ -7,6 +7,7 @@ Needs wrk (`apt-get install wrk`), and ONNX Runtime where the service looks for 
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import socket
@@ -15,9 +16,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -27,7 +28,7 @@ import typer
 
 CALLERS, QUEUE, PATIENCE = 2, 32, 10
 OVERLOAD, SLOW = 10, 500
-SLOW_HEAD = b"POST /embed HTTP/1.1\r\nContent-Type: text/plain\r\nContent-Length: 4000\r\n\r\n"
+SLOW_HEAD = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 4000\r\n\r\n"
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,20 @@ class Load:
 
 
 class Service:
-    """One process, and what is asked of it."""
+    """One process, and what is asked of it; `arguments` follow the port."""
 
-    def __init__(self, program: Path, bundle: Path, kind: str, body: bytes) -> None:
+    def __init__(
+        self,
+        program: Path,
+        bundle: Path,
+        kind: str,
+        body: bytes,
+        arguments: Sequence[object] = (CALLERS, QUEUE, PATIENCE),
+    ) -> None:
         self.kind, self.body = kind, body
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        command = [*map(str, (program, bundle, self.port, CALLERS, QUEUE, PATIENCE))]
+        command = [*map(str, (program, bundle, self.port, *arguments))]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         if b"listening" not in self.process.stdout.readline():
@@ -86,28 +94,43 @@ class Service:
 
     @contextmanager
     def slow_connections(self) -> Iterator[None]:
-        """Requests of which one byte a second comes: the headers of half of them, the body of the others."""
+        """Requests of which one byte a second comes: the headers of half of them, the body of the others.
+
+        Those that the service closes are made again.
+        """
         done = threading.Event()
+        connections = [self._connect(number % 2 * SLOW_HEAD) for number in range(SLOW)]
 
         def send() -> None:
-            for byte in SLOW_HEAD:
+            for byte in itertools.cycle(SLOW_HEAD[:-4]):
                 if done.wait(1):
                     return
-                for connection in connections[::2]:
-                    connection.sendall(bytes([byte]))
-                for connection in connections[1::2]:
-                    connection.sendall(b"a")
+                connections[::2] = [self._send(connection, bytes([byte]), b"") for connection in connections[::2]]
+                connections[1::2] = [self._send(connection, b"a", SLOW_HEAD) for connection in connections[1::2]]
 
-        with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-            connections = [stack.enter_context(socket.create_connection(("127.0.0.1", self.port))) for _ in range(SLOW)]
-            for connection in connections[1::2]:
-                connection.sendall(SLOW_HEAD)
+        with ThreadPoolExecutor(1) as pool:
             sending = pool.submit(send)
             try:
                 yield
             finally:
                 done.set()
-            sending.result()  # raises where the service closed one
+                sending.result()
+                for connection in connections:
+                    connection.close()
+
+    def _send(self, connection: socket.socket, data: bytes, first: bytes) -> socket.socket:
+        """To the connection, or to a new one in its place, which sends something else first."""
+        try:
+            connection.sendall(data)
+        except ConnectionError:
+            connection.close()
+            return self._connect(first)
+        return connection
+
+    def _connect(self, data: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        connection.sendall(data)
+        return connection
 
     def drain(self) -> tuple[Counter[int], float]:
         """SIGTERM while as many as have a place wait: the statuses that they get, and seconds until the end."""
