@@ -57,6 +57,11 @@ MaxVisualTokens = Annotated[
 ]
 Dpi = Annotated[float, typer.Option(min=1, max=2400, help="Resolution at which PDF pages are drawn.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Seconds that reading one page may take.")]
+MaxPixels = Annotated[
+    int,
+    typer.Option(min=1, help="Pixels a page may have. Larger PDF, TIFF and JPEG pages are reduced, others refused."),
+]
+MAX_PIXELS = 100_000_000
 VectorDim = Annotated[int | None, typer.Option(min=1, help="Keep the first components of vectors, normalised again.")]
 PoolFactor = Annotated[
     int, typer.Option(min=1, help="Merge the vectors of a bundle with one for every token to a part of them.")
@@ -332,6 +337,7 @@ def embed(
     max_visual_tokens: MaxVisualTokens = None,
     dpi: Dpi = 144,
     timeout: Timeout = 60,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dim: VectorDim = None,
     decode: DecodeOption = None,
     pool_factor: PoolFactor = 1,
@@ -349,7 +355,7 @@ def embed(
     embedder = Embedder.load(bundle, providers=provider or CPU, threads=threads, max_visual_tokens=max_visual_tokens)
     budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
     embedder.check(embedder.manifest.document, budget)
-    with PageReader(dpi=dpi, timeout=timeout) as reader, progress_bar() as progress:
+    with PageReader(dpi=dpi, timeout=timeout, max_pixels=max_pixels) as reader, progress_bar() as progress:
         task = progress.add_task("embedding", total=reader.count_pages(files))
         embedded, failures = embed_pages(embedder, reader.read(files), budget, lambda: progress.advance(task))
     for failure in failures:

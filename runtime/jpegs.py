@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -37,10 +38,15 @@ def continued(data: bytes, which: int) -> bytes:
     return data.rstrip(b"\0").removesuffix(END).rstrip(b"\xff") + noise + END
 
 
-def grey_end(image: Image.Image, row: int) -> bool:
-    """Whether the last pixel of a row is what libjpeg puts in the place of what is missing."""
-    pixel = image.getpixel((image.width - 1, row))
-    return _GREY.issuperset(pixel if isinstance(pixel, tuple) else (pixel,))
+def grey_ends(image: Image.Image, rows: list[int]) -> list[bool]:
+    """Whether the last pixel of each of some rows is what libjpeg puts in the place of what is missing."""
+    column = image.crop((image.width - 1, 0, image.width, image.height)).tobytes()
+    samples = len(column) // image.height
+    return [_GREY.issuperset(column[row * samples : (row + 1) * samples]) for row in rows]
+
+
+def grey_end(image: Image.Image) -> bool:
+    return grey_ends(image, [image.height - 1]) == [True]
 
 
 def alike(one: Image.Image, two: Image.Image) -> int:
@@ -92,9 +98,9 @@ def opened(source: str | bytes, limit: int) -> Image.Image:
     return image
 
 
-def doubtful(image: Image.Image) -> bool:
-    """Whether all of a picture that could be read may not have been there."""
-    return "progressive" in image.info or grey_end(image, image.height - 1)
+def doubt(image: Image.Image, path: str) -> str | None:
+    """Whether a progressive picture that could be read was coarser than it should be."""
+    return COARSE if "progressive" in image.info and lacks_scans(Path(path).read_bytes()) else None
 
 
 def _opened_bare(data: bytes, limit: int) -> Image.Image:
@@ -130,7 +136,7 @@ def read(data: bytes, limit: int) -> Drawn:
     """A page of a JPEG that may end too early. Raises RefusedError where much is missing."""
     if ended(data):
         image = _opened_bare(data, limit)
-        if not grey_end(image, image.height - 1):
+        if not grey_end(image):
             return finished(image, limit, COARSE if lacks_scans(data) else None)
     one, two = (_opened_bare(continued(data, which), limit) for which in (0, 1))
     good, scans = alike(one, two), sum(marker == _SCAN for marker, _ in segments(data))

@@ -58,11 +58,13 @@ class Picture:
             raise
         except Exception:
             return jpegs.read(Path(self._path).read_bytes(), self._limit)
-        if jpegs.doubtful(image):
+        if jpegs.grey_end(image):
             return jpegs.read(Path(self._path).read_bytes(), self._limit)
-        return jpegs.finished(image, self._limit, None)
+        return jpegs.finished(image, self._limit, jpegs.doubt(image, self._path))
 
     def _webp(self) -> Drawn:
-        data = Path(self._path).read_bytes()
-        torn = data[: int.from_bytes(data[4:8], "little") + 8].endswith(_ZEROS)
-        return self._plain(data, "the end of the file is zeros: part of the page may be missing" if torn else None)
+        with open(self._path, "rb") as file:
+            size = int.from_bytes(file.read(8)[4:], "little") + 8  # as RIFF says it
+            file.seek(max(0, size - len(_ZEROS)))
+            torn = file.read(len(_ZEROS)) == _ZEROS
+        return self._plain(None, "the end of the file is zeros: part of the page may be missing" if torn else None)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import IO, TypeAlias
 
 import numpy as np
@@ -188,8 +189,7 @@ def _ended(layout: Layout, data: bytes) -> bool:
 
 
 def _grey_ends(piece: _Piece, heights: list[int]) -> list[bool]:
-    image = piece.image
-    return [] if image is None else [jpegs.grey_end(image, end - 1) for end in np.cumsum(heights).tolist()]
+    return [] if piece.image is None else jpegs.grey_ends(piece.image, [end - 1 for end in accumulate(heights)])
 
 
 def _continued(layout: Layout, data: bytes, height: int, which: int) -> bytes:

@@ -21,7 +21,7 @@ from cembed.runtime.tiff_layout import Compression, Layout, Tag, layout_of, refu
 from cembed.runtime.tiff_pixels import Samples, painter, unpacked
 from cembed.runtime.tiff_tags import Directory, TiffFile
 
-_BAND_BYTES = 8 << 20
+_BAND_BYTES = 4 << 20
 # What brings a page upright, by Orientation: whether rows and columns change places, then the steps along each.
 _TURNS = {2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1), 5: (True, 1, 1), 6: (True, 1, -1),
           7: (True, -1, -1), 8: (True, -1, 1)}  # fmt: skip
@@ -101,7 +101,8 @@ def _bands(reader: SegmentReader, decode: Callable[[Pixels], Samples]) -> Iterat
         rows = len(stored[0].absent)
         pieces = [0, rows] if segments.tiled else [*range(0, rows, max(1, _BAND_BYTES // line)), rows]
         for start, end in pairwise(pieces):
-            samples = np.concatenate([_side_by_side(layout, decode(part.rows(start, end))) for part in stored], axis=2)
+            planes = [_side_by_side(layout, decode(part.rows(start, end))) for part in stored]
+            samples = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
             absent = np.logical_or.reduce([_side_by_side(layout, part.absent[start:end, None]) for part in stored])
             remaining = layout.height - first * segments.height - start
             yield _Band(samples[:remaining, : layout.width], absent[:remaining])

@@ -84,15 +84,18 @@ class Painter:
             out[...] = samples
         elif photometric == Photometric.PALETTE:
             assert self.table is not None
-            out[...] = self.table.take(colours[..., 0], axis=0)
+            out[...] = _looked_up(self.table, colours[..., 0])
         elif photometric in LAB:
             out[...] = _lab(colours, layout.bits, photometric)
         elif photometric in _PILLOW_MODES:
             out[...] = _converted(_PILLOW_MODES[photometric], self._levels(colours))
         else:
             levels = self._levels(colours)
-            for channel in range(3):
-                out[..., channel] = levels[..., channel % layout.colours]
+            if layout.colours == 3:
+                out[...] = levels
+            else:
+                for channel in range(3):  # faster than to stretch the last axis
+                    out[..., channel] = levels[..., 0]
         if layout.alpha is not None:
             self._lay_on_white(out, samples[..., layout.alpha])
 
@@ -133,6 +136,14 @@ def _palette(layout: Layout) -> Pixels:
         raise refusal(layout.frame, f"damaged: a ColorMap of {0 if values is None else values.size} values")
     colours = values[: 3 * size].reshape(3, size).T.astype(np.uint16)
     return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+
+
+def _looked_up(table: Pixels, values: Samples) -> Pixels:
+    if values.dtype != np.uint8:
+        return table.take(values, axis=0)
+    image = Image.frombytes("P", values.shape[::-1], values.tobytes())  # twice as fast
+    image.putpalette(table.tobytes())
+    return np.asarray(image.convert("RGB"))
 
 
 def _lab(colours: Samples, bits: int, photometric: int) -> Pixels:
