@@ -260,7 +260,6 @@ def measure_vectors(folder: Path, provider: str) -> Numbers:
     from cembed.export.exporter import export
     from cembed.export.plan import ExportOptions
     from cembed.runtime import Embedder, maxsim
-    from cembed.runtime.picture_pages import FORMATS
     from cembed.runtime.session import check_providers
 
     check_providers([provider])
@@ -269,7 +268,7 @@ def measure_vectors(folder: Path, provider: str) -> Numbers:
         if not (folder / dtype).exists():
             model = str(ROOT / "samples" / "model")
             export(ExportOptions("qwen2.5-vl", model, slot_positions="continue", dtype=dtype), folder / dtype)
-    images = [Image.open(path, formats=FORMATS) for path in sorted((sample / "pages").iterdir())]
+    images = [Image.open(path, formats=("PNG", "JPEG")) for path in sorted((sample / "pages").iterdir())]
     lines = (sample / "queries.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     found = []

@@ -63,6 +63,11 @@ MaxVisualTokens = Annotated[
 ]
 Dpi = Annotated[float, typer.Option(min=1, max=2400, help="Resolution at which PDF pages are drawn.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Seconds that reading one page may take.")]
+MaxPixels = Annotated[
+    int,
+    typer.Option(min=1, help="Pixels a page may have. Larger PDF, TIFF and JPEG pages are reduced, others refused."),
+]
+MAX_PIXELS = 100_000_000
 VectorDim = Annotated[int | None, typer.Option(min=1, help="Keep the first components of vectors, normalised again.")]
 PoolFactor = Annotated[
     int, typer.Option(min=1, help="Merge the vectors of a bundle with one for every token to a part of them.")
@@ -344,6 +349,7 @@ def embed(
     max_visual_tokens: MaxVisualTokens = None,
     dpi: Dpi = 144,
     timeout: Timeout = 60,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dim: VectorDim = None,
     decode: DecodeOption = None,
     pool_factor: PoolFactor = 1,
@@ -368,7 +374,8 @@ def embed(
     embedder.prepare("document", budget)
     harvest = Harvest(out, embedder, budget)
     with StopSignals() as signals:
-        with PageReader(dpi=dpi, timeout=timeout) as reader, progress_bar() as progress:
+        reading = PageReader(dpi=dpi, timeout=timeout, max_pixels=max_pixels)
+        with reading as reader, progress_bar() as progress:
             harvest.total = reader.count_pages(files)
             task = progress.add_task("embedding", total=harvest.total)
             ended = harvest.run(reader.read(files), signals, lambda: progress.advance(task))

@@ -13,9 +13,11 @@ import typer
 
 from cembed.cli import (
     EXIT_INCOMPLETE,
+    MAX_PIXELS,
     AsJson,
     DecodeOption,
     Dpi,
+    MaxPixels,
     MaxVisualTokens,
     NumVectors,
     Paths,
@@ -62,6 +64,7 @@ def add(
     max_visual_tokens: MaxVisualTokens = None,
     dpi: Dpi = 144,
     timeout: Timeout = 60,
+    max_pixels: MaxPixels = MAX_PIXELS,
     dim: VectorDim = None,
     decode: DecodeOption = None,
     pool_factor: PoolFactor = 1,
@@ -86,7 +89,9 @@ def add(
     budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
     embedder.check(embedder.manifest.document, budget)
     settings = [num_vectors, dim, pool_factor, max_visual_tokens, dpi]
-    with open_to_add(index, embedder, dim, store.split(",")) as opened, PageReader(dpi=dpi, timeout=timeout) as reader:
+    settings += [max_pixels] if max_pixels != MAX_PIXELS else []  # so pages of indexes that are there stay known
+    reading = PageReader(dpi=dpi, timeout=timeout, max_pixels=max_pixels)
+    with open_to_add(index, embedder, dim, store.split(",")) as opened, reading as reader:
         job = Job(opened, embedder, budget, json.dumps(settings), pairs or None)
         try:
             with progress_bar() as progress:

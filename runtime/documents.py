@@ -23,14 +23,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, one_line
+from cembed.runtime.file_kinds import START_BYTES, kind_of
 from cembed.runtime.images import Drawn, Settings
 
-SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 
 _START_SECONDS = 120.0
 _STRIKES = 30  # in a row, and a file is given up: it may claim a million pages
 _LOSS_STRIKES = 10
+_HEADER_BYTES, _PAGES, _TEXT = 1 << 16, 1 << 31, 500  # what a reply may have, whatever befell the decoding process
 # Not `python -m`: that takes modules from the working directory and misses what a script has put on sys.path.
 _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.page_worker import serve; serve(sys.argv[1])"
 
@@ -60,22 +62,23 @@ class PageError:
 def find_documents(paths: Iterable[str | Path]) -> list[Path]:
     """The documents at `paths`, each once, in the order given; folders are searched to any depth, in order of name.
 
-    Within a folder, hidden files and folders, other types of file, and links to folders are passed over. Raises
-    CembedError for a path that does not exist, a file of unknown type, a folder that cannot be listed, or no result.
+    Within a folder, hidden files and folders, files with other suffixes, and links to folders are passed over; a file
+    that is given itself may have any name, if its content is of a known type. Raises CembedError for a path that does
+    not exist or is a device, pipe or socket, a file of unknown type, a folder that cannot be listed, or no result.
     """
     given = [Path(path) for path in paths]
     found: dict[str, Path] = {}
     for file in (file for path in given for file in (_walk(path) if path.is_dir() else [_checked(path)])):
         found.setdefault(os.path.abspath(file), file)
     if not found:
-        where = ", ".join(map(str, given)) or "no path"
+        where = ", ".join(one_line(str(path)) for path in given) or "no path"
         raise CembedError(f"found no documents in {where}: give files or folders with {', '.join(SUFFIXES)}")
     return list(found.values())
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
-        raise CembedError(f"cannot list the folder {error.filename}: {error.strerror}")
+        raise CembedError(f"cannot list the folder {one_line(str(error.filename))}: {error.strerror}")
 
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -85,20 +88,31 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _checked(path: Path) -> Path:
-    if not os.path.lexists(path):
-        raise CembedError(f"no such file or folder: {path}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise CembedError(f"{path} is not a document of a known type: give {', '.join(SUFFIXES)}")
+    name = one_line(str(path))
+    if not os.path.exists(path):
+        raise CembedError(f"no such file or folder: {name}")
+    if not path.is_file():
+        raise CembedError(f"{name} is a device, a pipe or a socket: give files or folders")
+    if path.suffix.lower() not in SUFFIXES and _kind(path) is None:
+        raise CembedError(f"{name} is not a document of a known type: give {', '.join(SUFFIXES)}")
     return path
+
+
+def _kind(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return kind_of(file.read(START_BYTES))
+    except OSError as error:
+        raise CembedError(f"cannot read {one_line(str(path))}: {error.strerror}") from None
 
 
 class PageReader:
     """Decodes documents in a process of its own, one page ahead of the caller; leaving the `with` block ends it.
 
-    `dpi` is the resolution of PDF pages; one that would have more than `max_pixels` is drawn smaller, a picture that
-    has more is refused. `timeout` is in seconds, for each page. `memory_limit` is in bytes on top of what the idle
-    process takes (None: no limit) and needs a system with RLIMIT_AS. Raises CembedError for a setting that is not
-    above 0, and when the process does not start.
+    `dpi` is the resolution of PDF pages. A page of more than `max_pixels` is drawn smaller, or reduced while it is
+    decoded (TIFF, JPEG); other pictures that have more are refused. `timeout` is in seconds, for each page.
+    `memory_limit` is in bytes on top of what the idle process takes (None: no limit) and needs a system with RLIMIT_AS.
+    Raises CembedError for a setting that is not above 0, and when the process does not start.
     """
 
     def __init__(
@@ -202,6 +216,10 @@ class _LostError(Exception):
     """The decoding process is gone, or was ended, before it had answered."""
 
 
+class _NonsenseError(Exception):
+    """A reply that the decoding process cannot have meant."""
+
+
 class _Worker:
     """The decoding process as the reading side sees it; `pages` is what it said of the file last asked for."""
 
@@ -211,11 +229,17 @@ class _Worker:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         self._requests: Any = self._process.stdin
         self._replies: Any = self._process.stdout
-        self._ready, self.pages = False, 0
+        self._ready, self.pages, self._max_pixels = False, 0, settings.max_pixels
+        self._owner = os.getpid()
+
+    @property
+    def _ours(self) -> bool:
+        """Whether this process started it, and did not come by it by a fork."""
+        return os.getpid() == self._owner
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self._ours and self._process.poll() is None
 
     def await_ready(self) -> None:
         try:
@@ -226,6 +250,7 @@ class _Worker:
 
     def send(self, path: str, number: int) -> None:
         self.pages = 0
+        self._check_owner()
         try:
             self._requests.write(json.dumps([os.path.abspath(path), number]).encode() + b"\n")
             self._requests.flush()
@@ -234,6 +259,7 @@ class _Worker:
 
     def receive(self, seconds: float) -> Drawn | str:
         """The image asked for (empty if none was) or why there is none; ends the process when `seconds` have passed."""
+        self._check_owner()
         expired = threading.Event()
 
         def expire() -> None:
@@ -243,10 +269,16 @@ class _Worker:
         timer = threading.Timer(seconds, expire)
         timer.daemon = True
         timer.start()
+        reply: Drawn | str | None = None
+        failure: str | None = None
         try:
             reply = self._reply()
-        except (EOFError, ValueError):
-            reply = None
+        except EOFError:
+            pass
+        except (_NonsenseError, ValueError, RecursionError):
+            failure = "the decoding process gave an answer that makes no sense"
+        except MemoryError:
+            failure = "no memory is left for it"
         except BaseException:  # half a reply would be taken for the start of the next
             self.end()
             raise
@@ -256,6 +288,9 @@ class _Worker:
         if expired.is_set():
             self.end()
             raise _LostError(f"took longer than {seconds:g} s")
+        if failure is not None:
+            self.end()
+            raise _LostError(failure)
         if reply is None:
             raise _LostError(self._ending())
         return reply
@@ -263,25 +298,47 @@ class _Worker:
     def _reply(self) -> Drawn | str:
         header = self._header()
         if "pages" in header:
+            if type(header["pages"]) is not int or not 0 <= header["pages"] < _PAGES:
+                raise _NonsenseError
             self.pages = header["pages"]
             header = self._header()
         if "error" in header:
-            return str(header["error"])
-        image = np.empty(header["shape"], np.uint8)
+            return one_line(str(header["error"]))[:_TEXT]
+        image = np.empty(self._shape(header.get("shape")), np.uint8)
         self._fill(image.data.cast("B") if image.size else bytearray())
-        return Drawn(image, header.get("warning"))
+        warning = header.get("warning")
+        return Drawn(image, None if warning is None else one_line(str(warning))[:_TEXT])
+
+    def _shape(self, shape: Any) -> list[int]:
+        """A shape that a page of these settings can have, or [0]."""
+        if shape == [0]:
+            return [0]
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
+            raise _NonsenseError
+        if shape[0] * shape[1] > self._max_pixels or shape[2] != 3:
+            raise _NonsenseError
+        return shape
 
     def _header(self) -> dict[str, Any]:
-        length = bytearray(4)
-        self._fill(length)
-        text = bytearray(int.from_bytes(length, "big"))
+        prefix = bytearray(4)
+        self._fill(prefix)
+        length = int.from_bytes(prefix, "big")
+        if length > _HEADER_BYTES:
+            raise _NonsenseError
+        text = bytearray(length)
         self._fill(text)
-        header: dict[str, Any] = json.loads(text)
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise _NonsenseError
         return header
 
     def _fill(self, buffer: bytearray | memoryview) -> None:
         if self._replies.readinto(buffer) != len(buffer):
             raise EOFError
+
+    def _check_owner(self) -> None:
+        if not self._ours:
+            raise _LostError("it was asked for before a fork, and the answer goes to the other process")
 
     def _ending(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -292,8 +349,10 @@ class _Worker:
         return f"the decoding process died ({what})"
 
     def end(self) -> None:
-        self._process.kill()
+        if self._ours:
+            self._process.kill()
         for pipe in (self._requests, self._replies):
             with contextlib.suppress(OSError):
                 pipe.close()
-        self._process.wait()
+        if self._ours:
+            self._process.wait()

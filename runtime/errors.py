@@ -12,6 +12,15 @@ class CembedError(Exception):
     """
 
 
+def one_line(text: str) -> str:
+    """Text of files or their names that must not make lines of its own, nor steer a terminal.
+
+    >>> one_line("a\\x1b[2J\\n.png")
+    'a\\\\x1b[2J\\\\n.png'
+    """
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was verified: `detail` is what there is, or what is damaged."""

@@ -11,19 +11,24 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin
 
+from cembed.runtime.errors import one_line
+from cembed.runtime.file_kinds import KINDS, START_BYTES, kind_of
 from cembed.runtime.images import Drawn, Pixels, RefusedError, Settings
 from cembed.runtime.pdf_pages import Pdf
-from cembed.runtime.picture_pages import FORMATS, Picture
+from cembed.runtime.picture_pages import Picture
+from cembed.runtime.tiff_pages import Tiff
 
 _NOTHING: Pixels = np.empty(0, np.uint8)
+_WATCH_SECONDS = 1.0
 _REOPEN_PAGES = 64  # PDFium keeps the streams of every page it has drawn: a long scan would run into the memory limit
 
 
@@ -34,9 +39,11 @@ def serve(settings_json: str) -> None:
     os.dup2(2, 1)  # nothing that a library prints may get among the replies
     settings = Settings(**json.loads(settings_json))
     Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, before decoding, and without a warning
+    TiffImagePlugin.READ_LIBTIFF = True  # see tiff_codecs
     requests: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     Image.init()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     _limit_memory(settings.memory_limit)
     decoder = _Decoder(settings)
     _write(replies, {"shape": [0]})
@@ -58,6 +65,13 @@ def _listen(requests: queue.SimpleQueue[tuple[str, int]]) -> None:
     os._exit(0)  # the reading side is gone, so even a page in the middle of decoding is of no use
 
 
+def _watch(parent: int) -> None:
+    """Ends with the reading side, though a process that it forked may keep standard input open."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(0)
+
+
 def _limit_memory(allowed: int | None) -> None:
     try:
         import resource
@@ -71,36 +85,45 @@ def _limit_memory(allowed: int | None) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (idle + int(allowed), resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
+Document: TypeAlias = Pdf | Picture | Tiff
+
+
 @dataclass
 class _Decoder:
     """Keeps the last document open, since its pages are asked for one after the other."""
 
     settings: Settings
     path: str | None = None
-    document: Pdf | Picture | None = None
+    document: Document | None = None
 
     def answers(self, path: str, number: int) -> Iterator[tuple[dict[str, Any], Pixels]]:
         try:
-            if self.document is None or path != self.path or number == 0 or number % _REOPEN_PAGES == 1:
+            worn = isinstance(self.document, Pdf) and number % _REOPEN_PAGES == 1
+            if self.document is None or path != self.path or number == 0 or worn:
                 self.document = None
                 self.document, self.path = _open(path, self.settings), path
             yield {"pages": self.document.pages}, _NOTHING
             drawn = self.document.page(number) if number else Drawn(_NOTHING)
-            yield {"shape": drawn.image.shape, "warning": drawn.warning}, drawn.image
+            warning = None if drawn.warning is None else one_line(drawn.warning)
+            yield {"shape": drawn.image.shape, "warning": warning}, drawn.image
         except Exception as error:  # decoders of damaged files raise every type there is
             self.document = None
-            yield {"error": _reason(error, self.settings)}, _NOTHING
+            yield {"error": one_line(_reason(error, self.settings))}, _NOTHING
 
 
-def _open(path: str, settings: Settings) -> Pdf | Picture:
+def _open(path: str, settings: Settings) -> Document:
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise RefusedError("is a folder" if stat.S_ISDIR(about.st_mode) else "is not a regular file")
     if about.st_size == 0:
         raise RefusedError("the file is empty")
     with open(path, "rb") as file:
-        start = file.read(5)
-    return (Pdf if path.lower().endswith(".pdf") or start == b"%PDF-" else Picture)(path, settings)
+        kind = kind_of(file.read(START_BYTES))
+    if kind == "PDF" or (kind is None and path.lower().endswith(".pdf")):
+        return Pdf(path, settings)
+    if kind is None:
+        raise RefusedError(f"not a {', '.join(KINDS[:-1])} or {KINDS[-1]} file, or damaged from the start")
+    return Tiff(path, settings) if kind == "TIFF" else Picture(path, settings, kind)
 
 
 def _reason(error: Exception, settings: Settings) -> str:
@@ -110,8 +133,6 @@ def _reason(error: Exception, settings: Settings) -> str:
         return text
     if isinstance(error, MemoryError):
         return f"needs more than memory_limit, {(settings.memory_limit or 0) >> 20} MiB"
-    if isinstance(error, UnidentifiedImageError):
-        return f"not a {', '.join(FORMATS)} or PDF file, or damaged from the start"
     if type(error).__name__ == "PdfiumError":
         if "assword" in text:
             return "encrypted: save a copy that opens without a password"

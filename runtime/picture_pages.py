@@ -1,25 +1,70 @@
-"""Pages of picture files, read by Pillow; in the decoding process only."""
+"""Pages of picture files, by Pillow; in the decoding process only."""
 
 from __future__ import annotations
 
-import numpy as np
-from PIL import Image, TiffImagePlugin
+import io
+from pathlib import Path
 
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from cembed.runtime import jpegs, pngs
 from cembed.runtime.images import Drawn, RefusedError, Settings, to_rgb
 
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
+_ZEROS = bytes(64)
 
 
 class Picture:
-    def __init__(self, path: str, settings: Settings) -> None:
-        self._limit = settings.max_pixels
-        self._image = Image.open(path, formats=FORMATS)
-        self.pages = self._image.n_frames if isinstance(self._image, TiffImagePlugin.TiffImageFile) else 1
+    """A file of one picture, of a `kind` that Pillow knows by that name."""
 
-    def page(self, number: int) -> Drawn:
-        self._image.seek(number - 1)
-        width, height = self._image.size
+    pages = 1
+
+    def __init__(self, path: str, settings: Settings, kind: str) -> None:
+        self._path, self._kind, self._limit = path, kind, settings.max_pixels
+
+    def page(self, _: int) -> Drawn:
+        """The picture, or its first frame. Raises RefusedError, and whatever Pillow raises for damage."""
+        try:
+            return {"JPEG": self._jpeg, "PNG": self._png, "WEBP": self._webp}.get(self._kind, self._plain)()
+        except UnidentifiedImageError:
+            raise RefusedError(
+                f"damaged from the start: it begins like a {self._kind} file, and then is none"
+            ) from None
+
+    def _plain(self, data: bytes | None = None, warning: str | None = None) -> Drawn:
+        image = Image.open(self._path if data is None else io.BytesIO(data), formats=(self._kind,))
+        width, height = image.size
         if width * height > self._limit:
-            raise RefusedError(f"{width} x {height} pixels are over the limit of {self._limit} (max_pixels)")
-        self._image.load()
-        return Drawn(np.array(to_rgb(self._image), order="C"))
+            raise RefusedError(
+                f"{width} x {height} pixels are over the limit of {self._limit}, and a {self._kind} file cannot be "
+                "reduced while it is read: set a higher one (--max-pixels)"
+            )
+        return Drawn(np.array(to_rgb(image), order="C"), warning)
+
+    def _png(self) -> Drawn:
+        data = Path(self._path).read_bytes()
+        doubt = pngs.doubt(data)
+        try:
+            return self._plain(data, doubt)
+        except (RefusedError, MemoryError):
+            raise
+        except Exception:  # it may be only text or a profile, of which there is no use
+            return self._plain(pngs.needed(data), doubt)
+
+    def _jpeg(self) -> Drawn:
+        try:
+            image = jpegs.opened(self._path, self._limit)
+        except MemoryError:
+            raise
+        except Exception:
+            return jpegs.read(Path(self._path).read_bytes(), self._limit)
+        if jpegs.grey_end(image):
+            return jpegs.read(Path(self._path).read_bytes(), self._limit)
+        return jpegs.finished(image, self._limit, jpegs.doubt(image, self._path))
+
+    def _webp(self) -> Drawn:
+        with open(self._path, "rb") as file:
+            size = int.from_bytes(file.read(8)[4:], "little") + 8  # as RIFF says it
+            file.seek(max(0, size - len(_ZEROS)))
+            torn = file.read(len(_ZEROS)) == _ZEROS
+        return self._plain(None, "the end of the file is zeros: part of the page may be missing" if torn else None)

@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw, ImageFont
 from cembed.runtime import Embedder, VectorFile, maxsim
 from cembed.runtime.documents import Page, PageReader
 from cembed.runtime.evaluate import Dataset
-from cembed.runtime.picture_pages import FORMATS
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEMO = PROJECT / ".demo"
@@ -65,7 +64,7 @@ def collect_pages(folder: Path) -> dict[tuple[str, int], str]:
             singles[str(copy), 1] = path.name
         else:
             scans.append(path)
-    save_pdf([Image.open(path, formats=FORMATS) for path in scans], folder / "scans.pdf")
+    save_pdf([Image.open(path, formats=("PNG", "JPEG")) for path in scans], folder / "scans.pdf")
     for name in TEXTS:
         set_pdf(PROJECT / name, folder / f"{Path(name).stem.lower()}.pdf")
     return singles | {(str(folder / "scans.pdf"), number): path.name for number, path in enumerate(scans, 1)}
