@@ -89,11 +89,11 @@ docs: $(VENV)/ready
 	$(BIN)/python docs/help.py
 
 # torch first and pinned: the export extra asks for the same version.
-$(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.cpp runtime/native/*.h)
+$(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.cpp runtime/native/*.h runtime/native/pictures/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[export,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info runtime/libmaxsim*
+	rm -rf $(VENV) .demo build dist *.egg-info runtime/libmaxsim* runtime/libpictures*

@@ -133,10 +133,6 @@ def _reason(error: Exception, settings: Settings) -> str:
         return text
     if isinstance(error, MemoryError):
         return f"needs more than memory_limit, {(settings.memory_limit or 0) >> 20} MiB"
-    if type(error).__name__ == "PdfiumError":
-        if "assword" in text:
-            return "encrypted: save a copy that opens without a password"
-        return "has no pages, is damaged, or is no PDF" if "document" in text else f"damaged: {text}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"damaged, or of a kind that cannot be decoded: {type(error).__name__} {text}"

@@ -1,28 +1,132 @@
-"""Pages of PDF files, drawn by PDFium; in the decoding process only."""
+"""Pages of PDF files, drawn by PDFium; in the decoding process only.
+
+PDFium leaves out what it cannot decode and says nothing. So a second thread looks through the pictures of a page while
+it is drawn, and what is damaged of them comes as a warning, or as an error where nothing was drawn at all.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import threading
+from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import pypdfium2
+import pypdfium2.raw as pdfium
 
-from cembed.runtime.images import Drawn, Settings
+from cembed.runtime.images import Drawn, Pixels, RefusedError, Settings
+from cembed.runtime.pdf_drawn import count_undrawn, is_plain, scan_scale
+from cembed.runtime.pdf_objects import Objects
+from cembed.runtime.pdf_pictures import ANY, Found, Pictures
+from cembed.runtime.pdf_repair import Opened, mapped, open_pdf
+
+_SMALL = 500.0  # points: the longer side of a page that is too small for a scan of A5
+_MOST_UNITS = 75_000.0  # of 1/72 inch
+_MOST_REASONS = 3
 
 
 class Pdf:
+    """A page is drawn at `dpi`, or smaller if it would have more than max_pixels.
+
+    A page smaller than A5 that is one scan and nothing else is drawn at the scan's own resolution if that is higher:
+    what says how large the page is may be made up. Raises RefusedError.
+    """
+
     def __init__(self, path: str, settings: Settings) -> None:
         self._settings = settings
-        self._document = pypdfium2.PdfDocument(path)
+        opened = open_pdf(path)
+        self._document = opened.document
         self._document.init_forms()  # without it, fields that have been filled in stay blank
         self.pages = len(self._document)
+        self._pictures = _pictures_of(path, opened)
+        self._notes = [f"the file was repaired: {opened.repair}"] if opened.repair else []
+        if self._pictures and "Collection" in self._pictures.objects.catalog:
+            count = pdfium.FPDFDoc_GetAttachmentCount(self._document)
+            self._notes.append(f"a portfolio, of which this is the cover: the files in it ({count}) were not read")
 
     def page(self, number: int) -> Drawn:
-        page = self._document[number - 1]
+        try:
+            page = self._document[number - 1]
+        except pypdfium2.PdfiumError:
+            raise RefusedError("damaged: the page is missing in the file, or cannot be read") from None
+        scale = self._scale(page, number)
+        look = _beside(lambda: self._look(number))
+        image = np.array(page.render(scale=scale, rev_byteorder=True).to_numpy()[..., :3], order="C")
+        faults = _faults(page, image, look())
+        notes = [*self._notes, *self._form_notes(page)]
+        page.close()
+        if faults and is_plain(image):
+            raise RefusedError(f"damaged: nothing of it could be drawn: {'; '.join(faults)}")
+        return Drawn(image, "; ".join(notes + faults) or None)
+
+    def _scale(self, page: pypdfium2.PdfPage, number: int) -> float:
+        """Pixels for each unit of the page."""
         width, height = page.get_size()
-        scale = self._settings.dpi / 72
+        unit = self._pictures.unit(number) if self._pictures else 1.0
+        scale = self._settings.dpi / 72 * min(unit, _MOST_UNITS)
+        if max(width, height) * unit < _SMALL:
+            scale = max(scale, scan_scale(page))
         while math.ceil(width * scale) * math.ceil(height * scale) > self._settings.max_pixels:
             scale *= 0.99
-        image = np.array(page.render(scale=scale, rev_byteorder=True).to_numpy()[..., :3], order="C")
-        page.close()
-        return Drawn(image)
+        return scale
+
+    def _look(self, number: int) -> Found:
+        try:
+            return self._pictures.of_page(number) if self._pictures else Found(doubtful={ANY})
+        except Exception:  # what is so damaged that only PDFium can follow it: PDFium is asked
+            return Found(doubtful={ANY})
+
+    def _form_notes(self, page: pypdfium2.PdfPage) -> list[str]:
+        kind = pdfium.FPDF_GetFormType(self._document)
+        static = kind == pdfium.FORMTYPE_XFA_FOREGROUND
+        stands_in = static and self.pages == 1 and not pdfium.FPDFPage_GetAnnotCount(page)
+        if kind != pdfium.FORMTYPE_XFA_FULL and not stands_in:
+            return []
+        return ["an XFA form, which is not drawn: its pages are only what other readers are to show"]
+
+
+def _pictures_of(path: str, opened: Opened) -> Pictures | None:
+    about = os.stat(path)
+    try:
+        if opened.data is None:
+            return _pictures_in(path, about.st_mtime_ns, about.st_size)
+        return Pictures(Objects(opened.data))
+    except Exception:  # only PDFium can follow it
+        return None
+
+
+@lru_cache(maxsize=1)
+def _pictures_in(path: str, changed: int, size: int) -> Pictures:
+    """Kept, as a long document is opened again and again."""
+    return Pictures(Objects(mapped(path)))
+
+
+def _beside(work: Callable[[], Found]) -> Callable[[], Found]:
+    """Does the work in a thread; the function returned waits for it."""
+    done: list[Found] = []
+    thread = threading.Thread(target=lambda: done.append(work()))
+    try:
+        thread.start()
+    except RuntimeError:  # no memory for a thread
+        return work
+
+    def wait() -> Found:
+        thread.join()
+        return done[0]
+
+    return wait
+
+
+def _faults(page: pypdfium2.PdfPage, image: Pixels, found: Found) -> list[str]:
+    """What is wrong with the page, in a few words each."""
+    kinds = {ANY} if found.pictures and is_plain(image) and not found.damaged else found.doubtful
+    undrawn = count_undrawn(page, image, kinds) if kinds else 0
+    lost, pictures = len(found.damaged) + undrawn, max(found.pictures, undrawn)
+    others = list(dict.fromkeys(found.others))[:_MOST_REASONS]
+    if not lost:
+        return others
+    which = "its picture" if pictures == 1 else f"{min(lost, pictures)} of {pictures} pictures"
+    reasons = list(dict.fromkeys(found.damaged))[:_MOST_REASONS] or ["damaged, or of a kind that is not known"]
+    return [f"{which} could not be read whole ({'; '.join(reasons)})", *others]
