@@ -356,8 +356,9 @@ def targets(result: Numbers) -> list[tuple[str, float, float]]:
     """What is asked: its name, the value, and the least that it may be."""
     own = {name: milliseconds(result, f"cembed {name}") or np.nan for name in ("list", "array", *STORAGE)}
     exact, goals = [ms for name in EXACT if (ms := milliseconds(result, name))], GOALS[result["shape"]]
-    rows = [("array, times the best exact peer", min(exact) / own["array"], 1.0)]
+    rows = list[tuple[str, float, float]]()
     if goals.numpy:
+        rows.append(("array, times the best exact peer", min(exact) / own["array"], 1.0))
         rows += [(f"{kind}, times numpy", times_numpy(result, kind), goals.numpy) for kind in ("list", "array")]
     if goals.overhead_ms and (alone := milliseconds(result, "library alone")):
         rows.append(("list, allowed overhead over its own", goals.overhead_ms / max(own["list"] - alone, 1e-6), 1.0))
