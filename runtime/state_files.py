@@ -63,7 +63,10 @@ class StateSchema:
         for tensor in m.graphs["text_step"].inputs:
             if tensor.name.startswith("past_key_values."):
                 batch, heads, _, width = (sizes.get(axis, axis) for axis in tensor.shape)
-                found[tensor.name] = _CODES[tensor.dtype], (int(batch), int(heads), positions, int(width))
+                found[tensor.name] = (
+                    _CODES.get(tensor.dtype, tensor.dtype),
+                    (int(batch), int(heads), positions, int(width)),
+                )
         return found | ({"states": ("F32", (vectors, m.dim))} if vectors else {})
 
     def check_counts(self, name: SideName, positions: int, vectors: int) -> None:
