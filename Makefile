@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-crash lint docs test-native test-library test-arm fuzz clean
+.PHONY: demo test test-oldest test-crash lint docs test-native test-library test-arm fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/python samples/demo.py
@@ -11,6 +11,16 @@ demo: $(VENV)/ready
 # Two processes; the tests of a file share what its fixtures make, so they stay in one.
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The same tests with the oldest versions of everything that pyproject.toml allows. Needs Python 3.11.
+OLDEST := build/oldest
+
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet torch==2.13.0
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[export,dev]'
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
 
 # The C++ kernels by themselves, with the compiler's checks of memory, arithmetic and threads.
 SANITIZERS := address,undefined thread
@@ -84,7 +94,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Writes the help texts into README.md; a test checks that they are the current ones.
+# Writes the help texts into docs/cli.md; a test checks that they are the current ones.
 docs: $(VENV)/ready
 	$(BIN)/python docs/help.py
 

@@ -122,10 +122,10 @@ def export(
     ] = None,
     head_weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.safetensors", help="Learned slot rows and projection, see docs/design.md."),
+        typer.Option(metavar="FILE.safetensors", help="Learned slot rows and projection, see docs/formats.md."),
     ] = None,
     head_spec: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="A head of your own, see docs/design.md.")
+        Path | None, typer.Option(metavar="FILE.json", help="A head of your own, see docs/formats.md.")
     ] = None,
     pooling: Annotated[
         str | None,

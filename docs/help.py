@@ -1,4 +1,4 @@
-"""Writes the help texts of the command line into README.md, between `<!-- help: COMMAND -->` and `<!-- end -->`.
+"""Writes the help texts of the command line into docs/cli.md, between `<!-- help: COMMAND -->` and `<!-- end -->`.
 
 python docs/help.py            writes them
 python docs/help.py --check    exits with 1 if they are not the current ones
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().with_name("cli.md")
 BLOCK = re.compile(r"(<!-- help: ([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -30,11 +30,11 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     current = fill(text)
     if "--check" in sys.argv:
         raise SystemExit(int(text != current))
-    README.write_text(current, encoding="utf-8")
+    PAGE.write_text(current, encoding="utf-8")
 
 
 if __name__ == "__main__":

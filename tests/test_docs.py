@@ -13,6 +13,11 @@ from conftest import GOLDEN
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = PROJECT / "README.md"
+DOCUMENTS = sorted(
+    path.relative_to(PROJECT).as_posix()
+    for folder in (".", "docs", "samples/*")
+    for path in PROJECT.glob(f"{folder}/*.md")
+)
 
 
 def test_help_texts_are_current() -> None:
@@ -25,9 +30,11 @@ def test_the_table_of_what_fits_is_current() -> None:
     assert table in (folder / "README.md").read_text()
 
 
-def test_the_python_of_the_readme_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_documents_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```"
-    first, second, third = re.findall(block, README.read_text(), re.DOTALL)
+    (first,), (second, third) = (
+        re.findall(block, page.read_text(), re.DOTALL) for page in (README, PROJECT / "docs" / "deploy.md")
+    )
     shutil.copytree(causal_bundle, tmp_path / "bundle")
     shutil.copy(GOLDEN / "colqwen2" / "page.png", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -45,7 +52,7 @@ def test_the_documented_test_command_is_what_ci_runs() -> None:
     assert "\nmake test\n" in (PROJECT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/decisions.md", "samples/jetson/README.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_within_the_project_lead_somewhere(document: str) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (PROJECT / document).read_text()):
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", (PROJECT / document).read_text()):
         assert (PROJECT / document).parent.joinpath(target).exists(), target

@@ -1,4 +1,4 @@
-/* cembed as a C library: a bundle (docs/design.md) is opened, and pages and queries become the vectors of Python's.
+/* cembed as a C library: a bundle (docs/formats.md) is opened, and pages and queries become the vectors of Python's.
  *
  * Every function but the last ones returns a status. What is wrong is said by cembed_error(), in one line, for the
  * calling thread, until it calls again. No exception leaves the library. Memory it hands out is named so, and is given
