@@ -44,7 +44,7 @@ class RefusedError(Exception):
 
 def partly(share: float, why: str) -> str:
     """The warning for a page of which a `share` is missing, and white. Raises RefusedError if that is over a tenth."""
-    percent = f"{max(0.1, 100 * share):.2g} % of the page is missing"
+    percent = f"{max(0.1, 100 * share):.1f} % of the page is missing"
     if share > _MOST_MISSING:
         raise RefusedError(f"damaged: {percent}: {why}")
     return f"{percent}, and white here: {why}"

@@ -24,7 +24,8 @@ _METADATA = (*range(0xE0, 0xF0), 0xFE)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _GREY = frozenset((127, 128))  # the second is of inverted CMYK
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
-_NOISE = np.random.default_rng(0).integers(1, 255, (2, 4096), dtype=np.uint8)  # it holds no marker
+_SURPLUS = 32  # bytes
+_RESTARTS = [bytes([0xFF, 0xD0 + number]) for number in range(8)] * 16
 
 
 def ended(data: bytes) -> bool:
@@ -34,8 +35,10 @@ def ended(data: bytes) -> bool:
 
 def continued(data: bytes, which: int) -> bytes:
     """A stream that goes on with noise, of one of two kinds, where it ended."""
-    noise: bytes = _NOISE[which].tobytes()
-    return data.rstrip(b"\0").removesuffix(END).rstrip(b"\xff") + noise + END
+    random = np.random.default_rng(which).integers(1, 255, (len(_RESTARTS), 64), dtype=np.uint8)  # it holds no marker
+    noise = b"".join(bytes(piece) + restart for piece, restart in zip(random, _RESTARTS, strict=True))
+    pixels = data.rstrip(b"\0").removesuffix(END) if ended(data) else data
+    return pixels.rstrip(b"\xff") + random.tobytes() + noise + END
 
 
 def grey_ends(image: Image.Image, rows: list[int]) -> list[bool]:
@@ -138,8 +141,9 @@ def read(data: bytes, limit: int) -> Drawn:
         image = _opened_bare(data, limit)
         if not grey_end(image):
             return finished(image, limit, COARSE if lacks_scans(data) else None)
-    one, two = (_opened_bare(continued(data, which), limit) for which in (0, 1))
-    good, scans = alike(one, two), sum(marker == _SCAN for marker, _ in segments(data))
+    data = _without_filling(data, limit)
+    one, good = _read_twice(data, limit)
+    scans = sum(marker == _SCAN for marker, _ in segments(data))
     if good == one.height:
         return finished(one, limit, COARSE if lacks_scans(data) else None)
     if scans > 1:
@@ -148,6 +152,23 @@ def read(data: bytes, limit: int) -> Drawn:
     image = one.convert("RGB")
     image.paste("white", (0, good, *image.size))
     return finished(image, limit, warning)
+
+
+def _read_twice(data: bytes, limit: int) -> tuple[Image.Image, int]:
+    """The picture, and how many of its rows do not depend on what follows `data`."""
+    one, two = (_opened_bare(continued(data, which), limit) for which in (0, 1))
+    return one, alike(one, two)
+
+
+def _without_filling(data: bytes, limit: int) -> bytes:
+    """Cuts off the zeros of a download that was not finished; blank paper may be stored as zeros, too."""
+    bare = data.rstrip(b"\0")
+    if len(data) - len(bare) < 2 * _SURPLUS:
+        return data
+    ends_there, ends_before = (
+        good == image.height for image, good in (_read_twice(data, limit), _read_twice(data[:-_SURPLUS], limit))
+    )
+    return data if ends_there and not ends_before else bare
 
 
 def finished(image: Image.Image, limit: int, warning: str | None) -> Drawn:

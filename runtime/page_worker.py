@@ -99,7 +99,7 @@ class _Decoder:
     def answers(self, path: str, number: int) -> Iterator[tuple[dict[str, Any], Pixels]]:
         try:
             worn = isinstance(self.document, Pdf) and number % _REOPEN_PAGES == 1
-            if self.document is None or path != self.path or number == 0 or worn:
+            if self.document is None or path != self.path or number <= 1 or worn:
                 self.document = None
                 self.document, self.path = _open(path, self.settings), path
             yield {"pages": self.document.pages}, _NOTHING

@@ -155,7 +155,7 @@ class SegmentReader:
             try:
                 image = Image.open(io.BytesIO(_wrapped(self.layout, parts, heights)), formats=("TIFF",))
                 image.load()
-            except (OSError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError, OverflowError, SyntaxError) as error:
                 if str(error).endswith(_NO_MEMORY):
                     raise MemoryError from None
                 image = None

@@ -113,6 +113,11 @@ PREDICTED = (Compression.LZW, Compression.DEFLATE, Compression.OLD_DEFLATE, Comp
 LOSSLESS = (Compression.NONE, Compression.PACKBITS, *PREDICTED)
 KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # SampleFormat as numpy names it; 4 is undefined, for which integers are usual
 FLOAT_BITS, PREDICTED_BITS = (16, 32, 64), (8, 16, 32, 64)
+# Bytes that one byte of a file can become, and rows that it can hold the codes of; others are without such limits.
+_MOST_BYTES = {Compression.NONE: 1, Compression.PACKBITS: 64, Compression.LZW: 3000, Compression.LZMA: 20_000,
+               **dict.fromkeys((Compression.DEFLATE, Compression.OLD_DEFLATE), 1100)}  # fmt: skip
+_MOST_ROWS = dict.fromkeys(FAX, 8)
+_LONGEST_SIDE = (1 << 31) - 1
 _PIECE_BYTES = 1 << 20
 ASSOCIATED, UNASSOCIATED = 1, 2  # values of ExtraSamples
 
@@ -181,8 +186,8 @@ class Layout:
 def layout_of(frame: Directory) -> Layout:
     """What is to be known to read a frame. Raises RefusedError, with its tags, where it cannot be read right."""
     width, height = frame.number(Tag.ImageWidth, 0), frame.number(Tag.ImageLength, 0)
-    if width < 1 or height < 1:
-        raise RefusedError("damaged: a frame without ImageWidth or ImageLength")
+    if not (0 < width <= _LONGEST_SIDE and 0 < height <= _LONGEST_SIDE):
+        raise RefusedError(f"damaged: a frame of {width} x {height} pixels")
     compression, samples = frame.number(Tag.Compression, 1), frame.number(Tag.SamplesPerPixel, 1)
     photometric = _photometric(frame, compression, samples)
     alpha, associated = _alpha(frame, photometric, samples)
@@ -205,6 +210,8 @@ def layout_of(frame: Directory) -> Layout:
         made_rgb=photometric == Photometric.YCBCR and not _plain_luma(frame, compression),
     )
     layout = replace(layout, segments=_cut(layout))
+    if _too_large(layout):
+        raise RefusedError(f"damaged: {width} x {height} pixels cannot be in a file of {frame.file.size} bytes")
     for wrong, why in (*_refused_storage(layout), *_refused_colours(layout)):
         if wrong:
             raise refusal(frame, why)
@@ -260,6 +267,14 @@ def _segments(frame: Directory, width: int, height: int) -> Segments:
         raise RefusedError("damaged: a frame without strips or tiles")
     across, down = -(-width // size[0]), -(-height // size[1])
     return Segments(tiled, *size, across, down, offsets.tolist(), None if counts is None else counts.tolist())
+
+
+def _too_large(layout: Layout) -> bool:
+    """Whether the greater part of a page cannot be there: dimensions are wrong, or the file has been cut."""
+    size, rows = layout.frame.file.size, layout.height * layout.planes
+    length = rows * layout.width * layout.plane_samples * layout.bits // 8
+    most_bytes = _MOST_BYTES.get(layout.compression, length)
+    return length > 2 * size * most_bytes or rows > 2 * size * _MOST_ROWS.get(layout.compression, rows)
 
 
 def _cut(layout: Layout) -> Segments:

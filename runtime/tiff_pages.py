@@ -61,7 +61,7 @@ def _read(layout: Layout, limit: int) -> Drawn:
 
 
 def _warning(reader: SegmentReader, missing: float) -> str | None:
-    note = re.sub(r" of (strip|tile) \d+", "", next(iter(reader.notes.values()), ""))
+    note = re.sub(r"^tempfile.tif: | of strip \d+|, strip \d+", "", next(iter(reader.notes.values()), ""))
     if missing:
         return partly(missing, note)
     return f"damaged, what is here may be wrong: {note}" if note else None

@@ -73,6 +73,8 @@ class TiffFile:
         if head[:4] not in HEADERS:
             raise RefusedError("damaged: the header of a TIFF file is wrong")
         self.order, big = "<" if head[:2] == b"II" else ">", b"+" in head[2:4]
+        if len(head) < (16 if big else 8):
+            raise RefusedError("damaged: the file ends within its header")
         word = self.order + ("u8" if big else "u4")
         self._count, self._word = np.dtype(self.order + ("u8" if big else "u2")), np.dtype(word)
         fields = [("tag", self.order + "u2"), ("type", self.order + "u2"), ("count", word)]
