@@ -35,8 +35,6 @@ class Tag(IntEnum):
     ExtraSamples = 338
     SampleFormat = 339
     JPEGTables = 347
-    JPEGInterchangeFormat = 513
-    JPEGInterchangeFormatLength = 514
     YCbCrCoefficients = 529
     YCbCrSubSampling = 530
     ReferenceBlackWhite = 532
@@ -241,6 +239,8 @@ def _alike(frame: Directory, tag: Tag, default: int, samples: int) -> int:
 def _alpha(frame: Directory, photometric: int, samples: int) -> tuple[int | None, bool]:
     """The number of the sample that is alpha, and whether the colours have been multiplied by it."""
     extra = frame.values(Tag.ExtraSamples)
+    if extra is None and samples == COLOURS[photometric] + 1 and photometric != Photometric.PALETTE:
+        return samples - 1, False  # most who say nothing of the last sample mean that
     for index, meaning in enumerate([] if extra is None else extra.tolist(), COLOURS[photometric]):
         if meaning in (ASSOCIATED, UNASSOCIATED) and index < samples:
             return index, meaning == ASSOCIATED

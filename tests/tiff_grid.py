@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What is read may differ from `right`, RGB [height, width, 3], by `tolerance` on average and by 8 times that at most."""
+    """What is read may differ from `right`, RGB [height, width, 3], by `tolerance` on average, and 8 times that in one."""
 
     name: str
     frame: Frame
