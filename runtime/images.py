@@ -42,6 +42,13 @@ class RefusedError(Exception):
     """Input that is left alone, for the reason given."""
 
 
+def too_many_pixels(width: int, height: int, limit: int, what: str) -> RefusedError:
+    return RefusedError(
+        f"{width} x {height} pixels are over the limit of {limit}, and {what} cannot be reduced while it is read: "
+        "set a higher one (--max-pixels)"
+    )
+
+
 def partly(share: float, why: str) -> str:
     """The warning for a page of which a `share` is missing, and white. Raises RefusedError if that is over a tenth."""
     percent = f"{max(0.1, 100 * share):.1f} % of the page is missing"

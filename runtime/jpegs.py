@@ -16,12 +16,11 @@ from PIL import Image
 
 from cembed.runtime.images import Drawn, partly, reduction, to_rgb
 
-START, END = b"\xff\xd8\xff", b"\xff\xd9"
+END = b"\xff\xd9"
 COARSE = "the file ends too early: the page is coarser than it was, or incomplete"
 _BEGIN, _SCAN, _PROGRESSIVE = 0xD8, 0xDA, 0xC2
 _EXIF, _ADOBE, _ADOBE_LENGTH = 0xE1, 0xEE, 14
 _METADATA = (*range(0xE0, 0xF0), 0xFE)
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _GREY = frozenset((127, 128))  # the second is of inverted CMYK
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _SURPLUS = 32  # bytes
@@ -81,14 +80,6 @@ def lacks_scans(data: bytes) -> bool:
             chosen = content[1 : 1 + 2 * content[0] : 2]
             bits |= {(name, order): precision & 15 for name in chosen for order in range(first, min(last, 63) + 1)}
     return any(bits.values())
-
-
-def size(data: bytes) -> tuple[int, int] | None:
-    """Width and height, or None where no frame header is found."""
-    for marker, content in segments(data):
-        if marker in _FRAMES and len(content) > 5:
-            return int.from_bytes(content[3:5], "big"), int.from_bytes(content[1:3], "big")
-    return None
 
 
 def opened(source: str | bytes, limit: int) -> Image.Image:

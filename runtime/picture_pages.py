@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cembed.runtime import jpegs, pngs
-from cembed.runtime.images import Drawn, RefusedError, Settings, to_rgb
+from cembed.runtime.images import Drawn, RefusedError, Settings, to_rgb, too_many_pixels
 
 _ZEROS = bytes(64)
 
@@ -35,10 +35,7 @@ class Picture:
         image = Image.open(self._path if data is None else io.BytesIO(data), formats=(self._kind,))
         width, height = image.size
         if width * height > self._limit:
-            raise RefusedError(
-                f"{width} x {height} pixels are over the limit of {self._limit}, and a {self._kind} file cannot be "
-                "reduced while it is read: set a higher one (--max-pixels)"
-            )
+            raise too_many_pixels(width, height, self._limit, f"a {self._kind} file")
         return Drawn(np.array(to_rgb(image), order="C"), warning)
 
     def _png(self) -> Drawn:

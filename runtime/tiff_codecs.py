@@ -151,7 +151,7 @@ class SegmentReader:
         return _Piece(one.image, good, one.note or note or two.note)
 
     def _attempt(self, parts: list[bytes], heights: list[int]) -> _Piece:
-        with _overheard() as said:
+        with overheard() as said:
             try:
                 image = Image.open(io.BytesIO(_wrapped(self.layout, parts, heights)), formats=("TIFF",))
                 image.load()
@@ -274,7 +274,7 @@ class _Said:
 
 
 @contextlib.contextmanager
-def _overheard() -> Iterator[_Said]:
+def overheard() -> Iterator[_Said]:
     """What is printed on standard error meanwhile: libtiff's only way to say that it goes on in spite of damage."""
     said, old = _Said(), os.dup(2)
     with _ear() as ear:

@@ -35,8 +35,6 @@ class Tag(IntEnum):
     ExtraSamples = 338
     SampleFormat = 339
     JPEGTables = 347
-    JPEGInterchangeFormat = 513
-    JPEGInterchangeFormatLength = 514
     YCbCrCoefficients = 529
     YCbCrSubSampling = 530
     ReferenceBlackWhite = 532
@@ -114,9 +112,9 @@ LOSSLESS = (Compression.NONE, Compression.PACKBITS, *PREDICTED)
 KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # SampleFormat as numpy names it; 4 is undefined, for which integers are usual
 FLOAT_BITS, PREDICTED_BITS = (16, 32, 64), (8, 16, 32, 64)
 # Bytes that one byte of a file can become, and rows that it can hold the codes of; others are without such limits.
-_MOST_BYTES = {Compression.NONE: 1, Compression.PACKBITS: 64, Compression.LZW: 3000, Compression.LZMA: 20_000,
+_MOST_BYTES: dict[int, int] = {Compression.NONE: 1, Compression.PACKBITS: 64, Compression.LZW: 3000, Compression.LZMA: 20_000,
                **dict.fromkeys((Compression.DEFLATE, Compression.OLD_DEFLATE), 1100)}  # fmt: skip
-_MOST_ROWS = dict.fromkeys(FAX, 8)
+_MOST_ROWS: dict[int, int] = dict.fromkeys(FAX, 8)
 _LONGEST_SIDE = (1 << 31) - 1
 _PIECE_BYTES = 1 << 20
 ASSOCIATED, UNASSOCIATED = 1, 2  # values of ExtraSamples
@@ -241,6 +239,8 @@ def _alike(frame: Directory, tag: Tag, default: int, samples: int) -> int:
 def _alpha(frame: Directory, photometric: int, samples: int) -> tuple[int | None, bool]:
     """The number of the sample that is alpha, and whether the colours have been multiplied by it."""
     extra = frame.values(Tag.ExtraSamples)
+    if extra is None and samples == COLOURS[photometric] + 1 and photometric != Photometric.PALETTE:
+        return samples - 1, False  # most who say nothing of the last sample mean that
     for index, meaning in enumerate([] if extra is None else extra.tolist(), COLOURS[photometric]):
         if meaning in (ASSOCIATED, UNASSOCIATED) and index < samples:
             return index, meaning == ASSOCIATED

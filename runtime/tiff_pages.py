@@ -6,18 +6,28 @@ The tags decide what bytes mean (`tiff_layout`, `tiff_pixels`), Pillow's libtiff
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 from PIL import Image
 
-from cembed.runtime import jpegs
-from cembed.runtime.images import Drawn, Pixels, RefusedError, Settings, partly, reduction, span_of
-from cembed.runtime.tiff_codecs import Rows, SegmentReader
-from cembed.runtime.tiff_layout import Compression, Layout, Tag, layout_of, refusal
+from cembed.runtime.images import (
+    Drawn,
+    Pixels,
+    RefusedError,
+    Settings,
+    partly,
+    reduction,
+    span_of,
+    to_rgb,
+    too_many_pixels,
+)
+from cembed.runtime.tiff_codecs import Rows, SegmentReader, overheard
+from cembed.runtime.tiff_layout import Compression, Layout, Tag, layout_of
 from cembed.runtime.tiff_pixels import Samples, painter, unpacked
 from cembed.runtime.tiff_tags import Directory, TiffFile
 
@@ -46,6 +56,9 @@ class Tiff:
 
 def _read(layout: Layout, limit: int) -> Drawn:
     reader = SegmentReader(layout)
+    if layout.alpha is not None and layout.frame.values(Tag.ExtraSamples) is None and _all_transparent(reader):
+        layout = replace(layout, alpha=None)
+        reader = SegmentReader(layout)
     painting = painter(layout, _span(reader))
     canvas = _Canvas(layout.width, layout.height, reduction(layout.width, layout.height, limit))
     missing = 0.0
@@ -65,6 +78,14 @@ def _warning(reader: SegmentReader, missing: float) -> str | None:
     if missing:
         return partly(missing, note)
     return f"damaged, what is here may be wrong: {note}" if note else None
+
+
+def _all_transparent(reader: SegmentReader) -> bool:
+    """Whether alpha is zero everywhere, which is never meant."""
+    layout = reader.layout
+    return not any(
+        band.samples[..., layout.alpha].any() for band in _bands(reader, lambda rows: unpacked(layout, rows))
+    )
 
 
 def _span(reader: SegmentReader) -> tuple[float, float]:
@@ -153,13 +174,10 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _old_jpeg(frame: Directory, limit: int) -> Drawn:
-    """JPEG of TIFF 6.0 itself: read where all of the picture is one JPEG stream, as it mostly is."""
-    start, size = (
-        frame.number(Tag.JPEGInterchangeFormat, 0),
-        (frame.number(Tag.ImageWidth, 0), frame.number(Tag.ImageLength, 0)),
-    )
-    data = frame.file.read(start, frame.number(Tag.JPEGInterchangeFormatLength, 0) or frame.file.size)
-    if not data.startswith(jpegs.START) or jpegs.size(data) != size:
-        raise refusal(frame, "JPEG of the old style that is no JPEG file in itself is not read: save the file anew")
-    drawn = jpegs.read(data, limit)
-    return Drawn(_upright(drawn.image, frame.number(Tag.Orientation, 1)), drawn.warning)
+    """JPEG as TIFF 6.0 had it, in tags and places of all sorts: libtiff gets the file as it is."""
+    width, height = frame.number(Tag.ImageWidth, 0), frame.number(Tag.ImageLength, 0)
+    if width * height > limit:
+        raise too_many_pixels(width, height, limit, "a TIFF file in JPEG of the old style")
+    with overheard() as said:
+        page = np.array(to_rgb(Image.open(io.BytesIO(frame.alone()), formats=("TIFF",))), order="C")
+    return Drawn(page, f"damaged, what is here may be wrong: {said.text.splitlines()[0]}" if said.text else None)

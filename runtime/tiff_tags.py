@@ -31,6 +31,7 @@ class Directory:
     """The tags of one frame, by number, each with its type and values still undecoded."""
 
     file: TiffFile
+    start: int
     entries: npt.NDArray[np.void]
 
     def values(self, tag: int) -> Values | None:
@@ -54,6 +55,10 @@ class Directory:
         """The first value of a tag."""
         values = self.values(tag)
         return default if values is None else int(values.flat[0])
+
+    def alone(self) -> bytes:
+        """The whole file, with this frame as the first."""
+        return self.file.starting_at(self.start)
 
     @property
     def subfile(self) -> int:
@@ -87,6 +92,11 @@ class TiffFile:
             return b""
         self._file.seek(start)
         return self._file.read(min(length, self.size - start))
+
+    def starting_at(self, start: int) -> bytes:
+        """The file with another first directory."""
+        first = np.array([start], self._word).tobytes()
+        return self.read(0, len(first)) + first + self.read(2 * len(first), self.size)
 
     def offset(self, value: bytes) -> int:
         return int(np.frombuffer(value[: self._word.itemsize], self._word)[0])
@@ -127,4 +137,4 @@ class TiffFile:
             return None, 0
         following = body[length:]
         following_start = self.offset(following) if len(following) == self._word.itemsize else 0
-        return Directory(self, np.frombuffer(body[:length], self._entry)), following_start
+        return Directory(self, start, np.frombuffer(body[:length], self._entry)), following_start
