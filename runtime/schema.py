@@ -100,7 +100,24 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     elif kind in (bool, int, str) and type(value) is kind and (kind is not str or _is_unicode(value)):
         return value
-    raise CembedError(f"{where} is {shown(value)}, which is not of the kind the schema wants ({kind})")
+    raise CembedError(f"{where} is {shown(value)}, the schema has {in_words(kind)}")
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def in_words(kind: Any) -> str:
+    """A type of the schema in a message.
+
+    >>> in_words(Literal["zero", "continue"]), in_words(tuple[int, int]), in_words(Mapping[str, str])
+    ("'zero' or 'continue'", 'a list of 2', 'an object')
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is tuple:
+        return "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
+    return _WORDS.get(kind, "an object")
 
 
 def _is_unicode(text: str) -> bool:

@@ -114,7 +114,7 @@ void check_kind(const Json &value, const std::string &kind, const Field &field, 
     } else if (is_class(kind)) {
         check_object(value, kind, where);
     } else if (!is_scalar(value, kind)) {
-        refuse(where, "is " + shown(value) + ", which is not of the kind the schema wants (" + kind + ")");
+        refuse(where, "is " + shown(value) + ", the schema has " + kind);
     } else if (const double number = value.is_number() ? value.get<double>() : field.least;
                value.is_number() && kind[0] != '=' && !(field.least <= number && number <= field.most)) {
         refuse(where, "is " + shown(value) + ", which is out of range: " + text_of(field.least) + " to " +
