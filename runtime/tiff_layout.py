@@ -112,9 +112,15 @@ LOSSLESS = (Compression.NONE, Compression.PACKBITS, *PREDICTED)
 KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # SampleFormat as numpy names it; 4 is undefined, for which integers are usual
 FLOAT_BITS, PREDICTED_BITS = (16, 32, 64), (8, 16, 32, 64)
 # Bytes that one byte of a file can become, and rows that it can hold the codes of; others are without such limits.
-_MOST_BYTES = {Compression.NONE: 1, Compression.PACKBITS: 64, Compression.LZW: 3000, Compression.LZMA: 20_000,
-               **dict.fromkeys((Compression.DEFLATE, Compression.OLD_DEFLATE), 1100)}  # fmt: skip
-_MOST_ROWS = dict.fromkeys(FAX, 8)
+_MOST_BYTES: dict[int, int] = {
+    Compression.NONE: 1,
+    Compression.PACKBITS: 64,
+    Compression.LZW: 3000,
+    Compression.DEFLATE: 1100,
+    Compression.OLD_DEFLATE: 1100,
+    Compression.LZMA: 20_000,
+}
+_MOST_ROWS: dict[int, int] = dict.fromkeys(FAX, 8)
 _LONGEST_SIDE = (1 << 31) - 1
 _PIECE_BYTES = 1 << 20
 ASSOCIATED, UNASSOCIATED = 1, 2  # values of ExtraSamples
