@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
 EXIT_INTERRUPTED = 130
+EXIT_USAGE = 2
+FLOATS = ("--dpi", "--timeout", "--min-cosine", "--max-ndcg-drop")
 SHOW_WARNING = warnings.showwarning
 
 app = typer.Typer(
@@ -543,6 +546,15 @@ app.add_typer(index_app)
 app.add_typer(bench_app)
 
 
+def refuse_nan(arguments: list[str]) -> None:
+    """NaN by its name: to the limits of an option it would only be above one or below the other."""
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith(FLOATS) else [word])]
+    for option, value in pairwise(words):
+        if option in FLOATS and value.lower().lstrip("+-") == "nan":
+            complain(f"error: {option} is {value}: give a number")
+            raise SystemExit(EXIT_USAGE)
+
+
 def main() -> None:
     """Runs the command; an error of the user's is one line and exit status 1, unless --debug asks for more."""
     debug = "--debug" in sys.argv[1:]
@@ -563,6 +575,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """The command's exit status, once its output is out."""
     try:
+        refuse_nan(arguments)
         app(arguments, prog_name="cembed")
         status = 0
     except SystemExit as ended:

@@ -17,7 +17,7 @@ from PIL import Image
 from cembed.runtime.images import Drawn, partly, reduction, to_rgb
 
 END = b"\xff\xd9"
-COARSE = "the file ends too early: the page is coarser than it was, or incomplete"
+COARSE = "the file is truncated: the page is coarser than it was, or incomplete"
 _BEGIN, _SCAN, _PROGRESSIVE = 0xD8, 0xDA, 0xC2
 _EXIF, _ADOBE, _ADOBE_LENGTH = 0xE1, 0xEE, 14
 _METADATA = (*range(0xE0, 0xF0), 0xFE)
@@ -139,7 +139,7 @@ def read(data: bytes, limit: int) -> Drawn:
         return finished(one, limit, COARSE if lacks_scans(data) else None)
     if scans > 1:
         return finished(_opened_bare(data + END, limit), limit, COARSE)
-    warning = partly(1 - good / one.height, "the file ends too early")
+    warning = partly(1 - good / one.height, "the file is truncated")
     image = one.convert("RGB")
     image.paste("white", (0, good, *image.size))
     return finished(image, limit, warning)

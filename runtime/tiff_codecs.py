@@ -87,7 +87,7 @@ class SegmentReader:
             good = len(data) // self.layout.row_bytes
             if good < height:
                 absent[top + good : top + height] = True
-                self.notes[number] = "the file ends before it"
+                self.notes[number] = "the file is truncated"
             top += height
         return Stored(content, absent)
 
@@ -147,7 +147,7 @@ class SegmentReader:
         if one.image is None or two.image is None:
             return one if one.image is None else two
         good = jpegs.alike(one.image, two.image)
-        note = "it ends too early" if good < sum(heights) else None
+        note = "its data is truncated" if good < sum(heights) else None
         return _Piece(one.image, good, one.note or note or two.note)
 
     def _attempt(self, parts: list[bytes], heights: list[int]) -> _Piece:

@@ -116,9 +116,9 @@ _MOST_BYTES: dict[int, int] = {
     Compression.NONE: 1,
     Compression.PACKBITS: 64,
     Compression.LZW: 3000,
-    Compression.LZMA: 20_000,
     Compression.DEFLATE: 1100,
     Compression.OLD_DEFLATE: 1100,
+    Compression.LZMA: 20_000,
 }
 _MOST_ROWS: dict[int, int] = dict.fromkeys(FAX, 8)
 _LONGEST_SIDE = (1 << 31) - 1

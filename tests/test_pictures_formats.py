@@ -180,7 +180,7 @@ def test_a_jpeg_of_which_little_is_missing_says_so(reader: PageReader, tmp_path:
     whole = encoded("JPEG", COLOUR.resize((800, 1120)).rotate(180))
     only = page(reader, tmp_path, whole[: int(len(whole) * 0.97)])
     assert only.warning is not None
-    assert only.warning.endswith("% of the page is missing, and white here: the file ends too early")
+    assert only.warning.endswith("% of the page is missing, and white here: the file is truncated")
     assert (only.image[-1] == 255).all()
     complete = page(reader, tmp_path, whole).image
     np.testing.assert_array_equal(only.image[:1000], complete[:1000])

@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What is read may differ from `right`, RGB [height, width, 3], by a mean of `tolerance`, 8 times that anywhere."""
+    """What is read may differ from `right` [height, width, 3] by `tolerance` on average, in a pixel by 8 times that."""
 
     name: str
     frame: Frame
