@@ -209,7 +209,11 @@ class Embedder:
         return self.inputs.tokens[np.full(count, side.latent_token_id)]
 
     def finish(self, side: Side, states: Array, dim: int | None = None) -> Vectors:
-        """Vectors from states [n, D]: pooled, cut to `dim`, normalised."""
+        """Vectors from states [n, D]: pooled, cut to `dim`, normalised. Raises CembedError: D is not the manifest's."""
+        if states.shape[1] != self.manifest.dim:
+            raise CembedError(
+                f"the text graph gave states of {states.shape[1]}, by the manifest of {self.manifest.dim}"
+            )
         return normalise(pool_states(states, side.pooling)[:, :dim])
 
     def embed_prompt(self, name: SideName, prompt: Prompt, budget: Budget = FULL) -> Vectors:
