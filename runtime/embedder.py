@@ -227,8 +227,11 @@ class Embedder:
         return self.inputs.tokens[np.full(count, side.latent_token_id)]
 
     def finish(self, side: Side, states: Array, dim: int | None = None, graph: str = "text_step") -> Vectors:
-        """Vectors from states [n, D] that `graph` gave: pooled, cut to `dim`, normalised."""
+        """Vectors from states [n, D] that `graph` gave: pooled, cut to `dim`, normalised. Raises CembedError: D is not
+        the manifest's, NaN."""
         source = "image" if side is self.manifest.document else "query"
+        if states.shape[1] != self.manifest.dim:
+            raise CembedError(f"graph {graph} gave states of {states.shape[1]}, by the manifest of {self.manifest.dim}")
         return normalise(pool_states(states, side.pooling)[:, :dim], f"graph {graph}, of this {source},")
 
     def embed_prompt(self, name: SideName, prompt: Prompt, budget: Budget = FULL) -> Vectors:

@@ -83,6 +83,9 @@ class InputBuilder:
             feeds["window_index"] = window_index(grid, self.image)
             feeds["window_restore"] = window_restore(feeds["window_index"], len(pixel_values))
         features: Array = self._session("vision").run(feeds)[0]
+        expected = (len(pixel_values) // self.image.merge_size**2, self.manifest.hidden_size)
+        if features.shape != expected:
+            raise CembedError(f"the vision graph gave {list(features.shape)}, by the manifest it is {list(expected)}")
         require_finite(features, "graph vision, of this image,")
         return features
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import BundleMaker
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -399,6 +400,52 @@ def test_a_manifest_that_cannot_be_read(bundle: Path) -> None:
 def test_a_manifest_that_contradicts_the_files(bundle: Path, edit: Edit, words: str) -> None:
     edit_manifest(bundle, edit)
     assert words in refusal(lambda: use(bundle))
+
+
+def other_dim(raw: Json) -> None:
+    hidden = {"name": "hidden_states", "dtype": "float32", "shape": ["batch_size", "num_vectors", 96]}
+    raw["graphs"]["text_step"]["outputs"].insert(1, hidden)
+    for graph in ("text", "text_step"):
+        raw["graphs"][graph]["outputs"][0]["shape"][2] = raw["dim"] = 7
+
+
+def other_tokens(raw: Json) -> None:
+    raw["image"]["merge_size"] = 8  # one visual token, where the graph gives 64
+
+
+def other_rows(raw: Json) -> None:
+    raw["document"]["prompt"] = "<image>{image}"
+
+
+@pytest.mark.parametrize("edit", [other_dim, other_tokens, other_rows])
+def test_a_manifest_that_only_its_graphs_contradict(bundle_of: BundleMaker, tmp_path: Path, edit: Edit) -> None:
+    """It can be opened, and what it makes is refused: never vectors of another length, or another error."""
+    root = Path(shutil.copytree(bundle_of("causalpali"), tmp_path / "bundle"))
+    edit_manifest(root, edit)
+    embedder = Embedder.load(root)
+    refusal(lambda: embedder.embed_image(Image.new("RGB", (64, 64))))
+    if edit is other_dim:
+        assert "by the manifest" in refusal(lambda: embedder.embed_query("total"))
+        assert "by the manifest" in refusal(lambda: embedder.embed_queries(["total"], decode="loop"))
+
+
+def test_ids_that_the_table_does_not_have(bundle: Path) -> None:
+    """The tokenizer has 600, and the last one is in the prompt."""
+
+    def fewer(raw: Json) -> None:
+        raw["token_embeddings"]["rows"] = 598
+        raw["query"] |= {"prompt": "<|latent|>{text}", "latent_token_id": 5}
+        raw["document"]["latent_token_id"] = 5
+
+    (bundle / "token_embeddings.bin").write_bytes(bytes(598 * 96 * 4))
+    edit_manifest(bundle, fewer)
+    assert "no row 599" in refusal(lambda: Embedder.load(bundle).embed_query("total"))
+
+
+def test_a_token_that_the_tokenizer_does_not_have(bundle: Path) -> None:
+    (bundle / "token_embeddings.bin").write_bytes(bytes(700 * 96 * 4))
+    edit_manifest(bundle, lambda raw: raw["token_embeddings"].update(rows=700) or raw.update(image_token_id=699))
+    assert "no image token 699" in refusal(lambda: Embedder.load(bundle))
 
 
 @pytest.mark.parametrize(
