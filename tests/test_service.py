@@ -81,8 +81,12 @@ def request(line: str, *headers: str, body: bytes = b"", host: str = "Host: loca
     return "\r\n".join(lines).encode() + body
 
 
-def posted(*headers: str, body: bytes = b"") -> bytes:
-    return request("POST /embed", "Content-Type: text/plain", *headers, body=body)
+def posted(*headers: str, body: bytes = b"", kind: str = "text/plain") -> bytes:
+    return request("POST /embed", f"Content-Type: {kind}", *headers, body=body)
+
+
+def picture(file: bytes) -> bytes:
+    return posted(f"Content-Length: {len(file)}", body=file, kind="image/png")
 
 
 CHUNKED = "Transfer-Encoding: chunked"
@@ -135,7 +139,7 @@ REFUSED: dict[str, tuple[bytes, int]] = {
     "HEAD of a POST": (request("HEAD /embed"), 405),
     "another type": (request("POST /embed", "Content-Type: image/gif", EIGHT, body=b"warranty"), 415),
     "no type": (request("POST /embed", EIGHT, body=b"warranty"), 415),
-    "no picture": (request("POST /embed", "Content-Type: image/png", EIGHT, body=b"warranty"), 422),
+    "no picture": (picture(b"warranty"), 422),
     "no text": (posted(), 422),
     "another host": (request("GET /health", host="Host: pages.example"), 403),
     "a host like ours": (request("GET /health", host="Host: localhost.pages.example"), 403),
@@ -164,9 +168,12 @@ REFUSED: dict[str, tuple[bytes, int]] = {
     "no field": (request("GET /health", "field"), 400),
     "another version": (b"GET /health HTTP/3.0\r\nHost: localhost\r\n\r\n", 400),
     "TLS": (attack.HELLO, 400),
-    "a large length": (posted(f"Content-Length: {(32 << 20) + 1}"), 413),
-    "a large chunk": (posted(CHUNKED, body=b"2000001\r\n"), 413),
-    "large chunks": (posted(CHUNKED, body=MEGABYTE * 32 + b"1\r\n"), 413),
+    "a long text": (posted("Content-Length: 65537"), 413),
+    "a long text in chunks": (posted(CHUNKED, body=b"10001\r\n"), 413),
+    "a text of too many tokens": (posted("Content-Length: 65536", body=b"a " * 32768), 422),
+    "a large length": (posted("Content-Length: 33554433", kind="image/png"), 413),
+    "a large chunk": (posted(CHUNKED, body=b"2000001\r\n", kind="image/png"), 413),
+    "large chunks": (posted(CHUNKED, body=MEGABYTE * 32 + b"1\r\n", kind="image/png"), 413),
     "another expectation": (posted(EIGHT, "Expect: tea"), 417),
     "a long field": (request("GET /health", "a: " + "b" * 9000), 431),
     "a long path": (request("GET /" + "a" * 9000), 431),
@@ -228,10 +235,9 @@ def test_wrong_arguments_are_told(samples: Path, arguments: list[str]) -> None:
 
 def large_page() -> bytes:
     """One that takes a while."""
-    page = BytesIO()
-    Image.new("L", (6000, 6000), 200).save(page, "PNG")
-    head = request("POST /embed", "Content-Type: image/png", f"Content-Length: {len(page.getvalue())}")
-    return head + page.getvalue()
+    file = BytesIO()
+    Image.new("L", (6000, 6000), 200).save(file, "PNG")
+    return picture(file.getvalue())
 
 
 def answers(service: load.Service) -> dict[int, int]:
@@ -353,14 +359,9 @@ def test_pictures_are_seen_as_python_does(
 
 def test_metadata_that_is_not_used_loses_no_page(service: load.Service) -> None:
     page = Image.open(GOLDEN / "causalqwen2_5" / "page.png").convert("RGB")
-    damaged = with_chunk(page, b"tEXt", b"a\0b").replace(b"a\0b", b"a\0c")
-    texts = (damaged, with_chunk(page, b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26))))
     plain = with_chunk(page, b"tEXt", b"a\0b")
-    head = "Content-Type: image/png"
-    first, *others = (
-        talk(service, request("POST /embed", head, f"Content-Length: {len(file)}", body=file))
-        for file in (plain, *texts)
-    )
+    damaged, long = plain.replace(b"a\0b", b"a\0c"), with_chunk(page, b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26)))
+    first, *others = (talk(service, picture(file)) for file in (plain, damaged, long))
     assert statuses(first) == [200]
     assert others == [first, first]
 
@@ -384,5 +385,4 @@ def test_pictures_that_cannot_be_read_are_told(service: load.Service) -> None:
         ),
     }
     for file, fault in faults.items():
-        asked = request("POST /embed", "Content-Type: image/png", f"Content-Length: {len(file)}", body=file)
-        assert talk(service, asked).endswith(b"\r\n\r\n" + fault), file[:20]
+        assert talk(service, picture(file)).endswith(b"\r\n\r\n" + fault), file[:20]
