@@ -109,6 +109,17 @@ def test_vectors_are_those_of_python(service: load.Service, causal_bundle: Path)
         assert np.abs(np.frombuffer(vectors, "<f4").reshape(expected.shape) - expected).max() < 1e-6
 
 
+def test_a_page_may_come_in_chunks(service: load.Service, causal_bundle: Path) -> None:
+    file = with_chunk(Image.open(GOLDEN / "causalqwen2_5" / "page.png"), b"tEXt", b"a\0" + bytes(3 << 20))
+    halves = file[: 3 << 19], file[3 << 19 :]
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(half), half) for half in (*halves, b""))
+    whole = talk(service, picture(file))
+    assert talk(service, posted(CHUNKED, body=chunks, kind="image/png")) == whole
+    vectors = np.frombuffer(whole.split(b"\r\n\r\n", 1)[1], "<f4")
+    expected = Embedder.load(causal_bundle).embed_image(Image.open(GOLDEN / "causalqwen2_5" / "page.png"))
+    assert np.abs(vectors - expected.flatten()).max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("asked", "body"),
     [
@@ -186,7 +197,7 @@ def test_what_is_not_served_is_refused(service: load.Service, kind: str) -> None
     asked, status = REFUSED[kind]
     answer = talk(service, asked)
     assert statuses(answer) == [status]
-    assert b"/" not in answer.split(b"\r\n\r\n", 1)[1].replace(b"image/png or image/jpeg or text/plain", b"")
+    assert b"/" not in answer.split(b"\r\n\r\n", 1)[1].replace(b"image/jpeg or image/png or text/plain", b"")
     assert statuses(talk(service, QUERY)) == [200]
 
 

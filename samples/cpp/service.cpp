@@ -20,8 +20,8 @@
 
 #include <cembed.hpp>
 
-#include "server.hpp"
 #include "picture.hpp"
+#include "server.hpp"
 
 namespace {
 
