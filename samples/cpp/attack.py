@@ -28,6 +28,7 @@ PATIENCE = 1.0  # seconds until an answer of /health
 HOST = b"Host: localhost\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n"
 QUERY = b"POST /embed HTTP/1.1\r\n" + HOST + b"Content-Type: text/plain\r\nContent-Length: 8\r\n\r\nwarranty"
+LONG_QUERY = QUERY.replace(b"8\r\n\r\nwarranty", b"65536\r\nConnection: close\r\n\r\n" + b"a b " * 16384)
 POST = b"POST /embed HTTP/1.1\r\n" + HOST + b"Content-Type: image/png\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 FIELDS = b"".join(b"a%d:\r\n" % number for number in range(90))
@@ -111,6 +112,11 @@ async def slow_header(client: Client) -> None:
     await client.send_on(b"b", 0.2)
 
 
+async def long_query(client: Client) -> None:
+    await client.send(LONG_QUERY)
+    await client.read_on()
+
+
 async def slow_body(client: Client) -> None:
     await client.send(POST + b"Content-Length: 100000\r\n\r\n")
     await client.send_on(b"a", 0.2)
@@ -159,7 +165,7 @@ async def tls(client: Client) -> None:
 Behaviour = Callable[[Client], Awaitable[None]]
 BODIES: tuple[Behaviour, ...] = (
     *(endless_chunks, tiny_chunks, endless_chunk_header, endless_trailer),
-    *(huge_length, stalled_body, large_upload, slow_body),
+    *(huge_length, stalled_body, large_upload, long_query, slow_body),
 )
 OTHERS: tuple[Behaviour, ...] = (
     *(endless_lines, endless_line, slow_header, idle, never_reading, never_reading_health),
@@ -187,7 +193,9 @@ def attack(kind: str, port: int, clients: int, seconds: float) -> None:
             await asyncio.sleep(0.01)
 
     async def all_of_them() -> None:
-        await asyncio.wait([asyncio.create_task(come_again()) for _ in range(clients)], timeout=seconds)
+        tasks = [asyncio.create_task(come_again()) for _ in range(clients)]
+        for task in (await asyncio.wait(tasks, timeout=seconds))[0]:
+            task.result()  # none ends but by an error
 
     asyncio.run(all_of_them())
 

@@ -1,9 +1,10 @@
 // What is read and answered over HTTP/1.1, by Boost.Beast's parser, and the most that a client can take.
 #pragma once
 
-#include <algorithm>
 #include <chrono>
 #include <functional>
+#include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,8 +23,9 @@ using std::chrono::seconds;
 
 constexpr size_t MOST_HEADER = 8 << 10;
 constexpr long MOST_LINES = 100;
-constexpr size_t SMALL_BODY = 16 << 10, MIDDLE_BODY = 2 << 20, MOST_BODY = 32 << 20;
-constexpr size_t MOST_HELD = 36 << 20;    // bodies and answers of all connections together
+constexpr size_t SMALL_BODY = 4 << 10, MIDDLE_BODY = 2 << 20, MOST_BODY = 32 << 20;
+constexpr size_t MOST_TEXT = 64 << 10;    // a tokenizer takes some 40 times as much
+constexpr size_t MOST_HELD = 36 << 20;    // bodies and answers of all connections together, but for small ones
 constexpr size_t MOST_CONNECTIONS = 900;  // a process may have 1024 files
 constexpr int KERNEL_BUFFER = 128 << 10;  // of a connection, each way
 constexpr seconds IDLE_TIME(5), HEADER_TIME(5), BODY_TIME(30), WRITE_TIME(10);
@@ -80,10 +82,11 @@ struct Reply {
 inline Reply refusal(unsigned status, const std::string &why) { return {status, why + "\n"}; }
 
 // Of a path. With Content-Types that it takes, it has a body and is computed in turn; else it is answered at once.
+// A type comes with the most bytes of its bodies.
 struct Route {
     http::verb method;
     std::function<Reply(const Request &)> answer;
-    std::vector<std::string> types;
+    std::map<std::string, size_t> types;
 };
 
 inline std::string text(boost::beast::string_view view) { return {view.data(), view.size()}; }
@@ -92,10 +95,6 @@ inline std::string lower(std::string name) {
     for (char &letter : name)
         if (letter >= 'A' && letter <= 'Z') letter = char(letter + 'a' - 'A');
     return name;
-}
-
-inline bool has(const std::vector<std::string> &names, const std::string &name) {
-    return std::find(names.begin(), names.end(), name) != names.end();
 }
 
 // The Content-Type without its parameters.
@@ -107,18 +106,18 @@ inline std::string media_type(const Request &request) {
 // Who may be asked for: a page of another site could have its own name mean this machine, and ask.
 class Hosts {
   public:
-    void allow(const std::string &name) { names_.push_back(lower(name)); }
+    void allow(const std::string &name) { names_.insert(lower(name)); }
 
     // A Host header, such as localhost:8080 or [::1].
     bool allowed(const std::string &host) const {
         const size_t colon = host.find(':', host[0] == '[' ? host.find(']') : 0);
         const std::string name = lower(host.substr(0, colon));
         error_code error;
-        return has(names_, name) || (asio::ip::make_address_v4(name, error).is_loopback() && !error);
+        return names_.count(name) || (asio::ip::make_address_v4(name, error).is_loopback() && !error);
     }
 
   private:
-    std::vector<std::string> names_{"localhost", "[::1]"};
+    std::set<std::string> names_{"localhost", "[::1]"};
 };
 
 }  // namespace web

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -15,7 +16,7 @@
 
 class Picture {
   public:
-    static constexpr uint64_t MAX_PIXELS = 100'000'000;
+    static constexpr uint64_t MAX_PIXELS = 100'000'000, LARGE = 20'000'000;
 
     explicit Picture(std::string_view file) {
         const bool is_jpeg = file.substr(0, 3) == "\xff\xd8\xff", is_png = file.substr(0, 8) == PNG;
@@ -30,10 +31,11 @@ class Picture {
   private:
     static constexpr std::string_view PNG{"\x89PNG\r\n\x1a\n"}, EXIF{"Exif\0\0", 6};
 
-    // Before anything is decoded.
+    // Before anything is decoded. Of large ones there is one at a time: a small file can take 700 MB.
     bool size(uint64_t width, uint64_t height, int channels) {
         if (width * height > MAX_PIXELS) fault_ = "more than 100 megapixels";
         if (width * height > MAX_PIXELS) return false;
+        if (width * height > LARGE) alone_ = std::unique_lock<std::mutex>(large_);
         width_ = int32_t(width);
         height_ = int32_t(height);
         pixels_.resize(size_t(width * height) * size_t(channels));
@@ -163,6 +165,9 @@ class Picture {
         }
     }
 
+    inline static std::mutex large_;
+
+    std::unique_lock<std::mutex> alone_;
     std::vector<uint8_t> pixels_;
     int32_t width_ = 0, height_ = 0;
     const char *fault_;

@@ -3,7 +3,8 @@
 // What clients send, or leave undone, takes no more than the limits of http.hpp. A request is judged by its header, and
 // refused before its body is read. Where connections or memory run out, the client that has kept the server waiting
 // for longest is dropped; never one that has its place in the queue. A body has no place there before it is whole, so
-// that slow ones keep nobody out.
+// that slow ones keep nobody out. Who was refused, or does not wait for an answer, is not read for a tenth of a second:
+// else they would take all the time.
 #pragma once
 
 #include <algorithm>
@@ -59,17 +60,15 @@ class Server {
     size_t connections() const { return sessions_.size(); }
     size_t held() const { return held_; }
 
-    error_code listen(const asio::ip::address &address, uint16_t port) {
-        const tcp::endpoint here(address, port);
-        error_code error;
-        acceptor_.open(here.protocol(), error);
-        acceptor_.set_option(tcp::acceptor::reuse_address(true), error);
-        acceptor_.set_option(asio::socket_base::send_buffer_size(KERNEL_BUFFER), error);
-        acceptor_.set_option(asio::socket_base::receive_buffer_size(KERNEL_BUFFER), error);
-        acceptor_.bind(here, error);
-        if (!error) acceptor_.listen(asio::socket_base::max_listen_connections, error);
-        if (!error) acceptor_.non_blocking(true, error);
-        return error;
+    // Throws boost::system::system_error.
+    void listen(const tcp::endpoint &here) {
+        acceptor_.open(here.protocol());
+        acceptor_.set_option(tcp::acceptor::reuse_address(true));
+        acceptor_.set_option(asio::socket_base::send_buffer_size(KERNEL_BUFFER));
+        acceptor_.set_option(asio::socket_base::receive_buffer_size(KERNEL_BUFFER));
+        acceptor_.bind(here);
+        acceptor_.listen();
+        acceptor_.non_blocking(true);
     }
 
     // Returns when all that SIGTERM or SIGINT found has been answered.
@@ -111,13 +110,14 @@ class Server {
 
         bool is_late(Clock::time_point now) const { return now > deadline_; }
         bool has_place() const { return state_ == WAITING; }
-        bool is_in_the_way(Clock::time_point now) const { return held && !has_place() && now - since_ >= GRACE; }
+        bool is_slow(Clock::time_point now) const { return !has_place() && now - since_ >= GRACE; }
+        Clock::time_point accepted() const { return accepted_; }
 
         void be_late() {
             guard([this] {
                 if (state_ == PAUSED) return read_header();
                 if (state_ == HEADER || state_ == BODY) return give_up(refusal(408, "too slow"));
-                if (!has_place()) return drop();
+                if (!has_place()) return state_ == WRITING ? drop() : close();
                 deadline_ = Clock::time_point::max();
                 if (job_->begun.exchange(true)) return;
                 job_->request = {};  // a caller may keep the job for longer
@@ -221,9 +221,10 @@ class Server {
         void admit(const std::string &expected) {
             if (!expected.empty() && lower(expected) != "100-continue")
                 return answer(refusal(417, "100-continue is all that can be expected"));
+            const size_t most = route_->types.at(media_type(parser_->get()));
+            parser_->body_limit(most);  // for chunks; the length was looked at already
+            if (parser_->content_length().value_or(0) > most) return answer(refusal(413, "the body is too large"));
             if (server_.is_full()) return answer(refusal(429, "too many requests: try again"));
-            if (!server_.make_room(*this, parser_->content_length().value_or(0)))
-                return answer(refusal(503, "too many bytes: try again"));
             enter(BODY);
             if (!expected.empty() && input_.empty() && !say_continue()) return drop();
             read_body();
@@ -316,7 +317,7 @@ class Server {
             response_.reset();
             server_.hold(*this, 0);
             if (error) return close();
-            if (keep_) return is_refused ? enter(PAUSED) : read_header();  // to tick(): else refusals took all the time
+            if (keep_) return is_refused || !input_.empty() ? enter(PAUSED) : read_header();
             socket_.shutdown(tcp::socket::shutdown_send, error);
             enter(LEAVING);  // reads on: an end with bytes unread is a reset, and the answer may be lost
             wait();
@@ -326,6 +327,7 @@ class Server {
         tcp::socket socket_;
         std::list<std::shared_ptr<Session>>::iterator place_;
         State state_ = IDLE;
+        const Clock::time_point accepted_ = Clock::now();
         Clock::time_point since_, deadline_, begun_;
         bool reading_ = false, keep_ = false, is_head_ = false;
         unsigned version_ = 11;
@@ -357,18 +359,24 @@ class Server {
         tcp::socket socket(io_);
         error_code error;
         acceptor_.accept(socket, error);
-        if (error) return error != asio::error::would_block && drop_slowest();  // too many files
-        if (sessions_.size() >= MOST_CONNECTIONS && !drop_slowest()) return true;
-        sessions_.push_back(std::make_shared<Session>(*this, std::move(socket)));
-        sessions_.back()->start(std::prev(sessions_.end()));
+        if (error) return error != asio::error::would_block && drop_one();  // too many files
+        if (sessions_.size() >= MOST_CONNECTIONS && !drop_one()) return true;
+        const auto session = std::make_shared<Session>(*this, std::move(socket));
+        session->start(sessions_.insert(sessions_.end(), session));
         return true;
     }
 
-    bool drop_slowest() {
-        const auto slowest = std::find_if(sessions_.begin(), sessions_.end(),
-                                          [](const auto &session) { return !session->has_place(); });
-        if (slowest == sessions_.end()) return false;
-        (*slowest)->drop();
+    // The client whose last step is longest ago; where all are quick, the one that has been here for longest.
+    bool drop_one() {
+        const auto now = Clock::now();
+        auto chosen = std::find_if(sessions_.begin(), sessions_.end(),
+                                   [now](const auto &session) { return session->is_slow(now); });
+        const auto rank = [](const auto &session) { return std::make_pair(session->has_place(), session->accepted()); };
+        if (chosen == sessions_.end())
+            chosen = std::min_element(sessions_.begin(), sessions_.end(),
+                                      [rank](const auto &a, const auto &b) { return rank(a) < rank(b); });
+        if (chosen == sessions_.end() || (*chosen)->has_place()) return false;
+        (*chosen)->drop();
         return true;
     }
 
@@ -392,25 +400,26 @@ class Server {
         const bool is_head = request.method() == http::verb::head && route.method == http::verb::get;
         if (request.method() != route.method && !is_head)
             return Reply(405, "wrong method\n", "text/plain", {{"Allow", text(http::to_string(route.method))}});
-        if (route.types.empty() || has(route.types, media_type(request))) return std::nullopt;
+        if (route.types.empty() || route.types.count(media_type(request))) return std::nullopt;
         std::string types;
-        for (const std::string &type : route.types) types += (types.empty() ? "send " : " or ") + type;
+        for (const auto &[type, most] : route.types) types += (types.empty() ? "send " : " or ") + type;
         return refusal(415, types);
     }
 
     bool is_full() const { return taken_ >= places_; }
 
-    // Drops who is in the way of so many bytes; false where that does not do.
-    bool make_room(const Session &session, uint64_t bytes) {
+    // Drops the slow ones that are in the way of so many bytes; false where that does not do.
+    bool make_room(const Session &session, size_t bytes) {
         const auto now = Clock::now();
         for (auto next = sessions_.begin(); held_ + bytes > MOST_HELD && next != sessions_.end();) {
             const auto other = *next++;
-            if (other.get() != &session && other->is_in_the_way(now)) other->drop();
+            if (other.get() != &session && other->held && other->is_slow(now)) other->drop();
         }
         return held_ + bytes <= MOST_HELD;
     }
 
     bool hold(Session &session, size_t bytes) {
+        if (bytes <= SMALL_BODY) bytes = 0;
         const bool fits = bytes <= session.held || make_room(session, bytes - session.held);
         held_ += bytes - session.held;
         session.held = bytes;
@@ -449,7 +458,7 @@ class Server {
     asio::steady_timer ticker_{io_};
     std::list<std::shared_ptr<Session>> sessions_;  // who took the last step longest ago comes first
     Counts counts_;
-    const size_t places_;                          // for requests that wait or are computed
+    const size_t places_;                           // for requests that wait or are computed
     const std::array<seconds, LEAVING + 1> times_;  // that a state may last
     size_t taken_ = 0, held_ = 0;
     bool draining_ = false;

@@ -20,8 +20,8 @@
 
 #include <cembed.hpp>
 
-#include "server.hpp"
 #include "picture.hpp"
+#include "server.hpp"
 
 namespace {
 
@@ -114,16 +114,15 @@ web::Reply metrics(const web::Server &server) {
 
 void set_routes(web::Server &server, cembed::Bundle &bundle) {
     using boost::beast::http::verb;
-    server.routes["/embed"] = {verb::post,
-                               [&bundle](const web::Request &request) { return embed(bundle, request); },
-                               {"image/png", "image/jpeg", "text/plain"}};
-    server.routes["/health"] = {
-        verb::get,
-        [&server](const web::Request &) {
-            return server.draining() ? web::refusal(503, "draining") : web::Reply(200, "ok\n");
-        },
-        {}};
-    server.routes["/metrics"] = {verb::get, [&server](const web::Request &) { return metrics(server); }, {}};
+    const auto vectors = [&bundle](const web::Request &request) { return embed(bundle, request); };
+    const auto health = [&server](const web::Request &) {
+        return server.draining() ? web::refusal(503, "draining") : web::Reply(200, "ok\n");
+    };
+    const auto numbers = [&server](const web::Request &) { return metrics(server); };
+    const size_t page = web::MOST_BODY, text = web::MOST_TEXT;
+    server.routes["/embed"] = {verb::post, vectors, {{"image/jpeg", page}, {"image/png", page}, {"text/plain", text}}};
+    server.routes["/health"] = {verb::get, health, {}};
+    server.routes["/metrics"] = {verb::get, numbers, {}};
 }
 
 int serve(const Arguments &arguments, cembed::Bundle &bundle) {
@@ -134,13 +133,15 @@ int serve(const Arguments &arguments, cembed::Bundle &bundle) {
     server.hosts.allow(host);
     for (const std::string &name : arguments.names) server.hosts.allow(name);
     set_routes(server, bundle);
-    if (const auto error = server.listen(arguments.host, uint16_t(arguments.port.value))) {
-        const bool taken = error == boost::asio::error::address_in_use;
-        std::fprintf(stderr, "cembed-service: port %d %s\n", arguments.port.value,
-                     taken ? "is taken" : ("of " + host + ": " + error.message()).c_str());
+    const int port = arguments.port.value;
+    try {
+        server.listen({arguments.host, uint16_t(port)});
+    } catch (const boost::system::system_error &error) {
+        const bool taken = error.code() == boost::asio::error::address_in_use;
+        std::fprintf(stderr, "cembed-service: port %d %s\n", port, taken ? "is taken" : error.what());
         return 1;
     }
-    std::printf("listening on %s:%d\n", host.c_str(), arguments.port.value);
+    std::printf("listening on %s:%d\n", host.c_str(), port);
     std::fflush(stdout);
     server.run();
     return 0;
