@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from cembed.runtime.pdf_values import REGULAR, SPACE, Reader, Stream, name_of
+from cembed.runtime.pdf_values import REGULAR, SPACE, Stream, name_of, read_value
 
 _USE = re.compile(
     rb"/(" + REGULAR + rb"+)" + SPACE + rb"+(?:[-+.\d]+" + SPACE + rb"+)?(Do|gs|scn|SCN|Tf)(?!" + REGULAR + rb")"
@@ -53,7 +53,7 @@ def _starts_word(data: bytes, at: int) -> bool:
 def _about(text: bytes) -> dict[str, Any] | None:
     """The dictionary of a picture in a content, with its keys written out; None for what is no such thing."""
     try:
-        about = Reader(b"<<" + text + b">>").value()
+        about = read_value(b"<<" + text + b">>", 0)[0]
     except ValueError:
         return None
     about = {_LONG_KEYS.get(key, key): value for key, value in about.items()}

@@ -40,6 +40,11 @@ class Picture:
     shared: bytes = b""
 
     @property
+    def coded(self) -> str:
+        """The last filter."""
+        return self.filters[-1].name if self.filters else ""
+
+    @property
     def row(self) -> int:
         """Bytes of a row of pixels, 0 if unknown."""
         return (self.width * self.bits * self.components + 7) // 8

@@ -14,20 +14,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from cembed.runtime.pdf_filters import Filter, decode, filter_of
-from cembed.runtime.pdf_values import SKIP, SPACE, Reader, Reference, Stream
+from cembed.runtime.pdf_values import SKIP, SPACE, Reference, Stream, read_value
 
 _STREAM = re.compile(SKIP + rb"stream(?:\r\n|\n|\r)?")
 # What is looked at while the file is gone through; the bodies of streams are passed over.
-_MARK = re.compile(
-    rb"(?<!\d)(?P<number>\d{1,10})" + SPACE + rb"+\d{1,5}" + SPACE + rb"+obj|"
-    rb"/Root" + SPACE + rb"+(?P<root>\d{1,10})" + SPACE + rb"|(?P<encrypted>/Encrypt(?![A-Za-z]))|"
-    rb"(?P<stream>(?<!end)stream(?:\r\n|\n|\r))"
-)
+_MARK = re.compile(rb"obj|stream(?:\r\n|\n|\r)|trailer")
+_NUMBER = re.compile(rb"(\d{1,10})" + SPACE + rb"+\d{1,5}" + SPACE + rb"+\Z")
 _LENGTH = re.compile(rb"/Length" + SPACE + rb"+(\d{1,12})(?!" + SPACE + rb"*\d)")
 _END = re.compile(SPACE + rb"*endstream")
 _INHERITED = ("Resources", "MediaBox", "CropBox", "Rotate")
 _DEPTH = 50
 _KEPT, _UNPACKED = 4096, 64  # objects and object streams that are kept
+_NEAR = 4096  # bytes of an object
 _MOST_OBJECTS = 1 << 23
 _MOST = 64 << 20  # bytes of a decoded stream
 
@@ -41,34 +39,51 @@ class Objects:
         self._values: dict[int, Any] = {}
         self._unpacked: dict[int, bytes] = {}
         self._root = 0
-        self._encryption = 0  # where /Encrypt is
+        self._encryption: Any = None
         self._leaves: list[dict[str, Any]] = []
-        for number in self._go_through():
-            self._unpack(number)
+        self._go_through()
+        self._values.clear()  # something later in the file may have replaced what was read on the way
+        self._unpacked.clear()
         catalog = self.get(Reference(self._root))
         self.catalog: dict[str, Any] = catalog if isinstance(catalog, dict) else {}
         self._more_leaves = self._walk(self.catalog.get("Pages"), {}, frozenset())
 
-    def _go_through(self) -> list[int]:
-        """Notes where the objects are; returns the numbers of object streams."""
+    def _go_through(self) -> None:
+        """Notes where the objects are."""
         at = number = start = 0
-        packed = []
         while found := _MARK.search(self._data, at):
-            at = found.end()
-            if found["number"] and int(found["number"]) > _MOST_OBJECTS:
+            before, at = found.start(), found.end()
+            if self._data[max(before - 3, 0) : before] == b"end":
                 continue
-            if found["number"]:
-                number, start = int(found["number"]), at
-                self._places[number] = (start, 0)
-            elif found["root"]:
-                self._root = int(found["root"])
-            elif found["encrypted"]:
-                self._encryption = at
+            if found[0] == b"obj":
+                number, start = self._note(before, at) or (number, start)
+            elif found[0] == b"trailer":
+                self._trailer(at)
             else:
-                about = self._data[start:at]
-                at = self._end_of_stream(about, at)
-                packed += [number] if b"/ObjStm" in about else []
-        return packed
+                at = self._past_stream(number, start, at)
+
+    def _note(self, before: int, start: int) -> tuple[int, int] | None:
+        if (found := _NUMBER.search(self._data[max(before - 24, 0) : before])) is None:
+            return None
+        number = int(found[1])
+        if number < _MOST_OBJECTS:
+            self._places[number] = (start, 0)
+        return number, start
+
+    def _past_stream(self, number: int, start: int, body: int) -> int:
+        about = self._data[start:body]
+        if b"/ObjStm" in about:
+            self._unpack(number)
+        elif b"/XRef" in about:
+            self._trailer(start)
+        return self._end_of_stream(about, body)
+
+    def _trailer(self, start: int) -> None:
+        with contextlib.suppress(ValueError):
+            about = read_value(self._data, start)[0]
+            if isinstance(about, dict) and isinstance(root := about.get("Root"), Reference):
+                self._root = root.number
+                self._encryption = about.get("Encrypt")
 
     def _end_of_stream(self, about: bytes, start: int) -> int:
         if length := _LENGTH.search(about):
@@ -79,26 +94,18 @@ class Objects:
         return len(self._data) if end < 0 else end
 
     def _unpack(self, number: int) -> None:
-        """Notes the places of what an object stream holds, but for those that a later object replaces."""
-        stream, (start, _) = self.get(Reference(number)), self._places[number]
-        if not isinstance(stream, Stream):
-            return
-        first = self.number(stream.about, "First")
-        head = self.content(stream, first)[:first].split()
-        for inner, offset in zip(head[::2], head[1::2], strict=False):
-            if inner.isdigit() and offset.isdigit():
-                place = self._places.get(int(inner), (0, 0))
-                if place[1] or place[0] < start:
-                    self._places[int(inner)] = (int(offset) + first, number)
+        """Notes the places of what an object stream holds."""
+        if isinstance(stream := self.get(Reference(number)), Stream):
+            first = self.number(stream.about, "First")
+            head = self.content(stream, first)[:first].split()
+            with contextlib.suppress(ValueError):
+                offsets = [int(offset) + first for offset in head[1::2]]
+                self._places.update(zip(map(int, head[::2]), zip(offsets, itertools.repeat(number)), strict=False))
 
     @property
     def encryption(self) -> str | None:
         """The name of the security handler, "unknown" if it cannot be read, None if the file is not encrypted."""
-        if not self._encryption:
-            return None
-        with contextlib.suppress(ValueError):
-            return str(self.entry(self.get(Reader(self._data, self._encryption).value()), "Filter") or "unknown")
-        return "unknown"
+        return str(self.entry(self._encryption, "Filter") or "unknown") if self._encryption else None
 
     def rewritten(self) -> bytes:
         """A file of the same objects with a table of where they are, as far as they can be read; no streams of objects.
@@ -127,12 +134,11 @@ class Objects:
     def _text(self, number: int) -> bytes:
         """An object as it is written, empty if it cannot be read or is of no use without its table."""
         place, within = self._places[number]
-        reader = Reader(self._unpacked_stream(within) if within else self._data, place)
         value = self.get(Reference(number))
         if value is None or self.entry(value, "Type") in ("ObjStm", "XRef"):
             return b""
-        reader.value()
-        about = reader.between(place)
+        source = self._unpacked_stream(within) if within else self._data
+        about = source[place : read_value(source, place)[1]]
         return b"%s\nstream\n%s\nendstream" % (about, value.raw) if isinstance(value, Stream) else about
 
     def get(self, value: Any) -> Any:
@@ -145,6 +151,7 @@ class Objects:
 
     def entry(self, about: Any, key: str) -> Any:
         """The value of a key, None if `about` is no dictionary."""
+        about = self.get(about)
         about = about.about if isinstance(about, Stream) else about
         return self.get(about.get(key)) if isinstance(about, dict) else None
 
@@ -170,10 +177,9 @@ class Objects:
         if place < 0:
             return None
         if within:
-            return Reader(self._unpacked_stream(within), place).value()
-        reader = Reader(self._data, place)
-        value = reader.value()
-        if isinstance(value, dict) and (found := _STREAM.match(self._data, reader.at)):
+            return read_value(self._unpacked_stream(within), place)[0]
+        value, end = read_value(self._data, place)
+        if isinstance(value, dict) and (found := _STREAM.match(self._data, end)):
             return Stream(value, self._raw(value, found.end()), number)
         return value
 
@@ -191,6 +197,13 @@ class Objects:
             stream = self.get(Reference(number))
             self._unpacked[number] = self.content(stream) if isinstance(stream, Stream) else b""
         return self._unpacked[number]
+
+    def mentions(self, value: Any, word: bytes) -> bool:
+        """Whether `word` may be in an object: a quick look at what is not worth being read."""
+        place, within = self._places.get(value.number, (-1, 0)) if isinstance(value, Reference) else (0, 0)
+        if within:
+            return self._unpacked_stream(within).find(word, place, place + _NEAR) >= 0
+        return place == 0 or (place > 0 and self._data.find(word, place, place + _NEAR) >= 0)
 
     def filters(self, stream: Stream) -> list[Filter]:
         names, parameters = self.entry(stream, "Filter"), self.entry(stream, "DecodeParms")

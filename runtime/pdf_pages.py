@@ -19,12 +19,12 @@ import pypdfium2.raw as pdfium
 from cembed.runtime.images import Drawn, Pixels, RefusedError, Settings
 from cembed.runtime.pdf_drawn import count_undrawn, is_plain, scan_scale
 from cembed.runtime.pdf_objects import Objects
-from cembed.runtime.pdf_pictures import ANY, Found, Pictures
+from cembed.runtime.pdf_pictures import ANY, Found, Pictures, Verdict
 from cembed.runtime.pdf_repair import Opened, mapped, open_pdf
 
 _SMALL = 500.0  # points: the longer side of a page that is too small for a scan of A5
-_MOST_UNITS = 75_000.0  # of 1/72 inch
 _MOST_REASONS = 3
+_UNKNOWN = Found(verdicts=[Verdict(doubtful=ANY)])  # of a page that only PDFium can read
 
 
 class Pdf:
@@ -51,21 +51,22 @@ class Pdf:
             page = self._document[number - 1]
         except pypdfium2.PdfiumError:
             raise RefusedError("damaged: the page is missing in the file, or cannot be read") from None
-        scale = self._scale(page, number)
-        look = _beside(lambda: self._look(number))
+        found = self._look(number)
+        scale = self._scale(page, found.unit)
+        wait = self._try_out_beside(found)
         image = np.array(page.render(scale=scale, rev_byteorder=True).to_numpy()[..., :3], order="C")
-        faults = _faults(page, image, look())
+        wait()
+        faults = _faults(page, image, found)
         notes = [*self._notes, *self._form_notes(page)]
         page.close()
         if faults and is_plain(image):
             raise RefusedError(f"damaged: nothing of it could be drawn: {'; '.join(faults)}")
         return Drawn(image, "; ".join(notes + faults) or None)
 
-    def _scale(self, page: pypdfium2.PdfPage, number: int) -> float:
+    def _scale(self, page: pypdfium2.PdfPage, unit: float) -> float:
         """Pixels for each unit of the page."""
         width, height = page.get_size()
-        unit = self._pictures.unit(number) if self._pictures else 1.0
-        scale = self._settings.dpi / 72 * min(unit, _MOST_UNITS)
+        scale = self._settings.dpi / 72 * unit
         if max(width, height) * unit < _SMALL:
             scale = max(scale, scan_scale(page))
         while math.ceil(width * scale) * math.ceil(height * scale) > self._settings.max_pixels:
@@ -74,9 +75,21 @@ class Pdf:
 
     def _look(self, number: int) -> Found:
         try:
-            return self._pictures.of_page(number) if self._pictures else Found(doubtful={ANY})
+            return self._pictures.of_page(number) if self._pictures else _UNKNOWN
         except Exception:  # what is so damaged that only PDFium can follow it: PDFium is asked
-            return Found(doubtful={ANY})
+            return _UNKNOWN
+
+    def _try_out_beside(self, found: Found) -> Callable[[], None]:
+        """Tries the pictures in a thread; the function returned waits for it."""
+        if self._pictures is None or not found.untried:
+            return lambda: None
+        thread = threading.Thread(target=self._pictures.try_out, args=(found,))
+        try:
+            thread.start()
+        except RuntimeError:  # no memory for a thread
+            self._pictures.try_out(found)
+            return lambda: None
+        return thread.join
 
     def _form_notes(self, page: pypdfium2.PdfPage) -> list[str]:
         kind = pdfium.FPDF_GetFormType(self._document)
@@ -103,30 +116,17 @@ def _pictures_in(path: str, changed: int, size: int) -> Pictures:
     return Pictures(Objects(mapped(path)))
 
 
-def _beside(work: Callable[[], Found]) -> Callable[[], Found]:
-    """Does the work in a thread; the function returned waits for it."""
-    done: list[Found] = []
-    thread = threading.Thread(target=lambda: done.append(work()))
-    try:
-        thread.start()
-    except RuntimeError:  # no memory for a thread
-        return work
-
-    def wait() -> Found:
-        thread.join()
-        return done[0]
-
-    return wait
-
-
 def _faults(page: pypdfium2.PdfPage, image: Pixels, found: Found) -> list[str]:
     """What is wrong with the page, in a few words each."""
-    kinds = {ANY} if found.pictures and is_plain(image) and not found.damaged else found.doubtful
+    damaged = [verdict.fault for verdict in found.verdicts if verdict.fault]
+    kinds = {verdict.doubtful for verdict in found.verdicts if verdict.doubtful}
+    if found.verdicts and not damaged and is_plain(image):
+        kinds = {ANY}
     undrawn = count_undrawn(page, image, kinds) if kinds else 0
-    lost, pictures = len(found.damaged) + undrawn, max(found.pictures, undrawn)
+    lost, pictures = len(damaged) + undrawn, max(len(found.verdicts), undrawn)
     others = list(dict.fromkeys(found.others))[:_MOST_REASONS]
     if not lost:
         return others
     which = "its picture" if pictures == 1 else f"{min(lost, pictures)} of {pictures} pictures"
-    reasons = list(dict.fromkeys(found.damaged))[:_MOST_REASONS] or ["damaged, or of a kind that is not known"]
+    reasons = list(dict.fromkeys(damaged))[:_MOST_REASONS] or ["damaged, or of a kind that is not known"]
     return [f"{which} could not be read whole ({'; '.join(reasons)})", *others]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 SPACE, REGULAR = rb"[\0\t\n\f\r ]", rb"[^\0\t\n\f\r ()<>\[\]{}/%]"
 SKIP = rb"(?:[\0\t\n\f\r ]|%[^\r\n]*[\r\n])*"
-_TOKEN = re.compile(SKIP + rb"(<<|>>|[\[\](){}]|<[^<>]*>|/" + REGULAR + rb"*|" + REGULAR + rb"+)")
-_REFERENCE = re.compile(SKIP + rb"(\d{1,10})" + SPACE + rb"+\d{1,5}" + SPACE + rb"+R(?!" + REGULAR + rb")")
-_BRACKET = re.compile(rb"[()]|\\.", re.S)
+_INNER = rb"[^()\\]|\\."
+_STRING = rb"\((?:" + _INNER + rb"|\((?:" + _INNER + rb"|\((?:" + _INNER + rb")*\))*\))*\)"  # with two more inside
+# Groups: what opens, closes, a reference, a name, a word, a string, one in hexadecimal digits.
+_TOKEN = re.compile(
+    SKIP + rb"(?:(<<|\[)|(>>|\])|(\d{1,10})" + SPACE + rb"+\d{1,5}" + SPACE + rb"+R(?!" + REGULAR + rb")|"
+    rb"/(" + REGULAR + rb"*)|(" + REGULAR + rb"+)|(" + _STRING + rb")|<([^<>]*)>)",
+    re.S,
+)
+_OPENS, _CLOSES, _REFERENCE, _NAME, _WORD, _TEXT, _HEX = range(1, 8)
 _ESCAPE = re.compile(rb"#([0-9A-Fa-f]{2})")
+_WORDS = {b"true": True, b"false": False, b"null": None}
 _DEPTH = 50
 
 
@@ -35,63 +43,51 @@ class Stream:
     number: int = 0
 
 
-class Reader:
-    """Reads values from `data`, from the byte `at`. Raises ValueError for what is none."""
+def read_value(data: bytes | mmap.mmap, at: int) -> tuple[Any, int]:
+    """The value that starts at byte `at`, and where it ends. Raises ValueError for what is none."""
+    found = _TOKEN.match(data, at)
+    if found is None or found.lastindex == _CLOSES:
+        raise ValueError(f"no value at byte {at}")
+    if found.lastindex != _OPENS:
+        return _simple(found), found.end()
+    return _container(found, _TOKEN.finditer(data, found.end()), found.end(), 0)
 
-    def __init__(self, data: bytes | mmap.mmap, at: int = 0) -> None:
-        self._data, self.at = data, at
 
-    def between(self, start: int) -> bytes:
-        """What was read since `start`."""
-        return self._data[start : self.at]
+def _container(
+    opened: re.Match[bytes], tokens: Iterator[re.Match[bytes]], end: int, depth: int
+) -> tuple[dict[str, Any] | list[Any], int]:
+    """A dictionary or an array, from the tokens behind its bracket; each has to start where the last one ended."""
+    items: list[Any] = []
+    for found in tokens:
+        if found.start() != end or depth > _DEPTH:
+            break
+        end, kind = found.end(), found.lastindex
+        if kind == _CLOSES:
+            return (dict(zip(map(str, items[::2]), items[1::2], strict=False)) if opened[1] == b"<<" else items), end
+        if kind == _OPENS:
+            value, end = _container(found, tokens, end, depth + 1)
+            items.append(value)
+        else:
+            items.append(_simple(found))
+    raise ValueError(f"no value before byte {end}")
 
-    def value(self, depth: int = 0) -> Any:
-        if found := _REFERENCE.match(self._data, self.at):
-            self.at = found.end()
-            return Reference(int(found[1]))
-        token = self._token()
-        if token == b"<<":
-            items = self._items(b">>", depth)
-            return {str(key): value for key, value in zip(items[::2], items[1::2], strict=False)}
-        if token == b"[":
-            return self._items(b"]", depth)
-        return self._string() if token == b"(" else _scalar(token)
 
-    def _token(self) -> bytes:
-        if (found := _TOKEN.match(self._data, self.at)) is None:
-            raise ValueError(f"no value at byte {self.at}")
-        self.at = found.end()
-        return found[1]
-
-    def _items(self, close: bytes, depth: int) -> list[Any]:
-        if depth > _DEPTH:
-            raise ValueError("too deep")
-        items: list[Any] = []
-        while True:
-            before = self.at
-            if self._token() == close:
-                return items
-            self.at = before
-            items.append(self.value(depth + 1))
-
-    def _string(self) -> bytes:
-        start, depth = self.at, 1
-        while depth and (found := _BRACKET.search(self._data, self.at)):
-            self.at = found.end()
-            depth += {b"(": 1, b")": -1}.get(found[0], 0)
-        return self._data[start : self.at - 1]
+def _simple(found: re.Match[bytes]) -> Any:
+    kind = found.lastindex
+    text = found[kind or 0]
+    if kind == _NAME:
+        return name_of(text)
+    if kind == _REFERENCE:
+        return Reference(int(text))
+    if kind == _WORD:
+        return _WORDS[text] if text in _WORDS else float(text) if b"." in text else int(text)
+    if kind == _HEX:
+        digits = re.sub(rb"[^0-9A-Fa-f]", b"", text)
+        return bytes.fromhex((digits + b"0" * (len(digits) % 2)).decode())
+    return text[1:-1]
 
 
 def name_of(written: bytes) -> Name:
-    return Name(_ESCAPE.sub(lambda code: bytes.fromhex(code[1].decode()), written).decode("latin-1"))
-
-
-def _scalar(token: bytes) -> Any:
-    if token[:1] == b"/":
-        return name_of(token[1:])
-    if token[:1] == b"<":
-        digits = re.sub(rb"[^0-9A-Fa-f]", b"", token)
-        return bytes.fromhex((digits + b"0" * (len(digits) % 2)).decode())
-    if token in (b"true", b"false", b"null"):
-        return {b"true": True, b"false": False, b"null": None}[token]
-    return float(token) if b"." in token else int(token)
+    if b"#" in written:
+        written = _ESCAPE.sub(lambda code: bytes.fromhex(code[1].decode()), written)
+    return Name(written.decode("latin-1"))

@@ -83,12 +83,11 @@ class Bits {
   public:
     Bits(const uint8_t *data, int64_t size) : data(data), size(size * 8) {}
 
-    uint32_t peek(int count) const {  // zeros come behind the data
+    uint32_t peek(int count) const {  // up to 24; zeros come behind the data
+        const int64_t byte = at / 8;
         uint32_t value = 0;
-        for (int64_t byte = at / 8; byte <= (at + count - 1) / 8; ++byte) {
-            value = value << 8 | (byte * 8 < size ? data[byte] : 0);
-        }
-        return value >> (7 - (at + count - 1) % 8) & ((1u << count) - 1);
+        for (int i = 0; i < 4; ++i) value = value << 8 | (byte * 8 + i * 8 < size ? data[byte + i] : 0);
+        return value << (at % 8) >> (32 - count);
     }
 
     void drop(int count) {

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t MOST_PIXELS = int64_t(1) << 28;  // of all regions and symbols together
-constexpr int MOST_LEFT = 8, MOST_MADE_UP = 8;      // bytes around the end of a code
+constexpr int MOST_LEFT = 8, MOST_MADE_UP = 4;      // bytes around the end of a code
 
 class Bytes {
   public:
@@ -168,10 +168,19 @@ struct Place {
     int x, y;
 };
 
+// The runs of a template: pixels of this row, of the row above and the one above that, and how far these look ahead.
+struct Runs {
+    int own, above, ahead, higher, further;
+};
+
+constexpr Runs RUNS[] = {{4, 7, 3, 5, 2}, {3, 6, 3, 4, 2}, {2, 5, 2, 3, 1}, {4, 6, 2, 0, 0}};
+
 // Pixels that predict the next one: those of a template, in the order of their bits, with adaptive ones among them.
 struct Template {
     std::vector<Place> places;
-    int typical;  // context that says whether a row is like the one above
+    int typical;  // the context that says whether a row is like the one above
+    Runs runs;
+    bool usual;  // adaptive pixels are where most encoders leave them: the template is three runs
 };
 
 Template template_of(int number, Bytes &bytes) {
@@ -181,12 +190,16 @@ Template template_of(int number, Bytes &bytes) {
         {{-1, 0}, {-2, 0}, {}, {1, -1}, {0, -1}, {-1, -1}, {-2, -1}, {1, -2}, {0, -2}, {-1, -2}},
         {{-1, 0}, {-2, 0}, {-3, 0}, {-4, 0}, {}, {1, -1}, {0, -1}, {-1, -1}, {-2, -1}, {-3, -1}}};
     static constexpr int TYPICAL[] = {0x9b25, 0x0795, 0x00e5, 0x0195};
-    Template found{FIXED[number], TYPICAL[number]};
+    static const std::vector<Place> USUAL[] = {{{3, -1}, {-3, -1}, {2, -2}, {-2, -2}}, {{3, -1}}, {{2, -1}}, {{2, -1}}};
+    Template found{FIXED[number], TYPICAL[number], RUNS[number], true};
+    size_t adaptive = 0;
     for (Place &place : found.places) {
         if (place.x != 0 || place.y != 0) continue;
         place.x = int8_t(bytes.take(1));
         place.y = int8_t(bytes.take(1));
         if (place.y > 0 || (place.y == 0 && place.x >= 0)) throw PICTURES_CODE;
+        const Place &usual = USUAL[number][adaptive++];
+        found.usual &= place.x == usual.x && place.y == usual.y;
     }
     return found;
 }
@@ -306,6 +319,10 @@ class Walk {
                 std::copy(image.row(y - 1), image.row(y - 1) + width, row);
                 continue;
             }
+            if (used.usual) {
+                runs(decoder, contexts, used.runs, row, image.row(y - 1), image.row(y - 2), width);
+                continue;
+            }
             const size_t count = used.places.size();
             for (size_t k = 0; k < count; ++k) from[k] = image.row(y + used.places[k].y) + used.places[k].x;
             for (int64_t x = 0; x < width; ++x) {
@@ -313,6 +330,23 @@ class Walk {
                 for (size_t k = 0; k < count; ++k) context |= uint32_t(from[k][x]) << k;
                 row[x] = uint8_t(decoder.bit(contexts[context]));
             }
+        }
+    }
+
+    // A row whose contexts are three windows that move along.
+    static void runs(Decoder &decoder, std::vector<Context> &contexts, const Runs &runs, uint8_t *row,
+                     const uint8_t *above, const uint8_t *higher, int64_t width) {
+        const uint32_t own_mask = (1u << runs.own) - 1, above_mask = (1u << runs.above) - 1;
+        const uint32_t higher_mask = (1u << runs.higher) - 1;
+        uint32_t own = 0, first = 0, second = 0;
+        for (int x = 0; x < runs.ahead; ++x) first = first << 1 | above[x];
+        for (int x = 0; x < runs.further; ++x) second = second << 1 | higher[x];
+        for (int64_t x = 0; x < width; ++x) {
+            first = (first << 1 | above[x + runs.ahead]) & above_mask;
+            second = (second << 1 | higher[x + runs.further]) & higher_mask;
+            const uint32_t context = own | first << runs.own | second << (runs.own + runs.above);
+            row[x] = uint8_t(decoder.bit(contexts[context]));
+            own = (own << 1 | row[x]) & own_mask;
         }
     }
 
@@ -376,9 +410,8 @@ class Walk {
             first.need(decoder);
             do {
                 if (flags >> 2 & 3) within.need(decoder);
-                if (symbol(decoder, identity, bits) >= count) throw PICTURES_CODE;
-                ++done;
-            } while (next.decode(decoder, value) && done < instances);
+                if (symbol(decoder, identity, bits) >= count || done++ >= instances) throw PICTURES_CODE;
+            } while (next.decode(decoder, value));
         }
         decoder.finish();
     }

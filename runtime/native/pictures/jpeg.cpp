@@ -25,19 +25,20 @@ class Bits {
   public:
     Bits(const uint8_t *from, const uint8_t *end) : at(from), end(end) {}
 
-    uint32_t peek16() {
-        if (have < 16) fill();
-        return uint32_t(buffer >> (have - 16)) & 0xffff;
+    // Makes sure of 32 bits: enough for a code and the number after it.
+    void refill() {
+        if (have < 32) fill();
     }
 
+    uint32_t peek16() const { return uint32_t(buffer >> (have - 16)) & 0xffff; }
+
     void drop(int count) {
-        if (have < count) fill();
         have -= count;
         if (have < padding) fail(PICTURES_SHORT);
     }
 
-    int take(int count) {
-        if (count == 0) return 0;
+    int take(int count) {  // up to 15
+        refill();
         const int value = int(peek16() >> (16 - count));
         drop(count);
         return value;
@@ -73,6 +74,16 @@ class Bits {
     bool at_marker() const { return at >= end || (at[0] == 0xff && (at + 1 >= end || at[1] != 0)); }
 
     void fill() {
+        if (end - at >= 8) {
+            uint64_t word = 0;
+            for (int i = 0; i < 8; ++i) word = word << 8 | at[i];
+            if (!((word & ~(word + 0x0101010101010101)) & 0x8080808080808080)) {  // no byte is 0xff
+                const int count = (63 - have) / 8;
+                buffer = buffer << (8 * count) | word >> (64 - 8 * count);
+                at += count, have += 8 * count;
+                return;
+            }
+        }
         while (have <= 48) {
             uint8_t byte = 0;
             if (!at_marker()) {
@@ -91,15 +102,43 @@ class Bits {
     int have = 0, padding = 0;  // bits in the buffer, and how many of them lie behind the data
 };
 
-// The next 16 bits lead to length << 8 | value; 0 is no code.
+// The next bits lead to length << 8 | value; 0 is no code.
 struct Huffman {
-    std::vector<uint16_t> table;
+    static constexpr int SHORT = 10;
+    std::vector<uint16_t> table;                // by 16 bits
+    std::array<uint16_t, 1 << SHORT> shorts{};  // by 10, where those are enough: most of the time, and near
+    std::array<uint16_t, 1 << SHORT> wholes{};  // the same, with the length of the number that follows added
 
     int next(Bits &bits) const {
-        const uint16_t found = table[bits.peek16()];
-        if (found == 0) fail(PICTURES_CODE);
+        bits.refill();
+        const uint32_t ahead = bits.peek16();
+        uint16_t found = shorts[ahead >> (16 - SHORT)];
+        if (found == 0 && (found = table[ahead]) == 0) fail(PICTURES_CODE);
         bits.drop(found >> 8);
         return found & 0xff;
+    }
+
+    // With the number after it, whose length is the lower half of the value.
+    int next_whole(Bits &bits) const {
+        bits.refill();
+        const uint16_t found = wholes[bits.peek16() >> (16 - SHORT)];
+        if (found == 0) {
+            const int value = next(bits);
+            bits.refill();
+            bits.drop(value & 15);
+            return value;
+        }
+        bits.drop(found >> 8);
+        return found & 0xff;
+    }
+
+    void set(std::vector<uint16_t> codes) {
+        table = std::move(codes);
+        for (size_t i = 0; i < shorts.size(); ++i) {
+            const uint16_t found = table[i << (16 - SHORT)];
+            shorts[i] = found >> 8 <= SHORT ? found : 0;
+            wholes[i] = shorts[i] ? uint16_t(shorts[i] + ((shorts[i] & 15) << 8)) : 0;
+        }
     }
 };
 
@@ -192,7 +231,7 @@ class Walk {
                     for (; from < to; ++from) table[size_t(from)] = uint16_t(length << 8 | *value);
                 }
             }
-            tables[size_t(which)].table = std::move(table);
+            tables[size_t(which)].set(std::move(table));
             body = value;
         }
         if (body != stop) fail(PICTURES_HEADER);
@@ -339,7 +378,7 @@ class Walk {
 
     void block(const Scan &scan, Component &part, int64_t index, Bits &bits) {
         if (!progressive) return baseline(part, bits);
-        if (scan.first == 0) return scan.high ? bits.drop(1) : dc(part, bits);
+        if (scan.first == 0) return scan.high ? void(bits.take(1)) : dc(part, bits);
         uint64_t &nonzero = part.nonzero[size_t(index)];
         scan.high ? refine(scan, part, nonzero, bits) : ac(scan, part, nonzero, bits);
     }
@@ -356,11 +395,10 @@ class Walk {
         dc(part, bits);
         const Huffman &codes = tables[size_t(4 + part.ac)];
         for (int k = 1; k < 64; ++k) {
-            const int code = codes.next(bits), size = code & 15;
-            if (size == 0 && code != 0xf0) return;
+            const int code = codes.next_whole(bits);
+            if ((code & 15) == 0 && code != 0xf0) return;
             k += code >> 4;
             if (k > 63) fail(PICTURES_CODE);
-            bits.drop(size);
         }
     }
 
@@ -397,7 +435,7 @@ class Walk {
             bits.drop(size);
             for (; k <= scan.last; ++k) {
                 if (nonzero >> k & 1) {
-                    bits.drop(1);
+                    bits.take(1);
                 } else if (--run < 0) {
                     break;
                 }
@@ -406,7 +444,7 @@ class Walk {
             if (size) nonzero |= uint64_t(1) << k;
         }
         if (run_of_ends == 0) return;
-        for (; k <= scan.last; ++k) bits.drop(int(nonzero >> k & 1));
+        for (; k <= scan.last; ++k) bits.take(int(nonzero >> k & 1));
         --run_of_ends;
     }
 
