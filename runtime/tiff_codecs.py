@@ -236,7 +236,7 @@ def _disguise(layout: Layout) -> dict[int, Numbers]:
         Tag.BitsPerSample: _shorts(*[bits] * samples),
         Tag.SamplesPerPixel: _shorts(samples),
         Tag.PhotometricInterpretation: _shorts(photometric),
-        **({Tag.ExtraSamples: _shorts(0)} if samples == 2 else {}),
+        **({Tag.ExtraSamples: _shorts(2)} if samples == 2 else {}),
     }
     kept = {tag: layout.frame.values(tag) for tag in (_YCBCR_TAGS if layout.made_rgb else _CODEC_TAGS)}
     return tags | {
