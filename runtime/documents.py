@@ -39,7 +39,8 @@ _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.page_worker
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """A page of a file: `number` counts PDF pages or TIFF frames from 1, `image` is RGB uint8 [height, width, 3].
+    """A page of a file: `number` counts PDF pages from 1, or TIFF frames that are neither thumbnails nor masks; `image`
+    is RGB uint8 [height, width, 3].
 
     `warning` is one line for a person where something of the page may be missing or wrong, else None.
     """

@@ -12,8 +12,8 @@ _MARKS = {
     "JPEG": rb"\xff\xd8\xff",
     "TIFF": rb"II[*+]\0|MM\0[*+]|II\0\*|MM\*\0",
     "WEBP": rb"RIFF....WEBP",
-    "GIF": rb"GIF8[79]a",
     "BMP": rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+    "GIF": rb"GIF8[79]a",
     "PDF": rb".*?%PDF-",
 }
 KINDS = tuple(_MARKS)

@@ -13,8 +13,10 @@ _USED = (b"tRNS", b"eXIf")
 
 @dataclass(frozen=True)
 class _Chunk:
+    """`place` is where it is, with its length and its checksum, which is `sound` or not."""
+
     kind: bytes
-    content: bytes  # with everything around it
+    place: slice
     sound: bool
 
 
@@ -22,15 +24,15 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
     view, place = memoryview(data), len(_MARK)
     while place + 12 <= len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        checksum = zlib.crc32(view[place + 4 : end - 4])
-        yield _Chunk(data[place + 4 : place + 8], data[place:end], data[end - 4 : end] == checksum.to_bytes(4, "big"))
+        checksum = zlib.crc32(view[place + 4 : end - 4]).to_bytes(4, "big")
+        yield _Chunk(data[place + 4 : place + 8], slice(place, end), data[end - 4 : end] == checksum)
         place = end
 
 
 def needed(data: bytes) -> bytes:
     """The file without metadata, and without transparency whose checksum is wrong."""
     kept = (chunk for chunk in _chunks(data) if chunk.kind in _PIXELS or (chunk.kind in _USED and chunk.sound))
-    return _MARK + b"".join(chunk.content for chunk in kept)
+    return _MARK + b"".join(data[chunk.place] for chunk in kept)
 
 
 def doubt(data: bytes) -> str | None:

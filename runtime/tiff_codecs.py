@@ -112,11 +112,9 @@ class SegmentReader:
         total, top = sum(heights), 0
         absent = np.ones(total, bool)
         found = [piece.image for piece in pieces if piece.image is not None]
-        content = (
-            Image.new(found[0].mode, (found[0].width, total))
-            if found
-            else np.zeros((total, self.layout.row_bytes), np.uint8)
-        )
+        content: Image.Image | Pixels = np.zeros((total, self.layout.row_bytes), np.uint8)
+        if found:
+            content = Image.new(found[0].mode, (found[0].width, total))
         for number, piece, height in zip(numbers, pieces, heights, strict=True):
             if piece.note is not None:
                 self.notes[number] = piece.note
@@ -134,21 +132,16 @@ class SegmentReader:
             doubtful = _grey_ends(piece, heights) if self.layout.compression == Compression.JPEG else []
             if not any(doubtful):
                 return piece
-        one, two = (
-            self._attempt(
-                [
-                    _continued(self.layout, part, height, other) if doubt else part
-                    for part, height, doubt in zip(parts, heights, doubtful, strict=True)
-                ],
-                heights,
-            )
-            for other in (0, 1)
-        )
+        one, two = (self._attempt(self._continued(parts, heights, doubtful, other), heights) for other in (0, 1))
         if one.image is None or two.image is None:
             return one if one.image is None else two
         good = jpegs.alike(one.image, two.image)
         note = "its data is truncated" if good < sum(heights) else None
         return _Piece(one.image, good, one.note or note or two.note)
+
+    def _continued(self, parts: list[bytes], heights: list[int], doubtful: list[bool], which: int) -> list[bytes]:
+        whole = zip(parts, heights, doubtful, strict=True)
+        return [_continued(self.layout, part, height, which) if doubt else part for part, height, doubt in whole]
 
     def _attempt(self, parts: list[bytes], heights: list[int]) -> _Piece:
         with overheard() as said:
@@ -243,7 +236,7 @@ def _disguise(layout: Layout) -> dict[int, Numbers]:
         Tag.BitsPerSample: _shorts(*[bits] * samples),
         Tag.SamplesPerPixel: _shorts(samples),
         Tag.PhotometricInterpretation: _shorts(photometric),
-        **({Tag.ExtraSamples: _shorts(0)} if samples == 2 else {}),
+        **({Tag.ExtraSamples: _shorts(2)} if samples == 2 else {}),
     }
     kept = {tag: layout.frame.values(tag) for tag in (_YCBCR_TAGS if layout.made_rgb else _CODEC_TAGS)}
     return tags | {

@@ -279,7 +279,7 @@ def _too_large(layout: Layout) -> bool:
     """Whether the greater part of a page cannot be there: dimensions are wrong, or the file has been cut."""
     size, rows = layout.frame.file.size, layout.height * layout.planes
     length = rows * layout.width * layout.plane_samples * layout.bits // 8
-    most_bytes = _MOST_BYTES.get(layout.compression, length)
+    most_bytes = length if layout.made_rgb else _MOST_BYTES.get(layout.compression, length)
     return length > 2 * size * most_bytes or rows > 2 * size * _MOST_ROWS.get(layout.compression, rows)
 
 

@@ -303,6 +303,13 @@ def test_pdf_pages_are_drawn_at_dpi_in_rgb(tmp_path: Path) -> None:
     assert (blank.image == 255).all()
 
 
+def test_a_pdf_is_one_whatever_its_name_and_what_comes_before_it(reader: PageReader, tmp_path: Path) -> None:
+    for name in ("a.dat", "a.png"):
+        (tmp_path / name).write_bytes(b"HTTP/1.1 200 OK\r\n\r\n" + pages_pdf(b""))
+        assert find_documents([tmp_path / name]) == [tmp_path / name]
+        assert one(reader, tmp_path / name).image.shape == (50, 100, 3)
+
+
 @pytest.mark.parametrize(("box", "wide"), [(b"0 0 14400 7200", 2.0), (b"0 0 14400 1", 14400.0)])
 def test_huge_pdf_pages_are_drawn_smaller(reader: PageReader, tmp_path: Path, box: bytes, wide: float) -> None:
     (tmp_path / "a.pdf").write_bytes(pages_pdf(b"", box=box))

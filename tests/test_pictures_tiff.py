@@ -189,6 +189,22 @@ def test_jpeg_of_the_old_style(reader: PageReader, tmp_path: Path) -> None:
     assert off(page(reader, tmp_path, frame), whole) < 3
 
 
+@pytest.mark.parametrize("compression", ["zstd", "lzma", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "I;16", "LAB"])
+def test_what_pillow_writes(reader: PageReader, tmp_path: Path, compression: str, mode: str) -> None:
+    image = Image.fromarray(GREY[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(COLOUR)
+    image = image if mode in ("RGB", "LAB", "I;16") else image.convert(mode)
+    if mode == "LAB":
+        image = Image.frombytes("LAB", image.size, image.tobytes())
+    try:
+        image.save(tmp_path / "a.tif", compression=compression)
+    except OSError:
+        pytest.skip("not by this Pillow's libtiff")
+    right = Image.fromarray(GREY[..., 0]) if mode == "I;16" else image
+    (outcome,) = reader.read([tmp_path / "a.tif"])
+    assert off(outcome, np.asarray(right.convert("RGB"))) < (6 if compression == "jpeg" else 0.01)
+
+
 # ---- frames
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tiffs
 from PIL import Image
-from tiffs import BLACK, CMYK, ICC_LAB, JPEG, LAB, NONE, PALETTE, RGB, WHITE, YCBCR, Frame
+from tiffs import BLACK, CMYK, ICC_LAB, JPEG, LAB, PALETTE, RGB, WHITE, YCBCR, Frame
 
 WIDTH, HEIGHT = 45, 35
 Array = np.ndarray[Any, Any]
@@ -184,6 +184,3 @@ def _name(frame: Frame, order: str, number: int) -> str:
     how = f"compression{frame.compression}-predictor{frame.predictor}-{'planar' if frame.planar else 'chunky'}"
     where = f"{'tiles' if frame.tile else 'strips'}-{'II' if order == '<' else 'MM'}-fill{frame.fill_order}"
     return f"{number:04}-{kind}-{how}-{where}"
-
-
-assert NONE in tiffs.CODECS

@@ -234,7 +234,7 @@ def _fax(values: np.ndarray[Any, Any], frame: Frame) -> bytes:
     tags = {tag: value[1][0] for tag, value in frame.tags.items() if tag == 292 and value is not None}
     image = Image.fromarray(values.astype(bool))
     image.save(file, "TIFF", compression=FAX[frame.compression], tiffinfo={278: len(values), **tags})
-    written = Image.open(file).tag_v2  # type: ignore[attr-defined]
+    written = Image.open(file).tag_v2
     return file.getvalue()[written[273][0] :][: written[279][0]]
 
 
