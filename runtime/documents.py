@@ -144,7 +144,8 @@ class PageReader:
         return sum(self.page_count(path) or 1 for path in paths)
 
     def page_count(self, path: str | Path) -> int | None:
-        """How many pages a file has; None if it cannot be read, or not in time. Not during a `read`."""
+        """How many pages a file has; None if it cannot be read, not in time, or only after a repair that may have lost
+        some. Not during a `read`."""
         assert not self._reading, "count before read()"
         worker = self._live_worker()
         try:
@@ -152,7 +153,7 @@ class PageReader:
             reply = worker.receive(self._timeout)
         except _LostError:
             return None
-        return None if isinstance(reply, str) else worker.pages or None
+        return None if isinstance(reply, str) or reply.warning else worker.pages or None
 
     def read(self, paths: Iterable[str | Path]) -> Iterator[Page | PageError]:
         """Every page of every file in order, or the reason why it is missing; bad input never raises.

@@ -103,7 +103,7 @@ class _Decoder:
                 self.document = None
                 self.document, self.path = _open(path, self.settings), path
             yield {"pages": self.document.pages}, _NOTHING
-            drawn = self.document.page(number) if number else Drawn(_NOTHING)
+            drawn = self.document.page(number) if number else Drawn(_NOTHING, self.document.doubt)
             warning = None if drawn.warning is None else one_line(drawn.warning)
             yield {"shape": drawn.image.shape, "warning": warning}, drawn.image
         except Exception as error:  # decoders of damaged files raise every type there is

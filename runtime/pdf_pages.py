@@ -41,7 +41,8 @@ class Pdf:
         self._document.init_forms()  # without it, fields that have been filled in stay blank
         self.pages = len(self._document)
         self._pictures = _pictures_of(path, opened)
-        self._notes = [f"the file was repaired: {opened.repair}"] if opened.repair else []
+        self.doubt = f"the file was repaired: {opened.repair}" if opened.repair else None
+        self._notes = [self.doubt] if self.doubt else []
         if self._pictures and "Collection" in self._pictures.objects.catalog:
             count = pdfium.FPDFDoc_GetAttachmentCount(self._document)
             self._notes.append(f"a portfolio, of which this is the cover: the files in it ({count}) were not read")

@@ -18,6 +18,7 @@ class Picture:
     """A file of one picture, of a `kind` that Pillow knows by that name."""
 
     pages = 1
+    doubt: str | None = None
 
     def __init__(self, path: str, settings: Settings, kind: str) -> None:
         self._path, self._kind, self._limit = path, kind, settings.max_pixels

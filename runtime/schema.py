@@ -98,7 +98,9 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
             return value
     elif kind is float and type(value) in (int, float) and abs(value) < 1e300:  # and so not NaN or infinity
         return float(value)
-    elif kind in (bool, int, str) and type(value) is kind and (kind is not str or _is_unicode(value)):
+    elif kind in (bool, int, str) and type(value) is kind:
+        if kind is str and not _is_unicode(value):
+            raise CembedError(f"{where} is {shown(value)}, which is not UTF-8")
         return value
     raise CembedError(f"{where} is {shown(value)}, the schema has {in_words(kind)}")
 

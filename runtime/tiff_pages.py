@@ -38,6 +38,8 @@ _TURNS = {2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1), 5: (True, 1,
 
 
 class Tiff:
+    doubt: str | None = None
+
     def __init__(self, path: str, settings: Settings) -> None:
         self._limit = settings.max_pixels
         self._frames = TiffFile(path).pages()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import libcembed
 import onnx
-import onnxruntime
 import pytest
 from libcembed import CallError, Library
 from manifests import read, told
@@ -19,6 +18,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensor
 from cembed.runtime import Bundle, CembedError, Embedder
 from cembed.runtime.external_data import check_external_data
 from cembed.runtime.manifest_file import write_manifest
+from cembed.runtime.quiet import ort as onnxruntime
 
 Place = Callable[[ModelProto, TensorProto], object]
 Entries = list[tuple[str, str]]

@@ -110,7 +110,9 @@ def test_batch_mates_do_not_change_a_loop(zoo: Zoo, backbone: str, kind: str) ->
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_prompt_of_one_token(zoo: Zoo, backbone: str, kind: str) -> None:
     model = under(zoo, backbone, kind, "continue")
-    model = model.with_sides(query=replace(model.embedder.manifest.query, prompt="{text}", num_vectors=5))
+    model = model.with_sides(
+        query=replace(model.embedder.manifest.query, prompt="{text}", num_vectors=5, nested_budgets=())
+    )
     embeds, positions = model.query("x")
     assert embeds.shape == (1, 1, HIDDEN)
     expected = {
