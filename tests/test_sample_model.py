@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cembed.cli import app
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
-from cembed.runtime import Embedder
+from cembed.runtime import Bundle, Embedder
 from cembed.runtime.evaluate import Dataset, evaluate
+from cembed.runtime.verify import verify
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 MODEL, PAGES = SAMPLES / "model", SAMPLES / "pages" / "sample"
@@ -42,3 +47,14 @@ def test_integers_lose_little(sample_bundle: Path, tmp_path: Path, scheme: str, 
     assert report.comparison.ndcg5 is not None
     assert report.comparison.ndcg5[0] - report.comparison.ndcg5[1] <= drop
     assert report.comparison.bytes[1] < 0.35 * report.comparison.bytes[0]
+
+
+def test_the_first_result_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quantised bundle and the vectors that come with the repository, by the command as it stands there."""
+    root = SAMPLES.parent
+    monkeypatch.chdir(root)
+    (line,) = [line for line in (root / "README.md").read_text().splitlines() if "samples/pages/sample.npz" in line]
+    done = CliRunner().invoke(app, [*shlex.split(line)[1:], "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)[0]["path"].endswith("/00006.jpg")
+    assert all(check.passed for check in verify(Bundle(SAMPLES / "bundle")))
