@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cembed.runtime import pdf_codes
 from cembed.runtime.errors import CembedError, one_line
 from cembed.runtime.file_kinds import START_BYTES, kind_of
 from cembed.runtime.images import Drawn, Settings
@@ -33,6 +34,7 @@ _START_SECONDS = 120.0
 _STRIKES = 30  # in a row, and a file is given up: it may claim a million pages
 _LOSS_STRIKES = 10
 _HEADER_BYTES, _PAGES, _TEXT = 1 << 16, 1 << 31, 500  # what a reply may have, whatever befell the decoding process
+_PIPE = 1 << 20  # bytes: what Linux allows everybody
 # Not `python -m`: that takes modules from the working directory and misses what a script has put on sys.path.
 _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.page_worker import serve; serve(sys.argv[1])"
 
@@ -132,6 +134,7 @@ class PageReader:
         self._entered = self._reading = False
 
     def __enter__(self) -> PageReader:
+        pdf_codes.load()  # warns here where it is missing, as nobody sees what the other process says
         self._entered, self._worker = True, _Worker(self._settings)
         return self
 
@@ -214,6 +217,14 @@ class PageReader:
             self._worker.end()
 
 
+def _widen(pipe: Any) -> None:
+    """A page is megabytes, and on Linux a pipe takes 64 kB at once, unless it is told to take more."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)
+
+
 class _LostError(Exception):
     """The decoding process is gone, or was ended, before it had answered."""
 
@@ -229,6 +240,7 @@ class _Worker:
         command = [sys.executable, "-c", _BOOT, json.dumps(asdict(settings)), *map(str, sys.path)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        _widen(self._process.stdout)
         self._requests: Any = self._process.stdin
         self._replies: Any = self._process.stdout
         self._ready, self.pages, self._max_pixels = False, 0, settings.max_pixels

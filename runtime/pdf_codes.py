@@ -1,11 +1,12 @@
 """Walks coded pictures of PDFs from end to end with the library in native/pictures, which says what is damaged.
 
-pip builds the library. Where it could not be built these functions raise LookupError.
+pip builds the library. Where it could not be built these functions raise LookupError, and most damage goes unnoticed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -49,10 +50,16 @@ class Fax:
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
+    """The library, or None and one warning where it cannot be had."""
     names = [Path(__file__).with_name(f"libpictures{suffix}") for suffix in EXTENSION_SUFFIXES]
-    file = next((name for name in names if name.exists()), None)
-    return None if file is None else _declared(ctypes.CDLL(str(file)))
+    reason = "it was not built. Install cembed where a C++ compiler is"
+    if file := next((name for name in names if name.exists()), None):
+        try:
+            return _declared(ctypes.CDLL(str(file)))
+        except (OSError, AttributeError) as error:
+            reason = str(error)
+    warnings.warn(f"damaged pictures in PDFs are not noticed without the library for it: {reason}", stacklevel=3)
+    return None
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

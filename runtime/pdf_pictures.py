@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ _DEPTH = 12  # of forms in forms
 _MOST = 5000  # pictures, forms and fonts of a page that are looked at
 _FONT_FILES = ("FontFile", "FontFile2", "FontFile3")
 _MOST_UNITS = 75_000.0  # of a page
+_HEAD_START = 0.005  # seconds until PDFium should be drawing
 _HIDDEN = 2 | 32  # flags of an annotation
 
 
@@ -34,6 +36,11 @@ class Candidate:
 
     number: int
     parts: tuple[tuple[str, Picture | str], ...]
+
+    @property
+    def holds_others(self) -> bool:
+        """Whether Pillow decodes a part: no other thread of Python goes on then."""
+        return any(isinstance(part, Picture) and part.coded == "JPXDecode" for _, part in self.parts)
 
     def verdict(self) -> Verdict:
         doubtful: str | None = None
@@ -87,7 +94,9 @@ class Pictures:
         return found
 
     def try_out(self, found: Found) -> None:
-        """Tries what is untried. Touches no objects: it may be done in another thread."""
+        """Tries what is untried. Touches no objects: it may be done in another thread, while PDFium draws."""
+        if any(candidate.holds_others for candidate in found.untried):
+            time.sleep(_HEAD_START)
         for candidate in found.untried:
             verdict = candidate.verdict()
             found.verdicts.append(verdict)
