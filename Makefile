@@ -60,12 +60,13 @@ build/watched/bundle: $(VENV)/ready
 build/watched/index: build/watched/bundle
 	$(BIN)/cembed index add $@ tests/golden/*/*.png --bundle $<
 
-# libFuzzer over everything in libcembed that reads what others wrote: needs clang.
+# libFuzzer over everything in libcembed and libpictures that reads what others wrote: needs clang.
 CLANG ?= clang++
 FUZZ_SECONDS ?= 600
 FUZZERS := $(patsubst tests/native/fuzz_%.cpp,build/fuzz/%,$(wildcard tests/native/fuzz_*.cpp))
 ENGINE := $(addprefix runtime/native/lib/,engine.cpp embedder.cpp state.cpp capi.cpp)
-FUZZED := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out $(ENGINE),$(filter %.cpp,$(LIBRARY))))
+PICTURES := $(wildcard runtime/native/pictures/*.cpp)
+FUZZED := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out $(ENGINE),$(filter %.cpp,$(LIBRARY))) $(PICTURES))
 
 fuzz: $(FUZZERS)
 	for name in $(notdir $^); do mkdir -p build/fuzz/$${name}_corpus; \
@@ -75,7 +76,7 @@ fuzz: $(FUZZERS)
 build/fuzz/%: build/fuzz/tests/native/fuzz_%.o $(FUZZED)
 	$(CLANG) -fsanitize=fuzzer,address,undefined $^ -lcrypto -lz -o $@
 
-build/fuzz/%.o: %.cpp $(filter %.h,$(LIBRARY)) $(wildcard runtime/native/*.h)
+build/fuzz/%.o: %.cpp $(filter %.h,$(LIBRARY)) $(wildcard runtime/native/*.h runtime/native/pictures/*.h)
 	mkdir -p $(@D)
 	$(CLANG) $(KERNEL_FLAGS) -fsanitize=fuzzer,address,undefined -c $< -o $@
 

@@ -56,7 +56,7 @@ class Bits {
         int left = (have - padding) / 8;
         bool filling = true;
         for (int shift = 0; shift < left * 8; shift += 8) filling &= fills(uint8_t(buffer >> (padding + shift)));
-        for (; !(at_marker() && (at >= end || at[1] != 0xff)); ++at, ++left) filling &= fills(at[0]);
+        for (; at < end && !at_code(); ++at, ++left) filling &= fills(at[0]);
         have = padding = 0;
         const bool line_end = at >= end && left <= 2;
         if (left > (strict ? MOST_FILLING : MOST_RUBBISH)) fail(PICTURES_LEFT_OVER);
@@ -70,6 +70,8 @@ class Bits {
 
   private:
     static bool fills(uint8_t byte) { return byte == 0 || byte == 0xff; }
+
+    bool at_code() const { return at + 1 < end && at[0] == 0xff && at[1] != 0 && at[1] != 0xff; }
 
     bool at_marker() const { return at >= end || (at[0] == 0xff && (at + 1 >= end || at[1] != 0)); }
 
