@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 import zlib
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def told(tmp_path: Path, content: bytes, dpi: float = 72) -> str | None:
         return read(tmp_path, content, dpi).warning
     except RefusedError as error:
         return str(error)
+
+
+def test_the_library_is_built_where_it_can_be() -> None:
+    assert pdf_codes.load() is not None or shutil.which("c++") is None
 
 
 # ---- ways of coding
