@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pdf_files
 import pytest
 from pdf_files import DRAWN, about, page, pictures, stream
 
+from cembed.runtime.documents import Page, PageReader
 from cembed.runtime.images import RefusedError, Settings
 from cembed.runtime.pdf_objects import Objects
 from cembed.runtime.pdf_pages import Pdf
@@ -197,6 +200,24 @@ def test_a_page_that_is_lost_is_an_error_and_the_others_are_read(tmp_path: Path)
     assert "repaired" in (document.page(1).warning or "")
     with pytest.raises(RefusedError, match="the page is missing in the file"):
         document.page(2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS")
+def test_a_file_may_be_larger_than_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    """A hole of 300 MB in the file, in a stream that nothing uses."""
+    whole, hole = page(DRAWN, PICTURE, stream(b"", b"/Unused true")), 300 << 20
+    start = whole.rindex(b"\nendstream")
+    head = whole[:start].replace(b"/Length 0 /Unused", b"/Length %d /Unused" % hole)
+    table = whole.rindex(b"xref\n0")
+    tail = whole[start:].replace(b"startxref\n%d" % table, b"startxref\n%d" % (table + hole + len(head) - start))
+    with open(tmp_path / "a.pdf", "wb") as file:
+        file.write(head)
+        file.seek(hole, os.SEEK_CUR)
+        file.write(tail)
+    with PageReader(dpi=72, memory_limit=100 << 20) as reader:
+        (drawn,) = reader.read([tmp_path / "a.pdf"])
+    assert isinstance(drawn, Page), drawn
+    assert drawn.warning is None
 
 
 # ---- objects
