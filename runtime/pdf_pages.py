@@ -6,11 +6,13 @@ it is drawn, and what is damaged of them comes as a warning, or as an error wher
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pypdfium2
@@ -24,6 +26,7 @@ from cembed.runtime.pdf_repair import Opened, mapped, open_pdf
 
 _SMALL = 500.0  # points: the longer side of a page that is too small for a scan of A5
 _MOST_REASONS = 3
+_M_ARENA_MAX = -8  # of malloc.h
 _UNKNOWN = Found(verdicts=[Verdict(doubtful=ANY)])  # of a page that only PDFium can read
 
 
@@ -84,6 +87,7 @@ class Pdf:
         """Tries the pictures in a thread; the function returned waits for it."""
         if self._pictures is None or not found.untried:
             return lambda: None
+        _share_heap()
         thread = threading.Thread(target=self._pictures.try_out, args=(found,))
         try:
             thread.start()
@@ -99,6 +103,13 @@ class Pdf:
         if kind != pdfium.FORMTYPE_XFA_FULL and not stands_in:
             return []
         return ["an XFA form, which is not drawn: its pages are only what other readers are to show"]
+
+
+@cache
+def _share_heap() -> None:
+    """glibc sets addresses aside for the heap of each thread, 64 MB, which count for memory_limit: one has to do."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _pictures_of(path: str, opened: Opened) -> Pictures | None:

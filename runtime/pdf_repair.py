@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import mmap
+import os
+import weakref
 from dataclasses import dataclass
 
 import pypdfium2
@@ -48,11 +50,28 @@ def open_pdf(path: str) -> Opened:
 
 def mapped(path: str) -> mmap.mmap:
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = os.fstat(file.fileno()).st_size
+        allowed = _move_limit(size)
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if allowed:
+        weakref.finalize(found, _move_limit, -size)
+    return found
+
+
+def _move_limit(size: int) -> bool:
+    """Moves the limit of addresses, for a mapped file counts for it but takes no memory. False if there is none."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_AS, (soft + size, hard))
+            return True
+    return False
 
 
 def _decrypted(path: str, document: pypdfium2.PdfDocument) -> bytes:
-    if len(mapped(path)) > _REPAIRED:
+    if os.path.getsize(path) > _REPAIRED:
         return b""
     copy = io.BytesIO()
     document.save(copy, flags=pdfium.FPDF_REMOVE_SECURITY)

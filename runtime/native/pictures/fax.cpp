@@ -98,6 +98,9 @@ class Bits {
     void align() { at = (at + 7) / 8 * 8; }
     bool ended() const { return at >= size; }
 
+    // What it means that a code is none: the data may end in the middle of it.
+    pictures_fault fault() const { return size - at < BITS ? PICTURES_SHORT : PICTURES_CODE; }
+
     // Whether nothing but filling is left: two bytes may come from a line end.
     bool spent() const {
         int64_t byte = (at + 7) / 8;
@@ -212,7 +215,7 @@ class Walk {
         const uint32_t seven = bits.peek(7);
         const Step *step = STEPS;
         while (step->from > seven) ++step;
-        if (step->mode == NO_MODE) throw bits.ended() ? PICTURES_SHORT : PICTURES_CODE;
+        if (step->mode == NO_MODE) throw bits.fault();
         bits.drop(step->bits);
         return *step;
     }
@@ -222,7 +225,7 @@ class Walk {
         int length = 0;
         for (;;) {
             const Code code = tables[black][bits.peek(BITS)];
-            if (code.length == NONE) throw bits.ended() ? PICTURES_SHORT : PICTURES_CODE;
+            if (code.length == NONE) throw bits.fault();
             bits.drop(code.bits);
             length += code.length;
             if (length > most) throw PICTURES_CODE;

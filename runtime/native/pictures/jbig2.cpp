@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t MOST_PIXELS = int64_t(1) << 28;  // of all regions and symbols together
+constexpr int64_t MOST_PIXELS = int64_t(1) << 27;  // of all regions and symbols together
 constexpr int MOST_LEFT = 8, MOST_MADE_UP = 4;      // bytes around the end of a code
 
 class Bytes {
