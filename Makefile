@@ -108,4 +108,4 @@ $(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.cpp runtime/native/*.h
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info runtime/libmaxsim* runtime/libpictures*
+	rm -rf $(VENV) .demo build dist *.egg-info runtime/scoring/libmaxsim* runtime/pages/pdf/libpictures*

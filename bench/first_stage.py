@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cembed.runtime import Embedder, maxsim
 from cembed.runtime.evaluate import Dataset, embed_corpus
-from cembed.runtime.storage import STORAGE
+from cembed.runtime.scoring.storage import STORAGE
 
 Floats = NDArray[np.float32]
 DEPTH = 10

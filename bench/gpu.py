@@ -48,8 +48,8 @@ class Random:
 
     def __init__(self, folder: Path, size: str, dtype: str) -> None:
         from cembed.export.plan import ExportOptions, Plan
-        from cembed.runtime.positions import patch_positions, window_index, window_restore
-        from cembed.runtime.prompts import Prompter
+        from cembed.runtime.bundle.prompts import Prompter
+        from cembed.runtime.embed.positions import patch_positions, window_index, window_restore
 
         self.checkpoint, self.folder, self.grid = folder / f"{size}-checkpoint", folder, GRIDS[size]
         if not (self.checkpoint / "config.json").exists():
@@ -98,7 +98,7 @@ class Ours:
     """Pixel values to vectors with two sessions, as an embedder does it, for a batch."""
 
     def __init__(self, model: Random, sessions: Callable[[str], Any]) -> None:
-        from cembed.runtime.positions import prompt_positions, slot_positions
+        from cembed.runtime.embed.positions import prompt_positions, slot_positions
 
         self.model, self.sessions = model, {name: sessions(name) for name in ("vision", "text")}
         image, plan = model.plan.backbone.image, model.plan
@@ -185,7 +185,7 @@ def seconds(call: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def ort_sessions(model: Random, provider: str, dtype: str) -> Callable[[str], Any]:
-    from cembed.runtime.session import EngineSettings, OrtSession
+    from cembed.runtime.engines.session import EngineSettings, OrtSession
 
     paths = model.graphs("onnxruntime", dtype)
     return lambda name: OrtSession(paths[name], EngineSettings((provider,)))
@@ -193,11 +193,11 @@ def ort_sessions(model: Random, provider: str, dtype: str) -> Callable[[str], An
 
 def tensorrt_sessions(model: Random, dtype: str, batch: int) -> Callable[[str], Any]:
     """Engines of the graphs alone: what of a bundle they are built from is put together here."""
-    from cembed.runtime.cuda import Cuda
-    from cembed.runtime.engines import Build, BuildOptions, EngineCache, Library
-    from cembed.runtime.fit import Limits
-    from cembed.runtime.manifest import Graph
-    from cembed.runtime.trt_session import Device, TrtSession
+    from cembed.runtime.bundle.manifest import Graph
+    from cembed.runtime.engines.build import Build, BuildOptions, EngineCache, Library
+    from cembed.runtime.engines.cuda import Cuda
+    from cembed.runtime.engines.memory import Limits
+    from cembed.runtime.engines.tensorrt import Device, TrtSession
 
     library, cuda, paths, plan = Library.load(), Cuda(), model.graphs("tensorrt", dtype), model.plan
     specs = {spec.name: Graph(f"{spec.name}.onnx", (spec.data,), spec.inputs, spec.outputs) for spec in plan.graphs[:2]}
@@ -260,7 +260,7 @@ def measure_vectors(folder: Path, provider: str) -> Numbers:
     from cembed.export.exporter import export
     from cembed.export.plan import ExportOptions
     from cembed.runtime import Embedder, maxsim
-    from cembed.runtime.session import check_providers
+    from cembed.runtime.engines.session import check_providers
 
     check_providers([provider])
     sample = ROOT / "samples" / "pages" / "sample"

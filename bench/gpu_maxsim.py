@@ -2,8 +2,8 @@
 
     python bench/gpu_maxsim.py
 
-Needs torch with CUDA; the kernels are those of cembed.runtime.gpu, over memory that torch fills. Without NVRTC they are
-compiled by nvcc. Takes about two minutes; prints every number as JSON. bench/gpu.py shows it as a table.
+Needs torch with CUDA; the kernels are those of cembed.runtime.scoring.gpu, over memory that torch fills. Without NVRTC
+they are compiled by nvcc. Takes about two minutes; prints every number as JSON. bench/gpu.py shows it as a table.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where cembed is not installed
 
-from cembed.runtime import CembedError, kernels
-from cembed.runtime.cuda_driver import Driver
-from cembed.runtime.gpu import SOURCES, Gpu, GpuPages, store
-from cembed.runtime.storage import STORAGE
+from cembed.runtime import CembedError
+from cembed.runtime.scoring import kernels
+from cembed.runtime.scoring.cuda_driver import Driver
+from cembed.runtime.scoring.gpu import SOURCES, Gpu, GpuPages, store
+from cembed.runtime.scoring.storage import STORAGE
 
 Run = Callable[[], object]
 DIM = 128

@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cembed.runtime.disk import Disk
-from cembed.runtime.index import Index
-from cembed.runtime.new_pages import BATCH_PAGES, NewPage
-from cembed.runtime.search import Found, Stage
-from cembed.runtime.storage import STORAGE
+from cembed.runtime.index.index import Index
+from cembed.runtime.index.new_pages import BATCH_PAGES, NewPage
+from cembed.runtime.index.search import Found, Stage
+from cembed.runtime.scoring.storage import STORAGE
 
 QUERY_VECTORS, POOL, TOPICS = 16, 2048, 256
 BUNDLE = "synthetic"

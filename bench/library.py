@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cembed.runtime.quiet import ort as onnxruntime
+from cembed.runtime.engines.quiet import ort as onnxruntime
 
 CALLERS, QUERIES, PAGES = 16, 400, 5
 WANTED = {"page": 1.02, "queries/s": 1.3, "memory": 0.8, "cold start": 0.5}

@@ -35,10 +35,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cembed.runtime.arrays import Side, described
-from cembed.runtime.kernels import kernel_sets, load, top
-from cembed.runtime.storage import STORAGE
-from cembed.runtime.trial import CACHE_ROWS, Case, Floats, Run, Shape, fastest, numpy_ways, our_way, time_round
+from cembed.runtime.scoring.arrays import Side, described
+from cembed.runtime.scoring.kernels import kernel_sets, load, top
+from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.timing import CACHE_ROWS, Case, Floats, Run, Shape, fastest, numpy_ways, our_way, time_round
 
 Numbers = dict[str, Any]
 EXACT = ("numpy array", "torch einsum", "maxsim-cpu", "qdrant-edge")

@@ -122,7 +122,7 @@ def sgemm_peaks(threads: int, *shapes: tuple[int, int, int]) -> dict[str, float]
     """GFLOP/s of float32 products by two libraries, the best of the model's shapes and one more."""
     from onnx import TensorProto, helper, numpy_helper
 
-    from cembed.runtime.quiet import ort
+    from cembed.runtime.engines.quiet import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

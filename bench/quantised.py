@@ -30,11 +30,11 @@ from cembed.quantize.calibration import drawn_set
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import Embedder
-from cembed.runtime.embedder import Budget
+from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.engines.openvino import OpenVinoSession
+from cembed.runtime.engines.quiet import import_openvino
+from cembed.runtime.engines.session import Array, EngineSettings, OrtSession, Session, StepSession
 from cembed.runtime.errors import CembedError
-from cembed.runtime.openvino_session import OpenVinoSession
-from cembed.runtime.quiet import import_openvino
-from cembed.runtime.session import Array, EngineSettings, OrtSession, Session, StepSession
 
 VARIANTS = {
     "int8": QuantiseOptions("int8", accept_loss=True),

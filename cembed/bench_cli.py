@@ -14,7 +14,7 @@ from cembed.display import show_table
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
-    from cembed.runtime.trial import Timing
+    from cembed.runtime.scoring.timing import Timing
 
 TOLERANCE = 1e-5
 
@@ -42,8 +42,8 @@ def maxsim(
     """Time maxsim() with synthetic pages beside numpy's fastest way in float32, and compare scores with float64."""
     if threads is not None:
         limit_threads(threads)
-    from cembed.runtime.kernels import kernel_sets, thread_count
-    from cembed.runtime.trial import Shape, try_out
+    from cembed.runtime.scoring.kernels import kernel_sets, thread_count
+    from cembed.runtime.scoring.timing import Shape, try_out
 
     used, shape = thread_count(threads), Shape(query_vectors, dim, pages, vectors)
     found = try_out(shape, storage.split(","), used, rounds)

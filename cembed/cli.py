@@ -26,7 +26,7 @@ from cembed.streams import allow_any_text, flush_output, held_stderr, printable
 
 if TYPE_CHECKING:
     from cembed.embedding import Harvest
-    from cembed.runtime.embedder import Decode, Embedder
+    from cembed.runtime.embed.embedder import Decode, Embedder
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -304,7 +304,7 @@ def quantize(
 @app.command()
 def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
     """Show what a bundle holds and how it was made."""
-    from cembed.runtime.bundle import Bundle
+    from cembed.runtime.bundle.bundle import Bundle
 
     opened = Bundle(bundle)
     if as_json:
@@ -323,7 +323,7 @@ def verify(
 ) -> None:
     """Check every file's hash, the graphs, and that the stored page still gives the stored vectors."""
     from cembed.runtime import verify as checks
-    from cembed.runtime.bundle import Bundle
+    from cembed.runtime.bundle.bundle import Bundle
 
     run = checks.verify_and_upgrade if upgrade else checks.verify
     with held_stderr():
@@ -366,9 +366,9 @@ def embed(
     written.
     """
     from cembed.embedding import Harvest
-    from cembed.runtime.documents import PageReader, find_documents
-    from cembed.runtime.embedder import Budget
-    from cembed.runtime.vectors import check_writable
+    from cembed.runtime.bundle.vectors import check_writable
+    from cembed.runtime.embed.embedder import Budget
+    from cembed.runtime.pages.documents import PageReader, find_documents
 
     check_writable(out, force)
     files = find_documents(paths)
@@ -414,7 +414,7 @@ def load_embedder(
     max_visual_tokens: int | None = None,
     prepack: bool | None = True,
 ) -> Embedder:
-    from cembed.runtime.embedder import CPU, Embedder
+    from cembed.runtime.embed.embedder import CPU, Embedder
 
     with held_stderr():
         return Embedder.load(
@@ -457,7 +457,7 @@ def search(
 ) -> None:
     """Rank the pages of a vector file or an index by MaxSim with a query."""
     from cembed import ranking
-    from cembed.runtime.embedder import Budget
+    from cembed.runtime.embed.embedder import Budget
 
     pages = ranking.open_pages(file, ranking.Tuning(tuple(where or ()), source, candidates, exact, explain))
     if (query is None) == (image is None):

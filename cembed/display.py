@@ -15,7 +15,7 @@ from cembed.streams import is_shown, output_named, printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from cembed.runtime.manifest import LayerDamage, Manifest, Quantisation, Side
+    from cembed.runtime.bundle.manifest import LayerDamage, Manifest, Quantisation, Side
 
 
 TEXTS = ("path", "field", "value", "warning")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cembed.display import complain
-from cembed.runtime.documents import Page, PageError
-from cembed.runtime.embedder import Budget, Embedder
+from cembed.runtime.bundle.vectors import VectorParts, Vectors
+from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
-from cembed.runtime.vectors import VectorParts, Vectors
+from cembed.runtime.pages.documents import Page, PageError
 from cembed.signals import StopSignals
 
 

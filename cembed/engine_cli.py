@@ -12,9 +12,9 @@ from cembed.export.choices import require_choice
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
-    from cembed.runtime.cuda import Gpu
-    from cembed.runtime.engines import Library
-    from cembed.runtime.manifest import Manifest
+    from cembed.runtime.bundle.manifest import Manifest
+    from cembed.runtime.engines.build import Library
+    from cembed.runtime.engines.cuda import Gpu
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8", "int4", "w8a8")
 engine_app = typer.Typer()
@@ -45,9 +45,9 @@ def build_engine(
     ] = False,
 ) -> None:
     """Build TensorRT engines beside a bundle, for this device, after a look at its memory."""
-    from cembed.runtime.bundle import Bundle
-    from cembed.runtime.engines import BuildOptions, EngineCache, Library, build_engines, needed_graphs
-    from cembed.runtime.fit import Fit, Limits, Model
+    from cembed.runtime.bundle.bundle import Bundle
+    from cembed.runtime.engines.build import BuildOptions, EngineCache, Library, build_engines, needed_graphs
+    from cembed.runtime.engines.memory import Fit, Limits, Model
 
     opened, library = Bundle(bundle), Library.load()
     library.check(opened.manifest)
@@ -81,8 +81,8 @@ def is_tf32(manifest: Manifest, precision: str | None) -> bool:
 
 def find_gpu(library: Library) -> tuple[Gpu | None, int | None]:
     """The device and its free bytes. TensorRT for RTX builds without one, too."""
-    from cembed.runtime.cuda import Cuda
-    from cembed.runtime.fit import available_memory
+    from cembed.runtime.engines.cuda import Cuda
+    from cembed.runtime.engines.memory import available_memory
 
     try:
         cuda = Cuda()

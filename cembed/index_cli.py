@@ -36,9 +36,9 @@ from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
     from cembed.index_job import Job
-    from cembed.runtime.embedder import Embedder
-    from cembed.runtime.index import Index
-    from cembed.runtime.index_reader import Stats
+    from cembed.runtime.embed.embedder import Embedder
+    from cembed.runtime.index.index import Index
+    from cembed.runtime.index.reader import Stats
 
 MANY_RECORDS = 5000  # take about a third of a second to read on a busy machine
 
@@ -79,9 +79,9 @@ def add(
     """
     from cembed.index_job import FLUSH_PAGES, Job
     from cembed.ranking import parse_pairs
-    from cembed.runtime.documents import PageReader, find_documents
-    from cembed.runtime.embedder import Budget
-    from cembed.runtime.index_metadata import check_metadata
+    from cembed.runtime.embed.embedder import Budget
+    from cembed.runtime.index.metadata import check_metadata
+    from cembed.runtime.pages.documents import PageReader, find_documents
 
     files, pairs = find_documents(paths), parse_pairs("--metadata", tuple(metadata or ()))
     check_metadata(pairs)
@@ -134,8 +134,8 @@ def summary(job: Job, stats: Stats) -> str:
 
 def open_to_add(path: Path, embedder: Embedder, dim: int | None, store: Sequence[str]) -> Index:
     """The index at `path`, or a new one for the bundle of `embedder`. Raises CembedError: it is of another bundle."""
-    from cembed.runtime.index import Index
-    from cembed.runtime.index_files import CURRENT
+    from cembed.runtime.index.files import CURRENT
+    from cembed.runtime.index.index import Index
 
     if not os.path.lexists(path / CURRENT):
         return Index.create(path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, store=store)
@@ -160,7 +160,7 @@ def remove(
     ],
 ) -> None:
     """Take pages out of an index. Their bytes go with `cembed index compact`."""
-    from cembed.runtime.index import Index
+    from cembed.runtime.index.index import Index
 
     with Index.open(index, write=True) as opened:
         ids = dict.fromkeys(page for name in names for page in find_pages(opened, name))
@@ -204,7 +204,7 @@ def compact(
     ] = False,
 ) -> None:
     """Write an index anew without removed pages. Needs room for both; searches go on meanwhile."""
-    from cembed.runtime.index import Index
+    from cembed.runtime.index.index import Index
 
     with Index.open(index, write=True, damaged=drop_damaged) as opened:
         done = opened.compact(drop_damaged=drop_damaged)
@@ -216,7 +216,7 @@ def compact(
 @index_app.command()
 def verify(index: IndexPath, as_json: AsJson = False) -> None:
     """Check every CRC of an index, and say exactly what is damaged."""
-    from cembed.runtime.index_verify import verify_index
+    from cembed.runtime.index.verify import verify_index
 
     show_checks(verify_index(index), as_json)
 
@@ -224,7 +224,7 @@ def verify(index: IndexPath, as_json: AsJson = False) -> None:
 @index_app.command()
 def stats(index: IndexPath, as_json: AsJson = False) -> None:
     """Show what an index holds, and what it takes."""
-    from cembed.runtime.index import Index
+    from cembed.runtime.index.index import Index
 
     found = Index.open(index).stats()
     if as_json:

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cembed.runtime.documents import Page, PageReader
-from cembed.runtime.embedder import Budget, Embedder
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
-from cembed.runtime.index import Index
-from cembed.runtime.new_pages import NewPage
-from cembed.runtime.vectors import Vectors
+from cembed.runtime.index.index import Index
+from cembed.runtime.index.new_pages import NewPage
+from cembed.runtime.pages.documents import Page, PageReader
 
 FLUSH_SECONDS = 2.0  # of embedding, at most, are lost when the process is killed
 FLUSH_PAGES = 64  # that were embedded

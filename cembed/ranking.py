@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from cembed.display import complain
-from cembed.runtime.documents import Page, PageReader
-from cembed.runtime.embedder import Budget, Embedder
+from cembed.runtime.bundle.vectors import VectorFile, Vectors
+from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
-from cembed.runtime.index import Index
-from cembed.runtime.scoring import maxsim
-from cembed.runtime.search import Stage
-from cembed.runtime.vectors import VectorFile, Vectors
+from cembed.runtime.index.index import Index
+from cembed.runtime.index.search import Stage
+from cembed.runtime.pages.documents import Page, PageReader
+from cembed.runtime.scoring.maxsim import maxsim
 
 Row = dict[str, Any]
 

@@ -19,8 +19,8 @@ from cembed.export.decoder import DecoderConfig
 from cembed.export.image_settings import find_settings, warn_of_others
 from cembed.export.layers import Dialect
 from cembed.export.settings import Settings, is_number, one_line
+from cembed.runtime.bundle.manifest import ImageProcessing, Positions, PromptAttention, SlotPositions, Tensor
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import ImageProcessing, Positions, PromptAttention, SlotPositions, Tensor
 
 WRAPPERS = ("colpali", "colqwen2", "colqwen2_5")
 """Model types of transformers' own retrieval classes."""

@@ -16,7 +16,7 @@ from cembed.export.graph import WeightFile, choose_dialect, trace, write_graph
 from cembed.export.layers import DTYPES, Dialect
 from cembed.export.parity import check_parity, parity_inputs
 from cembed.export.plan import ExportOptions, Plan
-from cembed.runtime.manifest import EmbeddingTable, Graph, Manifest, Parity
+from cembed.runtime.bundle.manifest import EmbeddingTable, Graph, Manifest, Parity
 from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
 Progress = Callable[[str], None]

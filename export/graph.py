@@ -26,8 +26,8 @@ from cembed.export.layers import (
     Scattering,
     Standard,
 )
+from cembed.runtime.bundle.manifest import Graph, Tensor
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import Graph, Tensor
 
 OPSETS = range(18, 26)  # torch 2.13 writes broken graphs above
 TENSORRT_OPSETS = (*range(18, 21), 24, 25)  # TensorRT from 10.1 on, and from 10.15 on, which has attention and caches

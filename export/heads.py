@@ -12,9 +12,9 @@ from pathlib import Path
 
 from cembed.export.choices import HEADS as NAMES
 from cembed.export.settings import read_json
+from cembed.runtime.bundle.manifest import FirstVector, Pooling, SlotKind, SlotPositions
+from cembed.runtime.bundle.schema import decode
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import FirstVector, Pooling, SlotKind, SlotPositions
-from cembed.runtime.schema import decode
 
 MAX_SPEC = 1 << 20
 """Bytes of a `--head-spec` file."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cembed.export.settings import Settings, is_number, read_json
+from cembed.runtime.bundle.manifest import ImageProcessing
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import ImageProcessing
 
 NESTED, LEGACY = "processor_config.json", "preprocessor_config.json"
 SHARED: dict[str, Any] = {

@@ -20,8 +20,8 @@ from cembed.export.decoder import DecoderConfig
 from cembed.export.image_settings import Geometry, fixed_image
 from cembed.export.layers import ACTIVATIONS, MLP, Dialect, LayerNorm, Linear, PatchEmbedding
 from cembed.export.settings import Settings
-from cembed.runtime.manifest import Positions
-from cembed.runtime.manifest import Tensor as TensorSpec
+from cembed.runtime.bundle.manifest import Positions
+from cembed.runtime.bundle.manifest import Tensor as TensorSpec
 
 # The processor of transformers 4.57, which the checkpoints were trained with, put one <bos> before the prompt's own.
 DOCUMENT_PROMPT = "{image}<bos><bos>Describe the image.\n"

@@ -15,11 +15,17 @@ from torch import nn
 from cembed.export.backbones import Backbone
 from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.layers import Arithmetic, Decomposed
+from cembed.runtime.bundle.manifest import ImageProcessing, Parity, Side
+from cembed.runtime.embed.positions import (
+    patch_positions,
+    prompt_positions,
+    slot_positions,
+    window_index,
+    window_restore,
+)
+from cembed.runtime.embed.preprocess import resized_size
+from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import ImageProcessing, Parity, Side
-from cembed.runtime.positions import patch_positions, prompt_positions, slot_positions, window_index, window_restore
-from cembed.runtime.preprocess import resized_size
-from cembed.runtime.session import EngineSettings, OrtSession
 
 Array = NDArray[Any]
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}

@@ -28,8 +28,7 @@ from cembed.export.head_weights import (
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
 from cembed.export.tokens import check_prompts, read_tokenizer
-from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import (
+from cembed.runtime.bundle.manifest import (
     EmbeddingTable,
     Graph,
     Manifest,
@@ -42,7 +41,8 @@ from cembed.runtime.manifest import (
     SlotPositions,
     Tensor,
 )
-from cembed.runtime.prompts import QUERY_POSITIONS, Prompter, check_prompt
+from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, check_prompt
+from cembed.runtime.errors import CembedError
 
 MADE_WITH = ("torch", "transformers", "onnxruntime")
 SELF_TEST_TEXT = "What is the total of the invoice?"
@@ -109,9 +109,8 @@ class Plan:
     def make(cls, options: ExportOptions, root: Path) -> Plan:
         checkpoint = Checkpoint.open(root, options.adapter, options.head_weights)
         backbone = load_backbone(options.backbone, root, options.adapter)
-        backbone = limit_layers(
-            limit_visual_tokens(backbone, options.max_visual_tokens), options.num_layers, checkpoint
-        )
+        backbone = replace(backbone, image=backbone.image.limited(options.max_visual_tokens))
+        backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer = read_tokenizer([place for place in (options.adapter, root) if place is not None])
         hidden = backbone.decoder.hidden_size
@@ -186,20 +185,6 @@ def limit_layers(backbone: Backbone, num_layers: int | None, checkpoint: Checkpo
         raise CembedError(f"--num-layers {num_layers}: the decoder has 1 to {most}")
     checkpoint.drop(re.compile(rf"^layers\.({'|'.join(map(str, range(num_layers, most))) or 'none'})\."))
     return replace(backbone, decoder=replace(backbone.decoder, num_layers=num_layers))
-
-
-def limit_visual_tokens(backbone: Backbone, tokens: int | None) -> Backbone:
-    if tokens is None:
-        return backbone
-    image = backbone.image
-    if image.resize == "fixed":
-        raise CembedError(
-            f"--max-visual-tokens: {backbone.name} pages always take {image.max_visual_tokens} visual tokens"
-        )
-    smallest = -(-image.min_pixels // image.factor**2)
-    if tokens < smallest:
-        raise CembedError(f"--max-visual-tokens {tokens} is too small: the smallest image takes {smallest}")
-    return replace(backbone, image=replace(image, max_pixels=tokens * image.factor**2))
 
 
 def check_weights(checkpoint: Checkpoint, specs: Sequence[GraphSpec], tables: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from cembed.export.layers import ACTIVATIONS
 from cembed.export.qwen2_vl import check_vision, qwen_backbone
 from cembed.export.qwen_vision import QwenVisionConfig
 from cembed.export.settings import Settings
-from cembed.runtime.manifest import Tensor
+from cembed.runtime.bundle.manifest import Tensor
 
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:

@@ -10,7 +10,7 @@ from cembed.export.image_settings import Geometry, smart_image
 from cembed.export.layers import ACTIVATIONS
 from cembed.export.qwen_vision import ROPE_THETA, QwenVisionConfig, QwenVisionTower
 from cembed.export.settings import Settings
-from cembed.runtime.manifest import Positions, Tensor
+from cembed.runtime.bundle.manifest import Positions, Tensor
 
 DOCUMENT_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 MAX_RATIO = 64

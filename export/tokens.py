@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from cembed.export.settings import Settings, one_line, read_json
+from cembed.runtime.bundle.manifest import Side
+from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import Side
-from cembed.runtime.prompts import Prompter, load_tokenizer
 
 TOKENIZER, ROLES, LEGACY = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 MAX_BYTES = 1 << 28

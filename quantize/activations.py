@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from cembed.quantize.graph import SourceGraph
 from cembed.quantize.weights import Floats, Range
+from cembed.runtime.engines.quiet import ort
+from cembed.runtime.engines.session import StepSession
 from cembed.runtime.errors import CembedError
-from cembed.runtime.quiet import ort
-from cembed.runtime.session import StepSession
 
 BALANCE = 0.5  # share of the outliers that goes to the weights: alpha of SmoothQuant
 PERCENTILE = 99.999

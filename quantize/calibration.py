@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from cembed.quantize.activations import Watcher
-from cembed.runtime.bundle import Bundle
-from cembed.runtime.documents import Page, PageReader, find_documents
-from cembed.runtime.embedder import FULL, Budget, Embedder
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import Comparison
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.embedder import FULL, Budget, Embedder
+from cembed.runtime.embed.inputs import Prompt
+from cembed.runtime.engines.session import EngineSettings
 from cembed.runtime.errors import CembedError
 from cembed.runtime.evaluate import Dataset, measure, rank, require_ir_measures
-from cembed.runtime.inputs import Prompt
-from cembed.runtime.manifest import Comparison
-from cembed.runtime.scoring import maxsim
-from cembed.runtime.session import EngineSettings
-from cembed.runtime.vectors import Vectors
+from cembed.runtime.pages.documents import Page, PageReader, find_documents
+from cembed.runtime.scoring.maxsim import maxsim
 
 MAX_PAGES = 200
 DRAWN_PAGES = 12

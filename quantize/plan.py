@@ -15,7 +15,7 @@ from cembed.quantize.calibration import CalibrationSet, observe
 from cembed.quantize.graph import DataFile, Recipe, SourceGraph, rewrite
 from cembed.quantize.half import Halver, OverflowScan, segments
 from cembed.quantize.weights import FLOAT, SCHEMES
-from cembed.runtime.bundle import Bundle
+from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.errors import CembedError
 
 FALLBACK, HALF = "int8", "fp16"

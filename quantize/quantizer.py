@@ -18,10 +18,10 @@ from cembed.quantize.graph import DataFile
 from cembed.quantize.plan import HALF, Limits, QuantiseOptions, QuantisePlan
 from cembed.quantize.sensitivity import draw, rank_layers
 from cembed.quantize.weights import FLOAT, Floats, nonzero
-from cembed.runtime.bundle import Bundle
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import Comparison, EmbeddingTable, LayerDamage, Manifest, Quantisation, Tensor
+from cembed.runtime.engines.session import EngineSettings
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import Comparison, EmbeddingTable, LayerDamage, Manifest, Quantisation, Tensor
-from cembed.runtime.session import EngineSettings
 from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
 STORED: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}

@@ -14,10 +14,10 @@ from cembed.quantize.calibration import CalibrationSet, Embedded, compare
 from cembed.quantize.graph import DataFile, Recipe, rewrite
 from cembed.quantize.plan import QuantisePlan, full_name, part_of
 from cembed.quantize.weights import FLOAT
-from cembed.runtime.embedder import Embedder
-from cembed.runtime.manifest import LayerDamage
-from cembed.runtime.picture import picture
-from cembed.runtime.session import EngineSettings, OrtSession
+from cembed.runtime.bundle.manifest import LayerDamage
+from cembed.runtime.embed.embedder import Embedder
+from cembed.runtime.engines.session import EngineSettings, OrtSession
+from cembed.runtime.plotting import picture
 
 PAGES = 8
 _LAYER = re.compile(r"^(.*?(?:layers|blocks)\.\d+\.(?:self_attn|attn|mlp))\.")

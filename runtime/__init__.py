@@ -8,22 +8,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cembed.runtime.bundle import Bundle
-    from cembed.runtime.embedder import Embedder
+    from cembed.runtime.bundle.bundle import Bundle
+    from cembed.runtime.bundle.vectors import VectorFile
+    from cembed.runtime.embed.embedder import Embedder
     from cembed.runtime.errors import CembedError
-    from cembed.runtime.index import Index
-    from cembed.runtime.new_pages import NewPage
-    from cembed.runtime.scoring import maxsim
-    from cembed.runtime.vectors import VectorFile
+    from cembed.runtime.index.index import Index
+    from cembed.runtime.index.new_pages import NewPage
+    from cembed.runtime.scoring.maxsim import maxsim
 
 _MODULES = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.bundle",
     "CembedError": "errors",
-    "Embedder": "embedder",
-    "Index": "index",
-    "NewPage": "new_pages",
-    "VectorFile": "vectors",
-    "maxsim": "scoring",
+    "Embedder": "embed.embedder",
+    "Index": "index.index",
+    "NewPage": "index.new_pages",
+    "VectorFile": "bundle.vectors",
+    "maxsim": "scoring.maxsim",
 }
 
 __all__ = ["Bundle", "CembedError", "Embedder", "Index", "NewPage", "VectorFile", "maxsim"]

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.documents import Page, PageReader, find_documents
-from cembed.runtime.embedder import Budget, Embedder
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
-from cembed.runtime.picture import picture
-from cembed.runtime.scoring import maxsim
-from cembed.runtime.storage import STORAGE
-from cembed.runtime.vectors import Vectors
+from cembed.runtime.pages.documents import Page, PageReader, find_documents
+from cembed.runtime.plotting import picture
+from cembed.runtime.scoring.maxsim import maxsim
+from cembed.runtime.scoring.storage import STORAGE
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,16 +7,16 @@ from functools import partial
 
 import numpy as np
 
-from cembed.runtime.bundle import Bundle
-from cembed.runtime.documents import PageError, PageReader
-from cembed.runtime.embedder import Budget, Embedder
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import Graph, Tensor
+from cembed.runtime.bundle.manifest_file import upgrade
+from cembed.runtime.bundle.tensor_files import read_safetensors
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.embedder import Budget, Embedder
+from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.errors import CembedError, Check
-from cembed.runtime.images import Pixels
-from cembed.runtime.manifest import Graph, Tensor
-from cembed.runtime.manifest_file import upgrade
-from cembed.runtime.session import EngineSettings, OrtSession
-from cembed.runtime.tensor_files import read_safetensors
-from cembed.runtime.vectors import Vectors
+from cembed.runtime.pages.documents import PageError, PageReader
+from cembed.runtime.pages.images import Pixels
 
 MAX_VECTORS = 1 << 30
 """Bytes of the self-test's vectors."""

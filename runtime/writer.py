@@ -13,12 +13,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from safetensors.numpy import save
 
-from cembed.runtime.bundle import Bundle, record_files
-from cembed.runtime.embedder import Embedder
+from cembed.runtime.bundle.bundle import Bundle, record_files
+from cembed.runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest
+from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.embed.embedder import Embedder
+from cembed.runtime.engines.session import EngineSettings
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest import MANIFEST, SCHEMA_VERSION, Manifest
-from cembed.runtime.manifest_file import write_manifest
-from cembed.runtime.session import EngineSettings
 
 
 def self_test_page() -> Image.Image:

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cembed.runtime import Embedder, VectorFile, maxsim
-from cembed.runtime.documents import Page, PageReader
 from cembed.runtime.evaluate import Dataset
+from cembed.runtime.pages.documents import Page, PageReader
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEMO = PROJECT / ".demo"

@@ -13,7 +13,7 @@ import libcembed
 import pytest
 from filelock import FileLock
 
-from cembed.runtime.quiet import ort as onnxruntime
+from cembed.runtime.engines.quiet import ort as onnxruntime
 
 if TYPE_CHECKING:
     from reference import Zoo

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cembed.runtime.manifest import Graph
-from cembed.runtime.quiet import ort
+from cembed.runtime.bundle.manifest import Graph
+from cembed.runtime.engines.quiet import ort
 
 Work = Callable[[], None]
 STREAM = 7

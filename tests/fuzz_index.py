@@ -26,14 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cembed.runtime import segments
 from cembed.runtime.errors import CembedError
-from cembed.runtime.index import Index
-from cembed.runtime.index_files import CURRENT
-from cembed.runtime.index_verify import verify_index
-from cembed.runtime.new_pages import NewPage
-from cembed.runtime.records import aligned, seed_of
-from cembed.runtime.search import Stage
+from cembed.runtime.index import segments
+from cembed.runtime.index.files import CURRENT
+from cembed.runtime.index.index import Index
+from cembed.runtime.index.new_pages import NewPage
+from cembed.runtime.index.records import aligned, seed_of
+from cembed.runtime.index.search import Stage
+from cembed.runtime.index.verify import verify_index
 
 DIM = 8
 MEMORY = 1 << 30  # more than it takes, and far less than a number in a header can ask for

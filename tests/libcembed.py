@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cembed.runtime.vectors import Vectors
+from cembed.runtime.bundle.vectors import Vectors
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = ("onnxruntime_c_api.h", "nlohmann/json.hpp", "openssl/evp.h", "zlib.h")

@@ -13,8 +13,8 @@ from typing import Any
 from libcembed import CallError, Library
 
 from cembed.runtime import Bundle, CembedError
-from cembed.runtime.manifest import DIGEST, MANIFEST
-from cembed.runtime.manifest_file import digest_line, write_manifest
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST
+from cembed.runtime.bundle.manifest_file import digest_line, write_manifest
 
 Json = dict[str, Any]
 Place = tuple[str | int, ...]

@@ -33,11 +33,11 @@ from transformers.models.qwen2_vl import Qwen2VLModel
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions, Plan
 from cembed.runtime import Embedder
-from cembed.runtime.bundle import Bundle
-from cembed.runtime.manifest import ImageProcessing, Positions, Side, SlotPositions
-from cembed.runtime.positions import prompt_positions, slot_positions
-from cembed.runtime.preprocess import preprocess
-from cembed.runtime.session import EngineSettings
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import ImageProcessing, Positions, Side, SlotPositions
+from cembed.runtime.embed.positions import prompt_positions, slot_positions
+from cembed.runtime.embed.preprocess import preprocess
+from cembed.runtime.engines.session import EngineSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "samples"))
 from random_checkpoint import make_checkpoint

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cembed.runtime import CembedError, arrays, kernels, maxsim
-from cembed.runtime.arrays import MOST_ROWS
-from cembed.runtime.kernels import Pages, kernel_sets, use_kernels
+from cembed.runtime import CembedError, maxsim
+from cembed.runtime.scoring import arrays, kernels
+from cembed.runtime.scoring.arrays import MOST_ROWS
+from cembed.runtime.scoring.kernels import Pages, kernel_sets, use_kernels
 
 Floats = NDArray[Any]
 needs_library = pytest.mark.skipif(kernels.load() is None, reason="the library was not built")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from test_cli import cembed, cembed_process
 
-from cembed.runtime import maxsim, trial
-from cembed.runtime.kernels import Pages, kernel_sets
-from cembed.runtime.storage import STORAGE
-from cembed.runtime.trial import Case, Floats, Shape
+from cembed.runtime import maxsim
+from cembed.runtime.scoring import timing as trial
+from cembed.runtime.scoring.kernels import Pages, kernel_sets
+from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.timing import Case, Floats, Shape
 
 SMALL = ("--pages", 40, "--vectors", 5, "--dim", 16, "--query-vectors", 3, "--rounds", 2)
 

@@ -22,10 +22,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from cembed.runtime import Bundle, CembedError, Embedder
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, OLDEST_SCHEMA, SCHEMA_VERSION, Manifest
+from cembed.runtime.bundle.manifest_file import digest_line, write_manifest
+from cembed.runtime.engines.quiet import ort as onnxruntime
 from cembed.runtime.errors import Check
-from cembed.runtime.manifest import DIGEST, MANIFEST, OLDEST_SCHEMA, SCHEMA_VERSION, Manifest
-from cembed.runtime.manifest_file import digest_line, write_manifest
-from cembed.runtime.quiet import ort as onnxruntime
 from cembed.runtime.verify import verify
 
 FILES = (

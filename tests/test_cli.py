@@ -25,12 +25,12 @@ from PIL import Image, ImageDraw
 from cembed import __version__
 from cembed.cli import main
 from cembed.runtime import Bundle, CembedError, Embedder, VectorFile, maxsim
-from cembed.runtime.bundle import sha256
-from cembed.runtime.documents import Page, PageError, PageReader
-from cembed.runtime.embedder import Budget
-from cembed.runtime.manifest import MANIFEST, FileRecord
-from cembed.runtime.manifest_file import write_manifest
-from cembed.runtime.quiet import ort as onnxruntime
+from cembed.runtime.bundle.bundle import sha256
+from cembed.runtime.bundle.manifest import MANIFEST, FileRecord
+from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.engines.quiet import ort as onnxruntime
+from cembed.runtime.pages.documents import Page, PageError, PageReader
 from cembed.streams import held_stderr
 
 COMMANDS = ("export", "quantize", "inspect", "verify", "embed", "search", "eval")
@@ -189,8 +189,8 @@ MISTAKES = [
     ("embed {bundle} {page} --out {tmp}/v.npy", ".npz or .safetensors"),
     ("embed {bundle} {page} --out {tmp}/nowhere/v.npz", "{tmp}/nowhere"),
     ("embed {bundle} {page} --out {tmp}/v.npz --num-vectors 9000", "positions"),
-    ("embed {bundle} {page} --out {tmp}/v.npz --max-visual-tokens 3", "4 to 96"),
-    ("embed {bundle} {page} --out {tmp}/v.npz --max-visual-tokens 97", "4 to 96"),
+    ("embed {bundle} {page} --out {tmp}/v.npz --max-visual-tokens 3", "the smallest page takes 4, the largest 96"),
+    ("embed {bundle} {page} --out {tmp}/v.npz --max-visual-tokens 97", "the smallest page takes 4, the largest 96"),
     ("embed {bundle} {page} --out {tmp}/v.npz --provider FooProvider", "CPUExecutionProvider"),
     ("embed {bundle} {page} --out {tmp}/v.npz --timeout inf", "timeout"),
     ("embed {damaged} {page} --out {tmp}/v.npz", "tokenizer.json"),
@@ -215,7 +215,7 @@ MISTAKES = [
     ("export {from} --backbone qwen2.5-vl --prompt-attention foo", "causal, bidirectional"),
     ("export {from} --backbone qwen2.5-vl --num-vectors 0", "at least 1"),
     ("export {from} --backbone qwen2.5-vl --query-vectors -1", "at least 1"),
-    ("export {from} --backbone qwen2.5-vl --max-visual-tokens 3", "the smallest image takes 4"),
+    ("export {from} --backbone qwen2.5-vl --max-visual-tokens 3", "the smallest page takes 4"),
     ("export {from} --backbone qwen2.5-vl --latent-token <none>", "--latent-token"),
     ("export {from} --backbone qwen2.5-vl --query-prefix {{text}}", "exactly once"),
     ("export {from} --backbone qwen2.5-vl --adapter {tmp}/none", "{tmp}/none"),
@@ -281,7 +281,7 @@ def test_a_fault_of_ours_is_one_line_too(causal_bundle: Path, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("cembed.runtime.bundle.Bundle.__init__", fail)
+    monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", fail)
     assert "ZeroDivisionError: of all things" in cembed("inspect", causal_bundle).error
 
 
@@ -289,7 +289,7 @@ def test_an_interrupt(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cembed.runtime.bundle.Bundle.__init__", interrupt)
+    monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", interrupt)
     outcome = cembed("inspect", causal_bundle)
     assert outcome.status == 130
     assert outcome.err == "interrupted\n"
@@ -352,7 +352,7 @@ def test_memory_that_does_not_suffice(causal_bundle: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("cembed.runtime.bundle.Bundle.__init__", fail)
+    monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", fail)
     assert cembed("inspect", causal_bundle).error == "there is not enough memory (--debug shows where)"
 
 
@@ -376,7 +376,7 @@ def test_a_folder_that_cannot_be_written(causal_bundle: Path, tmp_path: Path, mo
     def refuse(self: Path, *_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
-    monkeypatch.setattr("cembed.runtime.documents.PageReader.__init__", None)
+    monkeypatch.setattr("cembed.runtime.pages.documents.PageReader.__init__", None)
     monkeypatch.setattr(Path, "open", refuse)
     message = cembed("embed", causal_bundle, CHECKPOINT / "small.png", "--out", tmp_path / "v.npz").error
     assert message == f"cannot write {tmp_path / 'v.npz'}: {os.strerror(errno.EROFS)}"
@@ -523,7 +523,7 @@ def test_a_panic_anywhere_else_is_one_line(causal_bundle: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise PanicException("of all things")
 
-    monkeypatch.setattr("cembed.runtime.bundle.Bundle.__init__", fail)
+    monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", fail)
     assert "PanicException: of all things" in cembed("inspect", causal_bundle).error
 
 

@@ -21,10 +21,10 @@ import psutil
 import pytest
 from PIL import Image, ImageOps
 
-from cembed.runtime import documents
-from cembed.runtime.documents import Page, PageError, PageReader, find_documents
 from cembed.runtime.errors import CembedError
-from cembed.runtime.images import to_rgb
+from cembed.runtime.pages import documents
+from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
+from cembed.runtime.pages.images import to_rgb
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -494,7 +494,7 @@ def test_leaving_the_block_or_the_iteration_ends_the_process(tmp_path: Path) -> 
 
 SCRIPT = """
 import sys, os
-from cembed.runtime.documents import PageReader
+from cembed.runtime.pages.documents import PageReader
 print("started")
 with PageReader() as reader:
     for page in reader.read(sys.argv[1:]):
@@ -593,7 +593,7 @@ def test_texts_of_a_reply_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 FORKS = """
 import os, sys, time, psutil
-from cembed.runtime.documents import PageReader
+from cembed.runtime.pages.documents import PageReader
 with PageReader() as reader:
     pages = reader.read(sys.argv[1:])
     next(pages)

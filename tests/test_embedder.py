@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cembed.runtime import Bundle, CembedError, Embedder, Index, NewPage
-from cembed.runtime.embedder import CPU, Budget
-from cembed.runtime.manifest import MANIFEST, ImageProcessing, Quantisation
-from cembed.runtime.manifest_file import write_manifest
-from cembed.runtime.pooling import normalise
-from cembed.runtime.positions import patch_positions, window_index, window_restore
-from cembed.runtime.preprocess import smart_resize
-from cembed.runtime.quiet import ort
-from cembed.runtime.session import EngineSettings
+from cembed.runtime.bundle.manifest import MANIFEST, ImageProcessing, Quantisation
+from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.embed.embedder import CPU, Budget
+from cembed.runtime.embed.pooling import normalise
+from cembed.runtime.embed.positions import patch_positions, window_index, window_restore
+from cembed.runtime.embed.preprocess import smart_resize
+from cembed.runtime.engines.quiet import ort
+from cembed.runtime.engines.session import EngineSettings
 
 SPEC = ImageProcessing("smart", 14, 2, 3136, 75264, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), window_size=112)
 
@@ -336,7 +336,7 @@ def test_fewer_visual_tokens_at_call_time(causal_bundle: Path) -> None:
     embedder.embed_image(MATES[0])
     assert 12 <= lengths[0] // 4 <= 24
     for wrong in (1, 97):
-        with pytest.raises(CembedError, match="4 to 96"):
+        with pytest.raises(CembedError, match="smallest page takes 4, the largest 96"):
             Embedder.load(causal_bundle, max_visual_tokens=wrong)
 
 

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw
 from test_cli import cembed
 
 from cembed.runtime import Embedder
-from cembed.runtime.documents import PageReader
 from cembed.runtime.errors import CembedError
 from cembed.runtime.evaluate import Dataset, evaluate, measure, rank, require_ir_measures
-from cembed.runtime.scoring import maxsim
-from cembed.runtime.storage import STORAGE
+from cembed.runtime.pages.documents import PageReader
+from cembed.runtime.scoring.maxsim import maxsim
+from cembed.runtime.scoring.storage import STORAGE
 
 COLOURS = ("red", "green", "blue", "orange", "black", "white")
 

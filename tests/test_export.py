@@ -225,7 +225,7 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_is_freed_from_what_training_left_in_it(tmp_path: Path) -> None:
-    from cembed.runtime.prompts import Prompter, load_tokenizer
+    from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
 
     content = json.loads((GOLDEN / "causalqwen2_5" / "tokenizer.json").read_text())
     plain = Prompter(load_tokenizer(GOLDEN / "causalqwen2_5" / "tokenizer.json"), 597).query("{text}", "a long query")

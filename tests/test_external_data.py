@@ -16,9 +16,9 @@ from manifests import read, told
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from cembed.runtime import Bundle, CembedError, Embedder
-from cembed.runtime.external_data import check_external_data
-from cembed.runtime.manifest_file import write_manifest
-from cembed.runtime.quiet import ort as onnxruntime
+from cembed.runtime.bundle.external_data import check_external_data
+from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.engines.quiet import ort as onnxruntime
 
 Place = Callable[[ModelProto, TensorProto], object]
 Entries = list[tuple[str, str]]

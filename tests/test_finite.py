@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from cembed.runtime import CembedError, Index, NewPage
+from cembed.runtime.bundle.vectors import VectorFile
 from cembed.runtime.finite import finite
-from cembed.runtime.kernels import Pages, checked_query, matches, score, top
-from cembed.runtime.vectors import VectorFile
+from cembed.runtime.scoring.kernels import Pages, checked_query, matches, score, top
 
 NAMES = {np.nan: "NaN", np.inf: "infinity", -np.inf: "-infinity", 1e39: "1e+39 (infinity: float32 cannot hold it)"}
 NONE = np.zeros(0)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from cembed.export.choices import BACKBONES
 from cembed.runtime import Embedder
-from cembed.runtime.manifest import ImageProcessing
-from cembed.runtime.preprocess import preprocess
+from cembed.runtime.bundle.manifest import ImageProcessing
+from cembed.runtime.embed.preprocess import preprocess
 
 IMAGES = ("page", "wide", "small")
 

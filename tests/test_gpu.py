@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cembed.runtime import CembedError, cuda_driver, gpu, kernels
-from cembed.runtime.cuda_driver import Driver, Limits
-from cembed.runtime.gpu import Gpu, GpuPages, Plan
-from cembed.runtime.storage import STORAGE
+from cembed.runtime import CembedError
+from cembed.runtime.scoring import cuda_driver, gpu, kernels
+from cembed.runtime.scoring.cuda_driver import Driver, Limits
+from cembed.runtime.scoring.gpu import Gpu, GpuPages, Plan
+from cembed.runtime.scoring.storage import STORAGE
 
 ROOT = Path(__file__).parent.parent
 ON_HOST = Path(__file__).parent / "native" / "gpu_on_host.cpp"

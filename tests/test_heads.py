@@ -25,8 +25,8 @@ from cembed.export import exporter
 from cembed.export.heads import HEADS, HeadSide, read_head
 from cembed.export.plan import ExportOptions, Plan
 from cembed.runtime import CembedError, Embedder, maxsim
-from cembed.runtime.manifest import Pooling, Side, SlotKind, SlotPositions
-from cembed.runtime.pooling import pool_tokens
+from cembed.runtime.bundle.manifest import Pooling, Side, SlotKind, SlotPositions
+from cembed.runtime.embed.pooling import pool_tokens
 
 POLICIES = get_args(SlotPositions)
 NESTED = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64))  # query, document

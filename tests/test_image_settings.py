@@ -17,8 +17,8 @@ from PIL import Image
 
 from cembed.export.backbones import load_backbone
 from cembed.runtime import CembedError
-from cembed.runtime.manifest import ImageProcessing
-from cembed.runtime.preprocess import preprocess
+from cembed.runtime.bundle.manifest import ImageProcessing
+from cembed.runtime.embed.preprocess import preprocess
 
 NESTED, LEGACY = "processor_config.json", "preprocessor_config.json"
 RANDOM = np.random.default_rng(0)

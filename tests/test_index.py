@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cembed.runtime import CembedError, compaction, index, maxsim, new_pages, records, segments
-from cembed.runtime.index import Added, Index
-from cembed.runtime.index_verify import verify_index
-from cembed.runtime.new_pages import NewPage
-from cembed.runtime.search import Stage, make_plan
-from cembed.runtime.storage import STORAGE
+from cembed.runtime import CembedError, maxsim
+from cembed.runtime.index import compaction, index, new_pages, records, segments
+from cembed.runtime.index.index import Added, Index
+from cembed.runtime.index.new_pages import NewPage
+from cembed.runtime.index.search import Stage, make_plan
+from cembed.runtime.index.verify import verify_index
+from cembed.runtime.scoring.storage import STORAGE
 
 BUNDLE = "b" * 64
 CASES = Path(__file__).with_name("cases")
@@ -686,7 +687,7 @@ def test_one_writer(small: Index) -> None:
 
 def test_readers_in_other_processes(small: Index) -> None:
     code = (
-        "import sys; from cembed.runtime.index import Index; index = Index.open(sys.argv[1])\n"
+        "import sys; from cembed.runtime.index.index import Index; index = Index.open(sys.argv[1])\n"
         "for line in sys.stdin:\n"
         "    index.refresh(); print(len(index), len(index.find()), flush=True)"
     )

@@ -19,11 +19,12 @@ from test_index import CASES
 from cembed import index_job
 from cembed.index_cli import open_to_add
 from cembed.index_job import Job
-from cembed.runtime import Embedder, documents, maxsim
-from cembed.runtime.documents import Page, PageError, PageReader, find_documents
-from cembed.runtime.embedder import Budget
-from cembed.runtime.index import Index
-from cembed.runtime.manifest_file import write_manifest
+from cembed.runtime import Embedder, maxsim
+from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.index.index import Index
+from cembed.runtime.pages import documents
+from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cembed.runtime import CembedError, kernels, maxsim
-from cembed.runtime.kernels import Pages, kernel_sets, matches, score, top, use_kernels
-from cembed.runtime.storage import STORAGE
+from cembed.runtime import CembedError, maxsim
+from cembed.runtime.scoring import kernels
+from cembed.runtime.scoring.kernels import Pages, kernel_sets, matches, score, top, use_kernels
+from cembed.runtime.scoring.storage import STORAGE
 
 NATIVE = Path(__file__).parent / "native" / "test_maxsim.cpp"
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")

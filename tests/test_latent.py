@@ -26,11 +26,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from cembed.runtime import CembedError, Embedder
-from cembed.runtime.embedder import Budget
-from cembed.runtime.kv_cache import StaticKVCache
-from cembed.runtime.latent import LatentState, StateMemory
-from cembed.runtime.manifest import Side, SlotPositions, Tensor
-from cembed.runtime.pooling import normalise, pool_states
+from cembed.runtime.bundle.manifest import Side, SlotPositions, Tensor
+from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.embed.kv_cache import StaticKVCache
+from cembed.runtime.embed.latent import LatentState, StateMemory
+from cembed.runtime.embed.pooling import normalise, pool_states
 
 POLICIES = get_args(SlotPositions)
 TEXT = "source code form of the work"
@@ -160,7 +160,7 @@ def test_extending_equals_all_at_once(zoo: Zoo, tmp_path: Path, backbone: str, k
         assert np.array_equal(state.extend(1), first[:1])
         assert np.array_equal(state.extend(many), grown)
         resumed = embedder.resume(tmp_path / "state.safetensors")
-        assert resumed.name == name
+        assert resumed.loop.name == name
         assert np.array_equal(resumed.extend(few), first)
         close(resumed.extend(many), at_once, 1e-6)
 

@@ -19,7 +19,7 @@ from reference import Zoo
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import Embedder, maxsim
-from cembed.runtime.embedder import Budget
+from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.evaluate import Dataset
 
 SAMPLES = libcembed.ROOT / "samples"

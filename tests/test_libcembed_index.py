@@ -21,12 +21,13 @@ import pytest
 from libcembed import CallError, Library
 from test_index import BUNDLE, CASES, DIM, PAGES, QUERY, make, some_pages
 
-from cembed.runtime import CembedError, new_pages, records
-from cembed.runtime import index as index_module
-from cembed.runtime.index import Index, NewPage
-from cembed.runtime.index_files import read_current
-from cembed.runtime.search import Hit
-from cembed.runtime.vectors import Vectors
+from cembed.runtime import CembedError
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.index import index as index_module
+from cembed.runtime.index import new_pages, records
+from cembed.runtime.index.files import read_current
+from cembed.runtime.index.index import Index, NewPage
+from cembed.runtime.index.search import Hit
 
 
 def same(library: Library, folder: Path, top: int = 10, query: np.typing.NDArray[np.float32] = QUERY) -> None:

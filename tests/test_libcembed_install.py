@@ -19,7 +19,7 @@ from libcembed import Bundle, Library, run
 
 import cembed
 from cembed.runtime import Embedder
-from cembed.runtime.manifest import SCHEMA_VERSION
+from cembed.runtime.bundle.manifest import SCHEMA_VERSION
 
 CONSUMER = libcembed.ROOT / "tests" / "consumer"
 TEXT = "warranty period"

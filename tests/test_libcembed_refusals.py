@@ -17,8 +17,8 @@ from libcembed import Bundle, CallError, Library
 from PIL import Image
 
 from cembed.runtime import CembedError, Embedder
-from cembed.runtime.manifest import DIGEST, MANIFEST
-from cembed.runtime.manifest_file import write_manifest
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST
+from cembed.runtime.bundle.manifest_file import write_manifest
 
 TEXT = "warranty period"
 

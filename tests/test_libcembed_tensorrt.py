@@ -23,12 +23,12 @@ from libcembed import CallError, Library, run
 from test_trt_session import page
 
 from cembed.runtime import Embedder
-from cembed.runtime.bundle import Bundle
-from cembed.runtime.cuda import Gpu
-from cembed.runtime.embedder import Budget
-from cembed.runtime.engines import EngineCache, profiles
-from cembed.runtime.engines import Library as TensorRt
-from cembed.runtime.fit import Limits
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.engines.build import EngineCache, profiles
+from cembed.runtime.engines.build import Library as TensorRt
+from cembed.runtime.engines.cuda import Gpu
+from cembed.runtime.engines.memory import Limits
 
 SOURCES = [libcembed.ROOT / "runtime" / "native" / "lib" / name for name in ("tensorrt.cpp", "trt_engine.cpp")]
 FAKE = Path(__file__).parent / "native"

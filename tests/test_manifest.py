@@ -33,7 +33,7 @@ from manifests import (
 )
 
 from cembed.runtime import Embedder
-from cembed.runtime.manifest_file import write_manifest
+from cembed.runtime.bundle.manifest_file import write_manifest
 
 Edit = Callable[[Json], object]
 WRITER = ROOT / "tests" / "native" / "manifest_schema.py"

@@ -22,10 +22,10 @@ from PIL import Image
 from test_cli import cembed
 
 from cembed.runtime import Bundle, CembedError, Embedder, VectorFile
-from cembed.runtime.engines import EngineCache
-from cembed.runtime.index import Index
-from cembed.runtime.manifest import DIGEST, MANIFEST, SCHEMA_VERSION
-from cembed.runtime.manifest_file import digest_line, lines_of_upgrade, upgrade, upgraded, write_manifest
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, SCHEMA_VERSION
+from cembed.runtime.bundle.manifest_file import digest_line, lines_of_upgrade, upgrade, upgraded, write_manifest
+from cembed.runtime.engines.build import EngineCache
+from cembed.runtime.index.index import Index
 from cembed.runtime.verify import verify, verify_and_upgrade
 from cembed.runtime.writer import write_self_test
 

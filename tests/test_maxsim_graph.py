@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cembed.export import maxsim
-from cembed.runtime.quiet import ort as onnxruntime
+from cembed.runtime.engines.quiet import ort as onnxruntime
 
 ROOT = Path(__file__).parent.parent
 LEAST_USUAL_MOST = {"query": (1, 16, 64), "pages": (1, 100, 1000), "lengths": (1, 100, 1000)}

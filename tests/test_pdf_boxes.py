@@ -12,11 +12,11 @@ import pdf_files
 import pytest
 from pdf_files import DRAWN, about, page, pictures, stream
 
-from cembed.runtime.documents import Page, PageReader
-from cembed.runtime.images import RefusedError, Settings
-from cembed.runtime.pdf_objects import Objects
-from cembed.runtime.pdf_pages import Pdf
-from cembed.runtime.pdf_values import Reference, read_value
+from cembed.runtime.pages.documents import Page, PageReader
+from cembed.runtime.pages.images import RefusedError, Settings
+from cembed.runtime.pages.pdf.objects import Objects
+from cembed.runtime.pages.pdf.pages import Pdf
+from cembed.runtime.pages.pdf.values import Reference, read_value
 
 PICTURE = pictures()["flate"].object()
 SCAN = zlib.compress(np.random.default_rng(0).integers(0, 255, (560, 400), dtype=np.uint8).tobytes())

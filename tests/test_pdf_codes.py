@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from cembed.runtime import pdf_codes
-from cembed.runtime.pdf_codes import CODE, HEADER, LEFT_OVER, MISSING, SHORT, UNKNOWN, WHOLE, Fax
+from cembed.runtime.pages.pdf import codes as pdf_codes
+from cembed.runtime.pages.pdf.codes import CODE, HEADER, LEFT_OVER, MISSING, SHORT, UNKNOWN, WHOLE, Fax
 
 pytestmark = pytest.mark.skipif(pdf_codes.load() is None, reason="the library was not built")
 

@@ -12,9 +12,9 @@ import pdf_files
 import pytest
 from pdf_files import DRAWN, FRAMED, Coded, about, image, page, pictures, saved, stream
 
-from cembed.runtime import pdf_codes
-from cembed.runtime.images import Drawn, RefusedError, Settings
-from cembed.runtime.pdf_pages import Pdf
+from cembed.runtime.pages.images import Drawn, RefusedError, Settings
+from cembed.runtime.pages.pdf import codes as pdf_codes
+from cembed.runtime.pages.pdf.pages import Pdf
 
 SIZE = (pdf_files.WIDTH, pdf_files.HEIGHT)
 PICTURES = pictures()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cembed.runtime.documents import Page, PageError, PageReader
+from cembed.runtime.pages.documents import Page, PageError, PageReader
 
 CASES = Path(__file__).parent / "cases"
 FILTERS = {"DCTDecode": "RGB", "CCITTFaxDecode": "1", "JPXDecode": "RGBA"}

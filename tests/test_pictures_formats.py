@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cembed.runtime.documents import Page, PageError, PageReader, find_documents
 from cembed.runtime.errors import CembedError
-from cembed.runtime.images import to_rgb
+from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
+from cembed.runtime.pages.images import to_rgb
 
 CASES = Path(__file__).with_name("cases")
 COLOUR = Image.open(CASES / "colour.png").convert("RGB")

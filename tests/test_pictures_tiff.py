@@ -28,7 +28,7 @@ from tiffs import (
     tiff,
 )
 
-from cembed.runtime.documents import Page, PageError, PageReader
+from cembed.runtime.pages.documents import Page, PageError, PageReader
 
 CASES = Path(__file__).with_name("cases")
 STEP = 7  # of all combinations, coprime to the numbers of each; 1 takes minutes

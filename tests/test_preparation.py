@@ -20,10 +20,11 @@ from preparation import Encoder, Library, RefusedError, compile_library, missing
 from texts import QWEN_SPECIAL, gemma, qwen, texts
 from tokenizers import Tokenizer
 
-from cembed.runtime import CembedError, positions
-from cembed.runtime.manifest import ImageProcessing, Positions
-from cembed.runtime.preprocess import preprocess, resized_size
-from cembed.runtime.prompts import Prompter, load_tokenizer
+from cembed.runtime import CembedError
+from cembed.runtime.bundle.manifest import ImageProcessing, Positions
+from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
+from cembed.runtime.embed import positions
+from cembed.runtime.embed.preprocess import preprocess, resized_size
 
 LONG = os.environ.get("CEMBED_PREPARATION") == "long"
 VOCABULARY, LINES, TEXTS, IMAGES = (60_000, 150_000, 100_000, 1000) if LONG else (2500, 3000, 2000, 150)

@@ -25,10 +25,10 @@ from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.quantize.weights import SCHEMES, Range, pack_nibbles
 from cembed.runtime import Bundle, Embedder
-from cembed.runtime.embedder import Budget
+from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.errors import CembedError
-from cembed.runtime.manifest_file import write_manifest
-from cembed.runtime.session import EngineSettings, OrtSession
 
 PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
 

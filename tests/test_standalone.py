@@ -20,18 +20,21 @@ from conftest import GOLDEN
 from PIL import Image
 
 from cembed import runtime
-from cembed.runtime import Bundle, Embedder, VectorFile, gpu
-from cembed.runtime.quiet import ort as onnxruntime
+from cembed.runtime import Bundle, Embedder, VectorFile
+from cembed.runtime.engines.quiet import ort as onnxruntime
+from cembed.runtime.scoring import gpu
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "peft", "huggingface_hub")
-SOURCES = {
+FOLDERS = {
     "cembed": "cembed",
     "cembed/export": "export",
     "cembed/quantize": "quantize",
     "cembed/runtime": "runtime",
 }
 """Folders of the wheel, and where the tree has them."""
+ROOMS = ("bundle", "embed", "engines", "index", "pages", "pages/pdf", "pages/tiff", "scoring")
+SOURCES = FOLDERS | {f"cembed/runtime/{room}": f"runtime/{room}" for room in ROOMS}
 MAIN = "from cembed.cli import main; main()"
 MAIN_THEN_MODULES = f"""
 import sys
@@ -78,7 +81,7 @@ def test_every_name_of_the_runtime_is_there(blocked: str) -> None:
 import cembed.runtime
 for name in cembed.runtime.__all__:
     assert getattr(cembed.runtime, name).__name__ == name
-import cembed.runtime.documents, cembed.runtime.verify, cembed.cli, cembed.display, cembed.export.choices
+import cembed.runtime.pages.documents, cembed.runtime.verify, cembed.cli, cembed.display, cembed.export.choices
 """
     done = python(code, PYTHONPATH=blocked)
     assert done.returncode == 0, done.stderr
@@ -126,9 +129,12 @@ def test_embed_and_search_load_nothing_heavy(causal_bundle: Path, documents: Pat
     [
         ("import cembed", ("numpy", "typer", "onnxruntime", *HEAVY)),
         ("import cembed.runtime", ("onnxruntime", "tokenizers", *HEAVY)),
-        ("import cembed.runtime.documents", ("onnxruntime", "tokenizers", "safetensors", "typer", "rich", *HEAVY)),
+        (
+            "import cembed.runtime.pages.documents",
+            ("onnxruntime", "tokenizers", "safetensors", "typer", "rich", *HEAVY),
+        ),
         ("from cembed.runtime import maxsim", ("onnxruntime", "PIL", *HEAVY)),
-        ("from cembed.runtime import trial", ("onnxruntime", "PIL", "typer", *HEAVY)),
+        ("from cembed.runtime.scoring import timing", ("onnxruntime", "PIL", "typer", *HEAVY)),
         ("import cembed.cli", ("onnxruntime", "tokenizers", "PIL", "numpy", "rich.table", *HEAVY)),
         ("from cembed.runtime import Embedder", ("typer", "rich", *HEAVY)),
     ],
@@ -267,9 +273,15 @@ class Telemetry:
     ("code", "left"),
     [
         ("import openvino", ["told"]),
-        ("from cembed.runtime.quiet import import_openvino; import_openvino()", []),
-        ("import openvino_telemetry; from cembed.runtime.quiet import import_openvino; import_openvino()", ["told"]),
-        ("from cembed.runtime.quiet import import_openvino; import_openvino(); import openvino_telemetry.backend", []),
+        ("from cembed.runtime.engines import quiet; quiet.import_openvino()", []),
+        (
+            "import openvino_telemetry; from cembed.runtime.engines import quiet; quiet.import_openvino()",
+            ["told"],
+        ),
+        (
+            "from cembed.runtime.engines import quiet; quiet.import_openvino(); import openvino_telemetry.backend",
+            [],
+        ),
     ],
     ids=["by itself", "by us", "if it is there already", "it can be imported afterwards"],
 )
@@ -352,8 +364,9 @@ def test_the_listed_packages_are_the_folders_with_code(tree: Path) -> None:
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((tree / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(tree).as_posix() for path in tree.rglob("*.py")}
-    packages = {folder for folder in folders if folder.split("/")[0] in SOURCES.values()}
-    assert {package.replace(".", "/"): listed["package-dir"][package] for package in listed["packages"]} == SOURCES
+    packages = {folder for folder in folders if folder.split("/")[0] in FOLDERS.values()}
+    assert {name.replace(".", "/"): folder for name, folder in listed["package-dir"].items()} == FOLDERS
+    assert {name.replace(".", "/") for name in listed["packages"]} == set(SOURCES)
     assert packages == set(SOURCES.values())
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cembed.runtime import CembedError, Embedder
-from cembed.runtime.state_files import VERSION, StateSchema, digest, open_state
+from cembed.runtime.embed.state_files import VERSION, StateSchema, digest, open_state
 
 TEXT = "source code form of the work"
 KEY, VALUE = "past_key_values.1.key", "past_key_values.1.value"

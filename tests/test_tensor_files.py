@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
+from cembed.runtime.bundle.tensor_files import DTYPES, Shape, read_safetensors
 from cembed.runtime.errors import CembedError
-from cembed.runtime.tensor_files import DTYPES, Shape, read_safetensors
 
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, -2], np.int64)}
 EXPECTED: dict[str, tuple[str, Shape]] = {"a": ("float32", (2, 3)), "b": ("int64", (None,))}

@@ -27,9 +27,11 @@ from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import CembedError, Embedder
-from cembed.runtime.bundle import Bundle
-from cembed.runtime.cuda import Gpu
-from cembed.runtime.engines import (
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import Graph, ImageProcessing
+from cembed.runtime.embed.positions import window_index
+from cembed.runtime.embed.preprocess import smart_resize
+from cembed.runtime.engines.build import (
     Build,
     BuildOptions,
     EngineCache,
@@ -40,11 +42,9 @@ from cembed.runtime.engines import (
     tensor_range,
     use_timings,
 )
-from cembed.runtime.fit import Fit, Limits, Model, longest_row, max_windows
-from cembed.runtime.manifest import Graph, ImageProcessing
-from cembed.runtime.positions import window_index
-from cembed.runtime.preprocess import smart_resize
-from cembed.runtime.session import Array, EngineSettings, Session, StepSession
+from cembed.runtime.engines.cuda import Gpu
+from cembed.runtime.engines.memory import Fit, Limits, Model, longest_row, max_windows
+from cembed.runtime.engines.session import Array, EngineSettings, Session, StepSession
 
 NAMES = ("causalqwen2_5", "causalpali", "colqwen2")  # one of each backbone
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "w8a8")

@@ -15,11 +15,11 @@ from PIL import Image
 from test_cli import cembed
 
 from cembed.runtime import CembedError, Embedder
-from cembed.runtime.bundle import Bundle
-from cembed.runtime.cuda import Cuda
-from cembed.runtime.embedder import Budget
-from cembed.runtime.engines import EngineCache, Library, profiles
-from cembed.runtime.fit import Limits
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.engines.build import EngineCache, Library, profiles
+from cembed.runtime.engines.cuda import Cuda
+from cembed.runtime.engines.memory import Limits
 
 TOLERANCE = 1e-5
 LOOP = Budget(8, decode="loop")
@@ -58,7 +58,7 @@ def rig_of(tensorrt_bundle_of: BundleMaker, monkeypatch: pytest.MonkeyPatch) -> 
             cache.write(graph, str(bundle.root / spec.file).encode(), {})
             trt.profiles[graph] = profiles(graph, Limits.of(bundle), bundle.manifest)
         monkeypatch.setattr(Library, "load", lambda: cache.library)
-        monkeypatch.setattr("cembed.runtime.cuda.load_api", lambda: cuda)
+        monkeypatch.setattr("cembed.runtime.engines.cuda.load_api", lambda: cuda)
         return Rig(bundle.root, cuda, trt)
 
     return make

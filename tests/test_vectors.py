@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cembed.runtime import CembedError, VectorFile
-from cembed.runtime.vectors import SUFFIXES, VectorParts, check_writable
+from cembed.runtime.bundle.vectors import SUFFIXES, VectorParts, check_writable
 
 EMBEDDINGS = [np.arange(12, dtype=np.float32).reshape(3, 4), np.ones((1, 4), np.float32), -np.eye(4, dtype=np.float32)]
 PATHS = ["a.pdf", "ordner/Grüße 名前.pdf", 'with "quotes", commas\nand lines.png']
@@ -355,7 +355,7 @@ def test_a_safetensors_header_that_lies(tmp_path: Path, changes: dict[str, Any])
 
 
 def test_paths_that_safetensors_would_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cembed.runtime.array_files._MOST_HEADER", 100)
+    monkeypatch.setattr("cembed.runtime.bundle.array_files._MOST_HEADER", 100)
     assert "write .npz" in refusal(lambda: CONTENT.save(tmp_path / "v.safetensors"))
     assert not list(tmp_path.iterdir())
 
@@ -365,7 +365,7 @@ def test_memory_that_does_not_suffice(path: Path, monkeypatch: pytest.MonkeyPatc
         raise MemoryError
 
     CONTENT.save(path)
-    monkeypatch.setattr("cembed.runtime.vectors._texts", fail)
+    monkeypatch.setattr("cembed.runtime.bundle.vectors._texts", fail)
     assert refusal(lambda: VectorFile.load(path)) == f"there is not enough memory for the vectors of {path}"
 
 

@@ -1,7 +1,7 @@
 /* MaxSim over stored pages, and over arrays where they lie: score(q, d) = sum over query vectors of the largest dot
  * product with a vector of the page.
  *
- * What a page's bytes mean is said in runtime/storage.py. Nothing is checked here but what is said: the caller knows
+ * What a page's bytes mean is said in runtime/scoring/storage.py. Nothing is checked here but what is said: the caller knows
  * that the pages lie inside of their data and that the numbers are those of pages. Scores depend neither on the number
  * of threads nor on what else is scored. Functions return -1 when there was no memory. */
 #ifndef CEMBED_MAXSIM_H

@@ -13,7 +13,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_checkpoint import COLUMNS, SIZES, tensor_shapes
 
-from cembed.runtime.fit import Fit, Limits, Model
+from cembed.runtime.engines.memory import Fit, Limits, Model
 
 Backbone = Literal["qwen2-vl", "qwen2.5-vl"]
 MODELS: dict[str, Backbone] = {"Qwen2-VL-2B": "qwen2-vl", "Qwen2.5-VL-3B": "qwen2.5-vl"}

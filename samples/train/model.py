@@ -21,9 +21,9 @@ from cembed.export.decoder import QKV, Decoder, DecoderConfig
 from cembed.export.layers import Decomposed, Heads, Linear
 from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT
 from cembed.export.qwen_vision import QwenVisionConfig, QwenVisionTower
-from cembed.runtime.manifest import Positions
-from cembed.runtime.positions import patch_positions, prompt_positions
-from cembed.runtime.prompts import Prompter, load_tokenizer
+from cembed.runtime.bundle.manifest import Positions
+from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
+from cembed.runtime.embed.positions import patch_positions, prompt_positions
 
 HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
 POSITIONS = Positions(axes=3, first=0)

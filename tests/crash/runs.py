@@ -26,12 +26,12 @@ from typing import Any
 from disks import ERRORS, FaultyDisk, RecordingDisk
 from scenario import Operation, State, after, allowed, apply, make_small, operations, read, start, state_of
 
-from cembed.runtime import index as index_module
 from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
-from cembed.runtime.index import Index
-from cembed.runtime.index_files import CURRENT
-from cembed.runtime.index_verify import verify_index
+from cembed.runtime.index import index as index_module
+from cembed.runtime.index.files import CURRENT
+from cembed.runtime.index.index import Index
+from cembed.runtime.index.verify import verify_index
 
 COUNT = 12  # operations of a run
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from cembed.runtime import index as index_module
-from cembed.runtime import new_pages, segments
 from cembed.runtime.disk import Disk
-from cembed.runtime.index import Index
-from cembed.runtime.new_pages import NewPage
-from cembed.runtime.search import Stage
+from cembed.runtime.index import index as index_module
+from cembed.runtime.index import new_pages, segments
+from cembed.runtime.index.index import Index
+from cembed.runtime.index.new_pages import NewPage
+from cembed.runtime.index.search import Stage
 
 DIM, BUNDLE = 8, "scenario"
 ALIKE = [f"page {name}" for name in range(15)]

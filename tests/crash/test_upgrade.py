@@ -12,9 +12,9 @@ from disks import FaultyDisk, RecordingDisk
 from manifests import library_refuses, make_old
 
 from cembed.runtime import Bundle, CembedError
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST
+from cembed.runtime.bundle.manifest_file import digest_line, upgrade
 from cembed.runtime.disk import Disk
-from cembed.runtime.manifest import DIGEST, MANIFEST
-from cembed.runtime.manifest_file import digest_line, upgrade
 
 MOST = 40  # operations; it takes fewer
 SEEDS = 6

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from cembed.runtime import contract, external_data, manifest
-from cembed.runtime.schema import Range, Text, kinds_of, plain, required_fields
+from cembed.runtime.bundle import contract, external_data, manifest
+from cembed.runtime.bundle.schema import Range, Text, kinds_of, plain, required_fields
 
 NUMBERS = ("MAX_MANIFEST", "MAX_TOKENIZER", "MAX_VECTOR")
 

@@ -10,7 +10,7 @@ constexpr long long kUnit = 1 << 16; // bytes that a warp takes at once
 
 using Kernel = void (*)(MaxSimPages, MaxSimQuery, float *, unsigned *);
 
-// As Plan of runtime/gpu.py.
+// As Plan of runtime/scoring/gpu.py.
 struct Plan {
     int blocks, at_once;
     std::size_t fragment_bytes;

@@ -1,4 +1,4 @@
-// The MaxSim kernels from C++, for the TensorRT plugin: what runtime/gpu.py is for Python.
+// The MaxSim kernels from C++, for the TensorRT plugin: what runtime/scoring/gpu.py is for Python.
 #ifndef CEMBED_CUDA_LAUNCH_H
 #define CEMBED_CUDA_LAUNCH_H
 

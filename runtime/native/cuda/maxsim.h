@@ -1,4 +1,4 @@
-// What a launch of the MaxSim kernels is told. The same struct is in runtime/gpu.py; device pointers throughout.
+// What a launch of the MaxSim kernels is told. The same struct is in runtime/scoring/gpu.py; device pointers throughout.
 #ifndef CEMBED_CUDA_MAXSIM_H
 #define CEMBED_CUDA_MAXSIM_H
 

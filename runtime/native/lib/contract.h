@@ -1,4 +1,4 @@
-// What the fields of a manifest must have to do with each other, as runtime/contract.py.
+// What the fields of a manifest must have to do with each other, as runtime/bundle/contract.py.
 #pragma once
 
 #include "manifest.h"

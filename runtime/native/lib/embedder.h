@@ -1,4 +1,4 @@
-// From pages and queries to vectors, as runtime/embedder.py.
+// From pages and queries to vectors, as runtime/embed/embedder.py.
 //
 // Letters: A position axes, S positions of the prompt, H hidden, K vectors, D length of a state.
 #pragma once

@@ -1,4 +1,4 @@
-// Where the tensors of an ONNX file keep their data, as runtime/external_data.py: looked up before an engine follows it.
+// Where the tensors of an ONNX file keep their data, as runtime/bundle/external_data.py: looked up before an engine follows it.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Which pages a search looks at, as `where` and `source` of runtime/search.py.
+// Which pages a search looks at, as `where` and `source` of runtime/index/search.py.
 #pragma once
 
 #include <map>

@@ -1,4 +1,4 @@
-// From an RGB image to `pixel_values`, as runtime/preprocess.py: Pillow's bicubic resampling to the byte, then float32.
+// From an RGB image to `pixel_values`, as runtime/embed/preprocess.py: Pillow's bicubic resampling to the byte, then float32.
 //
 // Letters: P patches, C pixels of a patch (3 * patch_size * patch_size).
 #pragma once

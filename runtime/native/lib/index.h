@@ -1,4 +1,4 @@
-// An index as it was when it was opened, read only, as runtime/index_reader.py and runtime/search.py.
+// An index as it was when it was opened, read only, as runtime/index/reader.py and runtime/index/search.py.
 #pragma once
 
 #include <atomic>

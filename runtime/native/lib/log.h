@@ -1,4 +1,4 @@
-// The log of an index's segment, as runtime/records.py writes it. What is here was compared with CRCs, and then checked
+// The log of an index's segment, as runtime/index/records.py writes it. What is here was compared with CRCs, and then checked
 // as if there were none.
 //
 // Letters: n pages, T storage types (tiers).

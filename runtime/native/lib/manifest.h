@@ -1,4 +1,4 @@
-// What `manifest.json` says, field by field as in runtime/manifest.py, and how it is parsed: strictly.
+// What `manifest.json` says, field by field as in runtime/bundle/manifest.py, and how it is parsed: strictly.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Rotary positions and window indices, as runtime/positions.py. Arrays are row-major.
+// Rotary positions and window indices, as runtime/embed/positions.py. Arrays are row-major.
 //
 // Letters: S sequence positions, A axes, P patches, W windows, L patches of a full window.
 #pragma once

@@ -1,4 +1,4 @@
-// From a prompt and an input to `input_ids`, as runtime/prompts.py.
+// From a prompt and an input to `input_ids`, as runtime/bundle/prompts.py.
 #pragma once
 
 #include <cstdint>

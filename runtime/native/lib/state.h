@@ -1,4 +1,4 @@
-// Latent slots one after the other, over a static cache, as runtime/latent.py.
+// Latent slots one after the other, over a static cache, as runtime/embed/latent.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// TensorRT engines that `cembed build-engine` has made beside a bundle, as runtime/engines.py and trt_session.py.
+// TensorRT engines that `cembed build-engine` has made beside a bundle, as runtime/engines/build.py and trt_session.py.
 #pragma once
 
 #include "bundle.h"

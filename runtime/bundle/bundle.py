@@ -1,0 +1,149 @@
+"""The bundle: one directory, described by `manifest.json`, that holds all a runtime needs.
+
+    manifest.json            `manifest.Manifest`, and every other file's size and sha256
+    manifest.sha256          its own sha256, for `sha256sum -c`
+    vision.onnx, vision.data the image encoder and its weights
+    text.onnx, text.data     the single pass and its weights
+    text_step.onnx           the same over a static cache, for latent slots; it shares text.data
+    token_embeddings.bin     the embedding table, row-major, memory-mapped
+    slot_embeddings.bin      learned slot rows, if there are any
+    tokenizer.json           the tokenizer, as the `tokenizers` library writes it
+    self_test.*              a page, a query, and the vectors they gave when the bundle was made
+
+A file is checked against the manifest before anything else reads it, once per `Bundle`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cembed.runtime.bundle.external_data import check_external_data
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, EmbeddingTable, FileRecord
+from cembed.runtime.bundle.manifest_file import read_manifest
+from cembed.runtime.errors import CembedError
+
+_CHUNK = 1 << 22
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows [n, hidden_size] as stored, and what each row [n, 1] is multiplied with, if anything."""
+
+    values: NDArray[Any]
+    scales: NDArray[np.float32] | None = None
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+        """The rows in float32. Raises CembedError: one that is not there, as the tokenizer has more ids than rows."""
+        if not isinstance(rows, slice) and rows.size and not 0 <= rows.min() <= rows.max() < len(self.values):
+            raise CembedError(f"there is no row {rows.max()} in a table of {len(self.values)}")
+        picked = np.asarray(self.values[rows], np.float32)
+        return picked if self.scales is None else picked * self.scales[rows]
+
+
+class Bundle:
+    """An opened bundle. `path(name)` is the only way to a file, and verifies it first.
+
+    Raises CembedError: no such directory, no or a newer manifest, one that does not match its digest or contradicts
+    itself, a file that is missing, changed, a link, unlisted. A bundle of schema 1, whose manifest has no digest, is a
+    RuntimeWarning.
+    """
+
+    def __init__(self, root: str | Path, *, verify: bool = True) -> None:
+        self.root = Path(root)
+        self.manifest, self.hash = read_manifest(self.root)
+        self._lock = threading.Lock()
+        self._verified: set[str] = set()
+        self._verify = verify
+        self._check_listing()
+
+    def __reduce__(self) -> tuple[Callable[..., Bundle], tuple[str, str, bool]]:
+        """Pickles as its path; it is opened again, and must be the same, where it is unpickled."""
+        return reopen, (os.path.abspath(self.root), self.hash, self._verify)
+
+    def _check_listing(self) -> None:
+        listed, found = set(self.manifest.files), listing(self.root) - {MANIFEST, DIGEST}
+        if missing := sorted(listed - found):
+            raise CembedError(f"{self.root}: missing {', '.join(missing)}: the bundle is incomplete, copy it again")
+        if extra := sorted(found - listed):
+            raise CembedError(f"{self.root}: {', '.join(extra)} is not in the manifest: remove it or export again")
+        for name in listed:
+            status = (self.root / name).lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CembedError(f"{self.root / name} is a link or not a file: a bundle holds plain files only")
+            if status.st_size != self.manifest.files[name].size:
+                raise CembedError(
+                    f"{self.root / name} has {status.st_size} bytes, the manifest says "
+                    f"{self.manifest.files[name].size}: the file is damaged, copy the bundle again"
+                )
+
+    def path(self, name: str) -> Path:
+        """The path of the file `name`, once its sha256 is the manifest's."""
+        if name not in self.manifest.files:
+            raise CembedError(f"{self.root}: the manifest does not list {name!r}")
+        with self._lock:
+            if self._verify and name not in self._verified:
+                if sha256(self.root / name) != self.manifest.files[name].sha256:
+                    raise CembedError(f"{self.root / name} does not match its sha256: it is damaged, copy it again")
+                self._verified.add(name)
+        return self.root / name
+
+    def graph_path(self, name: str) -> Path:
+        """The path of a graph's ONNX file; its data files are verified too, and are all that its tensors are in."""
+        graph = self.manifest.graphs.get(name)
+        if graph is None:
+            raise CembedError(f"{self.root} has no graph '{name}': it has {', '.join(self.manifest.graphs)}")
+        for data in graph.data:
+            self.path(data)
+        path = self.path(graph.file)
+        check_external_data(path, {data: self.manifest.files[data].size for data in graph.data})
+        return path
+
+    def table(self, spec: EmbeddingTable) -> Table:
+        """A table [rows, hidden_size], memory-mapped and read-only."""
+        values = self._map(spec.file, spec.dtype, (spec.rows, self.manifest.hidden_size))
+        return Table(values, self._map(spec.scales, "float32", (spec.rows, 1)) if spec.scales else None)
+
+    def _map(self, name: str, dtype: str, shape: tuple[int, int]) -> NDArray[Any]:
+        expected = np.dtype(dtype).itemsize * shape[0] * shape[1]
+        if self.manifest.files[name].size != expected:
+            raise CembedError(f"{self.root / name}: {shape} of {dtype} takes {expected} bytes")
+        return np.memmap(self.path(name), dtype=dtype, mode="r", shape=shape)
+
+
+def listing(root: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(root)}
+    except OSError as error:
+        raise CembedError(f"cannot list {root}: {error.strerror}") from error
+
+
+def reopen(root: str, expected: str, verify: bool) -> Bundle:
+    """The bundle at `root`, if its hash is `expected`; else CembedError."""
+    bundle = Bundle(root, verify=verify)
+    if bundle.hash != expected:
+        raise CembedError(f"{root} is not the bundle that was pickled: its hash is {bundle.hash[:16]}…, load it anew")
+    return bundle
+
+
+def record_files(root: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file of a bundle that is being made."""
+    names = sorted(listing(root) - {MANIFEST, DIGEST})
+    return {name: FileRecord((root / name).stat().st_size, sha256(root / name)) for name in names}

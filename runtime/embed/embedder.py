@@ -1,0 +1,320 @@
+"""From pages and queries to vectors.
+
+Letters: K vectors, D length of a state, H hidden.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import Side, SideName
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.inputs import ImageLike, InputBuilder, Prompt, check_length
+from cembed.runtime.embed.kv_cache import StaticKVCache
+from cembed.runtime.embed.latent import LatentState, Loop, StateMemory
+from cembed.runtime.embed.pooling import normalise, pool_states, pool_tokens
+from cembed.runtime.embed.positions import slot_positions
+from cembed.runtime.embed.state_files import StateSchema, open_state
+from cembed.runtime.engines.providers import open_sessions
+from cembed.runtime.engines.session import Array, EngineSettings, Session
+from cembed.runtime.errors import CembedError
+
+Decode = Literal["single-pass", "loop"]
+CPU = EngineSettings().providers
+DEFAULT_STATE_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a caller may choose for each call; see `Embedder.embed_images`."""
+
+    num_vectors: int | None = None
+    dim: int | None = None
+    decode: Decode | None = None
+    pool_factor: int = 1
+
+
+FULL = Budget()
+
+
+class Embedder:
+    """Embeds with one bundle. Every page and query runs alone, so batch mates cannot change its vectors.
+
+    Methods may be called from several threads. Graphs are loaded when first needed: queries never load the vision one.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: EngineSettings,
+        max_visual_tokens: int | None = None,
+        state_memory: int = DEFAULT_STATE_MEMORY,
+    ) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._options = (engine, max_visual_tokens, state_memory)
+        self._open = open_sessions(bundle, engine)
+        self._sessions: dict[str, Session] = {}
+        self._replaced = False
+        self._lock = threading.Lock()
+        self.inputs = InputBuilder(bundle, max_visual_tokens, self.session)
+        self._slots = bundle.table(self.manifest.slot_embeddings) if self.manifest.slot_embeddings else None
+        self._states = StateMemory(state_memory)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        providers: Sequence[str] = CPU,
+        threads: int | None = None,
+        prepack: bool | None = True,
+        max_visual_tokens: int | None = None,
+        state_memory: int = DEFAULT_STATE_MEMORY,
+        verify: bool = True,
+    ) -> Embedder:
+        """Open a bundle.
+
+        `providers` are `tensorrt` (see `cembed build-engine`), `openvino`, `openvino-bf16` and ONNX Runtime's execution
+        providers, in order of preference; `threads` is per operator, None for all cores; `prepack=False` leaves the
+        weights memory-mapped, which opens at once, is a little slower per page, and with int8 or int4 weights fifteen
+        times or more slower per step of the loop; `prepack=None` maps those only that this costs little, for a process
+        of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `state_memory` bounds, in bytes,
+        what the states of `start` hold together; `verify=False` skips the sha256 of files.
+        An Embedder can be pickled: it is opened again where it is unpickled.
+        Raises CembedError: no bundle, a damaged one, a provider that is not available.
+        """
+        engine = EngineSettings(tuple(providers), threads, prepack)
+        return cls(Bundle(path, verify=verify), engine, max_visual_tokens, state_memory)
+
+    @property
+    def dim(self) -> int:
+        """Length of a document's vector at the full budget."""
+        return self.manifest.document.vector_dim(self.manifest.dim)
+
+    def embed_images(
+        self,
+        images: Iterable[ImageLike],
+        num_vectors: int | None = None,
+        *,
+        dim: int | None = None,
+        decode: Decode | None = None,
+        pool_factor: int = 1,
+    ) -> list[Vectors]:
+        """Vectors float32 [num_vectors, dim] of each page, L2-normalised; one row where the bundle pools them.
+
+        `images` may be a generator: one page at a time is held. `num_vectors` is the budget, by default the bundle's: n
+        vectors are the first n of a larger budget and cost no more than n. `dim` keeps the first components and
+        normalises again (Matryoshka, arXiv 2205.13147). `decode` is `single-pass`, or `loop`, one slot at a time; by
+        default the single pass where slots are not fed back. `pool_factor` p merges the vectors of `all_tokens` heads
+        to a p-th of them by hierarchical clustering (arXiv 2409.14683).
+        Raises CembedError: no image, a budget the bundle does not have, NaN from the model.
+        """
+        budget = Budget(num_vectors, dim, decode, pool_factor)
+        return [self.embed_image(image, budget) for image in items(images, "images")]
+
+    def embed_queries(
+        self,
+        texts: Iterable[str],
+        num_vectors: int | None = None,
+        *,
+        dim: int | None = None,
+        decode: Decode | None = None,
+    ) -> list[Vectors]:
+        """Vectors float32 [num_vectors, dim] of each query; arguments and errors as in `embed_images`."""
+        budget = Budget(num_vectors, dim, decode)
+        return [self.embed_query(text, budget) for text in items(texts, "queries")]
+
+    def embed_image(self, image: ImageLike, budget: Budget = FULL) -> Vectors:
+        """One page of `embed_images`."""
+        self.check(self.manifest.document, budget)
+        return self.embed_prompt("document", self.inputs.document(image), budget)
+
+    def embed_query(self, text: str, budget: Budget = FULL) -> Vectors:
+        """One query of `embed_queries`."""
+        self.check(self.manifest.query, budget)
+        return self.embed_prompt("query", self.inputs.query(text), budget)
+
+    def start(self, image: ImageLike, max_vectors: int | None = None) -> LatentState:
+        """Runs a page's prompt; the state's `extend(n)` gives n vectors, and later more without running it again.
+
+        `max_vectors` sizes the cache: by default twice the bundle's budget, at least 64, or all learned slots.
+        Raises CembedError: a bundle without slots, too many states for `state_memory`.
+        """
+        return self._start("document", self.inputs.document(image), max_vectors)
+
+    def start_query(self, text: str, max_vectors: int | None = None) -> LatentState:
+        """`start` for a query."""
+        return self._start("query", self.inputs.query(text), max_vectors)
+
+    def resume(self, path: str | Path, max_vectors: int | None = None) -> LatentState:
+        """A state that `LatentState.save` wrote.
+
+        Raises CembedError: damaged, of another bundle or version of cembed, too many states for `state_memory`.
+        """
+        around = len(self.inputs.prompter.document(self.manifest.document.prompt, 0))
+        saved = open_state(Path(path), StateSchema(self.bundle.hash, self.manifest, around))
+        more = max(0, self._max_vectors(saved.schema.side(saved.side), max_vectors) - saved.vectors)
+        check_length(self.manifest, saved.positions + more)
+        state = self._states.add(LatentState(self._loop(saved.side), self._cache(saved.positions + more)))
+        return state.restore(saved.read())
+
+    def check(self, side: Side, budget: Budget) -> int | None:
+        """The number of vectors to make, None for all positions. Raises CembedError for what the bundle cannot do."""
+        if budget.decode not in (None, "single-pass", "loop"):
+            raise CembedError(f"unknown decode {budget.decode!r}: cembed has single-pass, loop")
+        length = side.vector_dim(self.manifest.dim, budget.num_vectors)
+        if budget.dim is not None and not 1 <= budget.dim <= length:
+            raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {length}")
+        if side.num_vectors is None:
+            if budget.num_vectors is not None or budget.decode == "loop":
+                raise CembedError("this bundle makes one vector for every token: there is no budget and no loop")
+        elif budget.pool_factor != 1:
+            raise CembedError("pool_factor is for bundles that make one vector for every token")
+        if budget.pool_factor < 1:
+            raise CembedError(f"pool_factor is {budget.pool_factor}: give 1 or more")
+        if budget.decode == "single-pass" and side.slots == "feedback":
+            raise CembedError("slots that are fed back cannot run in a single pass: use decode='loop'")
+        if budget.num_vectors is not None:
+            side.check_budget(budget.num_vectors)
+            check_length(self.manifest, budget.num_vectors)
+        return budget.num_vectors or side.num_vectors
+
+    def prepare(self, name: SideName, budget: Budget = FULL) -> None:
+        """Verifies and opens the graphs that pages ("document") or queries ("query") of this budget need.
+
+        They are opened when needed without it, too. Raises CembedError: one is damaged, or cannot be loaded.
+        """
+        side = self.manifest.side(name)
+        self.check(side, budget)
+        graphs = ["vision"] if name == "document" else []
+        for graph in (*graphs, "text_step" if self._loops(side, budget) else "text"):
+            self.session(graph)
+
+    def session(self, name: str) -> Session:
+        """The session of a graph, loaded on first use."""
+        with self._lock:
+            if name not in self._sessions:
+                self._sessions[name] = self._open(name)
+            return self._sessions[name]
+
+    def replace_sessions(self, sessions: Mapping[str, Session]) -> None:
+        """Run these in place of the bundle's own graphs, by name: other engines, or one that watches."""
+        with self._lock:
+            self._sessions |= sessions
+            self._replaced = True
+
+    def release(self, name: str) -> None:
+        """Closes a graph's session, which frees its memory; it is loaded again when needed."""
+        with self._lock:
+            self._sessions.pop(name, None)
+
+    def _slot_rows(self, side: Side, first: int, count: int) -> Array:
+        """What is fed into slots first..first + count, float32 [count, H]; constant and learned slots only."""
+        if side.slots == "learned":
+            assert self._slots is not None
+            assert side.slot_rows is not None
+            start = side.slot_rows[0] + first
+            return self._slots[start : start + count]
+        return self.inputs.tokens[np.full(count, side.latent_token_id)]
+
+    def _finish(self, side: Side, states: Array, dim: int | None = None, graph: str = "text_step") -> Vectors:
+        """Vectors from states [n, D] that `graph` gave: pooled, cut to `dim`, normalised. Raises CembedError: D is not
+        the manifest's, NaN."""
+        source = "image" if side is self.manifest.document else "query"
+        if states.shape[1] != self.manifest.dim:
+            raise CembedError(f"graph {graph} gave states of {states.shape[1]}, by the manifest of {self.manifest.dim}")
+        return normalise(pool_states(states, side.pooling)[:, :dim], f"graph {graph}, of this {source},")
+
+    def embed_prompt(self, name: SideName, prompt: Prompt, budget: Budget = FULL) -> Vectors:
+        """Vectors of what `inputs` made of a page or query, by the text graphs alone; errors as in `embed_images`."""
+        side = self.manifest.side(name)
+        num_vectors = self.check(side, budget)
+        if num_vectors is not None and self._loops(side, budget):
+            state = self._state(name, prompt, num_vectors)
+            vectors = state.extend(num_vectors)
+            state.close()
+            return vectors if budget.dim is None else normalise(vectors[:, : budget.dim])
+        vectors = self._finish(side, self._single_pass(side, prompt, num_vectors), budget.dim, "text")
+        return pool_tokens(vectors, budget.pool_factor)
+
+    def __reduce__(self) -> tuple[Callable[..., Embedder], tuple[Any, ...]]:
+        if self._replaced:
+            raise CembedError("an Embedder whose sessions were replaced cannot be pickled: load one in each process")
+        return type(self), (self.bundle, *self._options)
+
+    def _loops(self, side: Side, budget: Budget) -> bool:
+        return budget.decode == "loop" or side.slots == "feedback"
+
+    def _single_pass(self, side: Side, prompt: Prompt, num_vectors: int | None) -> Array:
+        """States [K, D] of prompt and slots in one run of the text graph; all positions where K is None."""
+        num_slots = 0 if num_vectors is None else side.num_slots(num_vectors)
+        length = len(prompt.embeds)
+        check_length(self.manifest, length + num_slots)
+        slots = slot_positions(prompt.positions, num_slots, side.slot_positions)
+        embeds = np.concatenate([prompt.embeds, self._slot_rows(side, 0, num_slots)]) if num_slots else prompt.embeds
+        first = 0 if num_vectors is None else length + num_slots - num_vectors
+        feeds = {
+            "inputs_embeds": embeds[None],
+            "position_ids": np.concatenate([prompt.positions, slots], axis=1)[:, None],
+            "slot_indices": np.arange(first, length + num_slots)[None],
+        }
+        if any(tensor.name == "prompt_length" for tensor in self.manifest.graphs["text"].inputs):
+            feeds["prompt_length"] = np.array([length])
+        states: Array = self.session("text").run(feeds)[0]
+        return states
+
+    def _start(self, name: SideName, prompt: Prompt, max_vectors: int | None) -> LatentState:
+        budget = self._max_vectors(self.manifest.side(name), max_vectors)
+        return self._state(name, prompt, budget, self._states)
+
+    def _state(
+        self, name: SideName, prompt: Prompt, num_vectors: int, memory: StateMemory | None = None
+    ) -> LatentState:
+        """A state with room for `num_vectors`, its prompt run; one that is kept counts in `memory`."""
+        side = self.manifest.side(name)
+        capacity = len(prompt.embeds) + side.num_slots(num_vectors)
+        check_length(self.manifest, capacity)
+        state = LatentState(self._loop(name), self._cache(capacity))
+        if memory is not None:
+            memory.add(state)
+        return state.start(prompt.embeds, prompt.positions)
+
+    def _max_vectors(self, side: Side, max_vectors: int | None) -> int:
+        if side.num_vectors is None:
+            raise CembedError("this bundle makes one vector for every token: there are no slots to add")
+        if max_vectors is not None:
+            side.check_budget(max_vectors)
+            return max_vectors
+        return side.room
+
+    def _loop(self, name: SideName) -> Loop:
+        side = self.manifest.side(name)
+        return Loop(
+            bundle=self.bundle.hash,
+            name=name,
+            side=side,
+            axes=self.manifest.positions.axes,
+            step=self.session("text_step"),
+            row=lambda slot: self._slot_rows(side, slot, 1)[0],
+            finish=lambda states: self._finish(side, states),
+        )
+
+    def _cache(self, capacity: int) -> StaticKVCache:
+        inputs = self.manifest.graphs["text_step"].inputs
+        return StaticKVCache([tensor for tensor in inputs if tensor.name.startswith("past_key_values.")], capacity)
+
+
+def items(values: Iterable[Any], what: str) -> Iterable[Any]:
+    """`values`, unless it is one item where a list of them was meant."""
+    if isinstance(values, (str, bytes, Image.Image)):
+        raise CembedError(f"{what} must be a list or another iterable: put the one you have into brackets")
+    return values

@@ -1,0 +1,102 @@
+"""From a page or a query to what the decoder is fed.
+
+Letters: S positions of the prompt, H hidden, P patches, V visual tokens, A position axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import Manifest
+from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
+from cembed.runtime.embed.pooling import require_finite
+from cembed.runtime.embed.positions import (
+    Grid,
+    IntArray,
+    patch_positions,
+    prompt_positions,
+    window_index,
+    window_restore,
+)
+from cembed.runtime.embed.preprocess import preprocess
+from cembed.runtime.engines.session import Array, Session
+from cembed.runtime.errors import CembedError
+from cembed.runtime.pages.images import to_rgb
+
+ImageLike = Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Rows [S, H] at positions [A, S]."""
+
+    embeds: Array
+    positions: IntArray
+
+
+class InputBuilder:
+    """Fills the prompts of a bundle; `session` gives a graph's session, and is asked for the vision graph only."""
+
+    def __init__(self, bundle: Bundle, max_visual_tokens: int | None, session: Callable[[str], Session]) -> None:
+        self.manifest = bundle.manifest
+        self.image = self.manifest.image.limited(max_visual_tokens, self.manifest.image.max_visual_tokens)
+        self.prompter = Prompter(load_tokenizer(bundle.path(self.manifest.tokenizer)), self.manifest.image_token_id)
+        self.tokens = bundle.table(self.manifest.token_embeddings)
+        self._session = session
+        self._try_tokenizer(bundle)
+
+    def _try_tokenizer(self, bundle: Bundle) -> None:
+        """Raises CembedError for one that fails whatever it is given, before there is a page."""
+        try:
+            self.prompter.document(self.manifest.document.prompt, 1)
+            self.prompter.query(self.manifest.query.prompt, "é")
+        except CembedError as error:
+            raise CembedError(f"{bundle.root / self.manifest.tokenizer}: {error}") from error
+
+    def document(self, image: ImageLike) -> Prompt:
+        pixel_values, grid = preprocess(to_rgb(image), self.image)
+        num_visual_tokens = len(pixel_values) // self.image.merge_size**2
+        ids = self.prompter.document(self.manifest.document.prompt, num_visual_tokens)
+        check_length(self.manifest, len(ids))
+        if np.count_nonzero(ids == self.manifest.image_token_id) != num_visual_tokens:
+            raise CembedError("the bundle's document prompt has image tokens beside {image}")
+        prompt = self._prompt(ids, grid)
+        prompt.embeds[ids == self.manifest.image_token_id] = self._image_features(pixel_values, grid)
+        return prompt
+
+    def query(self, text: str) -> Prompt:
+        ids = self.prompter.query(self.manifest.query.prompt, text)
+        check_length(self.manifest, len(ids))
+        return self._prompt(ids, None)
+
+    def _prompt(self, ids: IntArray, grid: Grid | None) -> Prompt:
+        is_image = ids == self.manifest.image_token_id
+        positions = prompt_positions(is_image, grid, self.manifest.positions, self.image.merge_size)
+        return Prompt(self.tokens[ids], positions)
+
+    def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:
+        """Features [V, H] of one image, from the inputs that the vision graph declares."""
+        wanted = {tensor.name for tensor in self.manifest.graphs["vision"].inputs}
+        feeds: dict[str, Array] = {"pixel_values": pixel_values[None]}
+        if "patch_positions" in wanted:
+            feeds["patch_positions"] = patch_positions(grid, self.image.merge_size)
+        if "window_index" in wanted:
+            feeds["window_index"] = window_index(grid, self.image)
+            feeds["window_restore"] = window_restore(feeds["window_index"], len(pixel_values))
+        features: Array = self._session("vision").run(feeds)[0]
+        expected = (len(pixel_values) // self.image.merge_size**2, self.manifest.hidden_size)
+        if features.shape != expected:
+            raise CembedError(f"the vision graph gave {list(features.shape)}, by the manifest it is {list(expected)}")
+        require_finite(features, "graph vision, of this image,")
+        return features
+
+
+def check_length(manifest: Manifest, length: int) -> None:
+    if length > manifest.max_sequence_length:
+        raise CembedError(f"the input takes {length} positions, the model has {manifest.max_sequence_length}")

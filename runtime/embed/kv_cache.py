@@ -1,0 +1,48 @@
+"""Keys and values of a prompt and its slots, in buffers whose size never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cembed.runtime.bundle.manifest import Tensor
+from cembed.runtime.engines.session import Array
+from cembed.runtime.errors import CembedError
+
+
+class StaticKVCache:
+    """One buffer [1, kv_heads, capacity, head_dim] for the keys and one for the values of each layer.
+
+    An engine reads and writes them in place; `length` positions are filled.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], capacity: int) -> None:
+        """`inputs` are the graph's past_key_values tensors; their axis `capacity` gets `capacity` positions.
+
+        Graphs for TensorRT have a number there: raises CembedError if that is less.
+        """
+        fixed = inputs[0].shape[2]
+        if isinstance(fixed, int) and fixed < capacity:
+            raise CembedError(f"{capacity} positions are needed, the bundle's cache has {fixed}: ask for fewer vectors")
+        self.capacity, self.length = fixed if isinstance(fixed, int) else capacity, 0
+        sizes = {"batch_size": 1, "capacity": capacity}
+        self.buffers: dict[str, Array] = {
+            tensor.name: np.zeros(
+                [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape], tensor.dtype
+            )
+            for tensor in inputs
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def require(self, positions: int) -> int:
+        """Where the next `positions` positions start. Raises CembedError if they do not fit."""
+        if self.length + positions > self.capacity:
+            raise CembedError(
+                f"the cache has a capacity of {self.capacity} positions and holds {self.length}: "
+                f"{positions} more do not fit"
+            )
+        return self.length

@@ -1,0 +1,176 @@
+"""Latent slots one after the other, over a static cache: `prefill`, `decode_step`, and the loop around them.
+
+Letters: A position axes, S positions of the prompt, H hidden, D length of a state.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from cembed.runtime.bundle.manifest import Side, SideName
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.kv_cache import StaticKVCache
+from cembed.runtime.embed.positions import IntArray, slot_positions
+from cembed.runtime.embed.state_files import write_state
+from cembed.runtime.engines.session import Array, Session, StepSession
+from cembed.runtime.errors import CembedError
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the slots of pages or queries need: their step, what is fed into slot n ([H]), how states become vectors."""
+
+    bundle: str
+    name: SideName
+    side: Side
+    axes: int
+    step: Session
+    row: Callable[[int], Array]
+    finish: Callable[[Array], Vectors]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one position gives: its state [1, D], and its last hidden state [1, H], which a feedback slot is fed."""
+
+    state: Array
+    hidden: Array
+
+
+def prefill(step: StepSession, cache: StaticKVCache, inputs_embeds: Array, positions: IntArray) -> Output:
+    """Runs a prompt [S, H] at positions [A, S]; the output is that of its last position."""
+    start = cache.require(len(inputs_embeds))
+    outputs = step.run(
+        {
+            "cache_position": np.array([start]),
+            "inputs_embeds": inputs_embeds[None],
+            "position_ids": positions[:, None],
+            "slot_indices": np.array([[len(inputs_embeds) - 1]]),
+        }
+    )
+    cache.length = start + len(inputs_embeds)
+    state = outputs["slot_states"][0]
+    return Output(state, outputs["hidden_states"][0] if "hidden_states" in outputs else state)
+
+
+def decode_step(step: StepSession, cache: StaticKVCache, row: Array, position: IntArray) -> Output:
+    """Runs one slot that is fed `row` [H] at `position` [A]."""
+    return prefill(step, cache, row[None], position[:, None])
+
+
+class LatentState:
+    """A prompt that has been run and the slots after it so far: more vectors cost only their own steps.
+
+    Made by `Embedder.start`, `start_query` and `resume`; `close` gives the memory back before the state is dropped.
+    A state is for one thread at a time; different states may run in different threads.
+    """
+
+    def __init__(self, loop: Loop, cache: StaticKVCache) -> None:
+        self.loop, self.side, self.cache = loop, loop.side, cache
+        self.states: list[Array] = []  # each [1, D]
+        self.prompt_end: IntArray = np.zeros((loop.axes, 1), np.int64)
+        self.hidden: Array | None = None
+        self._step: StepSession | None = loop.step.bind(cache.buffers)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache, in bytes."""
+        return self.cache.nbytes
+
+    def start(self, inputs_embeds: Array, positions: IntArray) -> LatentState:
+        """Runs the prompt [S, H] at positions [A, S]."""
+        output = prefill(self._open(), self.cache, inputs_embeds, positions)
+        self.prompt_end[:] = positions.max()
+        self.hidden = output.hidden
+        if self.side.first_vector == "prompt_end":
+            self.states.append(output.state)
+        return self
+
+    def extend(self, num_vectors: int) -> Vectors:
+        """The vectors at a budget of `num_vectors`, pooled and normalised; the prompt is not run again.
+
+        Raises CembedError: more than the bundle makes or the capacity holds, a closed state, NaN from the model.
+        """
+        self._open()
+        self.side.check_budget(num_vectors)
+        free = self.cache.capacity - self.cache.length
+        if num_vectors > len(self.states) + free:
+            raise CembedError(
+                f"num_vectors is {num_vectors}: the cache has a capacity of {self.cache.capacity} positions, "
+                f"enough for {len(self.states) + free} vectors"
+            )
+        while len(self.states) < num_vectors:
+            self._add_slot()
+        return self.loop.finish(np.concatenate(self.states[:num_vectors]))
+
+    def _add_slot(self) -> None:
+        slot = len(self.states) - (self.side.first_vector == "prompt_end")
+        if self.side.slots == "feedback":
+            assert self.hidden is not None
+            row = self.hidden[0]
+        else:
+            row = self.loop.row(slot)
+        position = slot_positions(self.prompt_end, slot + 1, self.side.slot_positions)[:, -1]
+        output = decode_step(self._open(), self.cache, row, position)
+        self.hidden = output.hidden
+        self.states.append(output.state)
+
+    def _open(self) -> StepSession:
+        if self._step is None:
+            raise CembedError("this state was closed: start a new one")
+        return self._step
+
+    def close(self) -> None:
+        """Drops the cache; vectors that were handed out stay."""
+        self._step = None
+        self.cache.buffers.clear()
+
+    def __reduce__(self) -> NoReturn:
+        raise CembedError("a LatentState cannot be pickled: save() it, and go on from the file with Embedder.resume()")
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of the cache."""
+        self._open().pull()
+        arrays = {name: np.ascontiguousarray(b[:, :, : self.cache.length]) for name, b in self.cache.buffers.items()}
+        arrays |= {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
+        arrays |= {"states": np.concatenate(self.states)} if self.states else {}
+        write_state(Path(path), self.loop.bundle, self.loop.name, arrays)
+
+    def restore(self, arrays: Mapping[str, Array]) -> LatentState:
+        """Takes the tensors of a `StateFile` over, into a cache that is at least as large."""
+        for name, buffer in self.cache.buffers.items():
+            buffer[:, :, : arrays[name].shape[2]] = arrays[name]
+            self.cache.length = arrays[name].shape[2]
+        self._open().push()
+        self.prompt_end[:], self.hidden = arrays["prompt_end"], arrays["hidden"]
+        self.states = list(arrays["states"][:, None]) if "states" in arrays else []
+        return self
+
+
+class StateMemory:
+    """Bounds the memory of the states that are alive."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._states: weakref.WeakSet[LatentState] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, state: LatentState) -> LatentState:
+        """Raises CembedError if `state` does not fit beside those alive."""
+        with self._lock:
+            others = list(self._states)
+            held = sum(other.nbytes for other in others)
+            if held + state.nbytes > self.limit:
+                raise CembedError(
+                    f"a state of {state.nbytes / 2**20:.1f} MiB does not fit: {len(others)} others hold "
+                    f"{held / 2**20:.1f} of {self.limit / 2**20:.1f} MiB; close some, or raise state_memory"
+                )
+            self._states.add(state)
+        return state

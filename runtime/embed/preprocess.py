@@ -1,0 +1,79 @@
+"""From an image to `pixel_values`: the numbers of the Pillow-based processors of transformers, in numpy and Pillow.
+
+Letters: P patches, C pixels of a patch (3 * patch_size**2).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cembed.runtime.bundle.manifest import MAX_ASPECT_RATIO, ImageProcessing
+from cembed.runtime.embed.positions import Grid
+from cembed.runtime.errors import CembedError
+
+
+def smart_resize(height: int, width: int, spec: ImageProcessing) -> tuple[int, int]:
+    """Size in pixels, multiples of `spec.factor` within the pixel limits, nearest to the aspect ratio given.
+
+    Raises CembedError for an aspect ratio over 200, as the Qwen2-VL processor does.
+
+    >>> spec = ImageProcessing("smart", 14, 2, 3136, 75264, 1.0, (0, 0, 0), (1, 1, 1))
+    >>> smart_resize(560, 420, spec)
+    (308, 224)
+    >>> smart_resize(1, 1, spec)
+    (56, 56)
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise CembedError(
+            f"an image of {width} x {height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most"
+        )
+    factor = spec.factor
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > spec.max_pixels:
+        scale = math.sqrt(height * width / spec.max_pixels)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif new_height * new_width < spec.min_pixels:
+        scale = math.sqrt(spec.min_pixels / (height * width))
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return new_height, new_width
+
+
+def resized_size(height: int, width: int, spec: ImageProcessing) -> tuple[int, int]:
+    if spec.resize == "smart":
+        return smart_resize(height, width, spec)
+    side = math.isqrt(spec.max_pixels)
+    return side, side
+
+
+@lru_cache(maxsize=8)
+def _normalised_levels(spec: ImageProcessing) -> NDArray[np.float32]:
+    """The float32 value [3, 256] of every 8-bit level of each channel: rescaled, then normalised."""
+    levels = (np.arange(256) * spec.rescale_factor).astype(np.float32)
+    mean, std = np.array(spec.mean, np.float32)[:, None], np.array(spec.std, np.float32)[:, None]
+    return (levels - mean) / std
+
+
+def preprocess(image: Image.Image, spec: ImageProcessing) -> tuple[NDArray[np.float32], Grid]:
+    """`pixel_values` float32 [P, C] and the grid of an RGB image.
+
+    Patches come in merge groups, row by row; within a patch the order is channel, row, column. Temporal copies of a
+    still image are left out: their weights were summed at export.
+    """
+    height, width = resized_size(image.height, image.width, spec)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # height, width, 3
+    patch, merge = spec.patch_size, spec.merge_size
+    grid = (height // patch, width // patch)
+    blocks = pixels.reshape(grid[0] // merge, merge, patch, grid[1] // merge, merge, patch, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid[0] * grid[1], 3, patch * patch)
+    levels = _normalised_levels(spec)
+    values = np.empty(blocks.shape, np.float32)
+    for channel in range(3):
+        np.take(levels[channel], blocks[:, channel], out=values[:, channel])
+    return values.reshape(len(values), -1), grid
