@@ -96,9 +96,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Writes the help texts into docs/cli.md; a test checks that they are the current ones.
+# Writes the help texts into docs/cli.md, and the site into build/site; a test checks that both are right.
 docs: $(VENV)/ready
 	$(BIN)/python docs/help.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # torch first and pinned: the export extra asks for the same version.
 $(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.cpp runtime/native/*.h runtime/native/pictures/*)

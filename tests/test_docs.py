@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,15 @@ DOCUMENTS = sorted(
 
 def test_help_texts_are_current() -> None:
     subprocess.run([sys.executable, PROJECT / "docs" / "help.py", "--check"], check=True)
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Links, anchors and docstrings: mkdocs is strict."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path / "site"]
+    built = subprocess.run(command, cwd=PROJECT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=False)
+    assert built.returncode == 0
+    for page in ("index.html", "api/index.html", "samples/cpp/index.html"):
+        assert "<h1" in (tmp_path / "site" / page).read_text()
 
 
 def test_the_table_of_what_fits_is_current() -> None:
