@@ -183,9 +183,10 @@ def indexed(coded: Coded) -> bytes:
     return page(DRAWN, pixels.object(), stream(table, b"/Filter /FlateDecode"))
 
 
-def inline(coded: Coded) -> bytes:
+def inline(coded: Coded, name: bytes = b"/Fl") -> bytes:
     data = base64.a85encode(coded.data) + b"~>"
-    return page(b"q 600 0 0 800 0 0 cm BI /W 60 /H 80 /BPC 8 /CS /RGB /F [/A85 /Fl] ID %s\nEI Q 9 9 9 9 re f" % data)
+    about = b"/W 60 /H 80 /BPC 8 /CS /RGB /F [/A85 %s]" % name
+    return page(b"q 600 0 0 800 0 0 cm BI %s ID %s\nEI Q 9 9 9 9 re f" % (about, data))
 
 
 def annotated(coded: Coded) -> bytes:
@@ -235,6 +236,23 @@ def test_a_picture_is_found_wherever_it_is(tmp_path: Path, place: str) -> None:
     assert drawn.warning is None
     assert drawn.image.std() > 20
     assert "early" in (told(tmp_path, PLACES[place](CUT)) or "")
+
+
+@pytest.mark.parametrize("field", ["kind", "precision", "height", "width", "components"])
+def test_a_jpeg_that_pdfium_drops_is_told(tmp_path: Path, field: str) -> None:
+    """PDFium draws it black, or keeps no object of a picture in a content."""
+    whole = JPEG.data
+    assert read(tmp_path, inline(Coded(whole, b""), b"/DCT")).warning is None
+    start, count, value = {
+        "kind": (1, 1, 0xCB),
+        "precision": (4, 1, 9),
+        "height": (5, 2, 0),
+        "width": (7, 2, 0),
+        "components": (9, 1, 0),
+    }[field]
+    at = whole.index(b"\xff\xc0") + start
+    damaged = whole[:at] + value.to_bytes(count, "big") + whole[at + count :]
+    assert "picture" in (told(tmp_path, inline(Coded(damaged, b""), b"/DCT")) or "")
 
 
 def test_pictures_are_counted_and_those_not_drawn_are_not_looked_at(tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ class Walk {
         report.height = body[1] << 8 | body[2];
         report.width = body[3] << 8 | body[4];
         report.components = body[5];
-        if (marker > 0xc2 || body[0] != 8 || !report.height || !report.width) fail(PICTURES_UNKNOWN);
+        if (!report.height || !report.width || !body[5]) fail(PICTURES_HEADER);  // no height yet (DNL): libjpeg refuses it
+        if (marker > 0xc2 || body[0] != 8) fail(PICTURES_UNKNOWN);
         progressive = marker == 0xc2;
         components.resize(body[5]);
         for (Component &part : components) part_of_frame(part, body + 6 + 3 * (&part - components.data()));

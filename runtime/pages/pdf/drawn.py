@@ -100,14 +100,27 @@ def _matrix(handle: Any) -> Matrix:
     return Matrix(found.a, found.b, found.c, found.d, found.e, found.f)
 
 
-def count_undrawn(page: pypdfium2.PdfPage, drawn: Pixels, kinds: set[str]) -> int:
+def count_undrawn(page: pypdfium2.PdfPage, drawn: Pixels, kinds: set[str], least: int) -> int:
     """How many pictures PDFium could not decode, of those with one of these filters, or of all if ANY is one.
+
+    There should be `least` of them at least: PDFium drops those that stand in a content.
 
     A picture is not tried where the page `drawn` shows something, unless that may be another picture.
     """
     pictures = [leaf for leaf in leaves(page) if leaf.kind == pdfium.FPDF_PAGEOBJ_IMAGE]
     tried = [leaf for leaf in pictures if ANY in kinds or leaf.filter() in kinds]
-    return sum(_is_undrawn(page, leaf, drawn, alone=len(pictures) == 1) for leaf in tried)
+    undrawn = sum(
+        _is_black(leaf)
+        if leaf.filter() in kinds & {"DCTDecode"}
+        else _is_undrawn(page, leaf, drawn, len(pictures) == 1)
+        for leaf in tried
+    )
+    return undrawn + max(least - len(tried), 0)
+
+
+def _is_black(picture: Leaf) -> bool:
+    """Whether a JPEG of a doubtful kind was not decoded: PDFium leaves it black, or has nothing."""
+    return (pixels := picture.decoded()) is None or not pixels.any()
 
 
 def _is_undrawn(page: pypdfium2.PdfPage, picture: Leaf, drawn: Pixels, alone: bool) -> bool:

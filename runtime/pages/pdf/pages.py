@@ -133,8 +133,9 @@ def _faults(page: pypdfium2.PdfPage, image: Pixels, found: Found) -> list[str]:
     damaged = [verdict.fault for verdict in found.verdicts if verdict.fault]
     kinds = {verdict.doubtful for verdict in found.verdicts if verdict.doubtful}
     if found.verdicts and not damaged and is_plain(image):
-        kinds = {ANY}
-    undrawn = count_undrawn(page, image, kinds) if kinds else 0
+        kinds.add(ANY)
+    least = sum(verdict.inline for verdict in found.verdicts if verdict.doubtful)
+    undrawn = count_undrawn(page, image, kinds, least) if kinds else 0
     lost, pictures = len(damaged) + undrawn, max(len(found.verdicts), undrawn)
     others = list(dict.fromkeys(found.others))[:_MOST_REASONS]
     if not lost:

@@ -24,10 +24,14 @@ _HIDDEN = 2 | 32  # flags of an annotation
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a picture, and the filter, or ANY, because of which only PDFium can tell the rest."""
+    """What is wrong with a picture, and the filter, or ANY, because of which only PDFium can tell the rest.
+
+    `inline`: the picture stands in a content, where PDFium drops what it cannot decode.
+    """
 
     fault: str | None = None
     doubtful: str | None = None
+    inline: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,7 @@ class Candidate:
                 fault, doubtful = None, (isinstance(part, Picture) and part.coded) or ANY
             if fault:
                 return Verdict(label + fault, doubtful)
-        return Verdict(None, doubtful)
+        return Verdict(None, doubtful, inline=self.number == 0)
 
 
 @dataclass(eq=False)
