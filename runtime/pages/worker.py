@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, _imaging
 
 from cembed.runtime.errors import one_line
 from cembed.runtime.pages.file_kinds import KINDS, START_BYTES, kind_of
@@ -28,6 +28,7 @@ from cembed.runtime.pages.pictures import Picture
 from cembed.runtime.pages.tiff.pages import Tiff
 
 _NOTHING: Pixels = np.empty(0, np.uint8)
+_KEPT_BLOCKS = 64  # of a megabyte: memory of a picture, for the next one
 _WATCH_SECONDS = 1.0
 _REOPEN_PAGES = 64  # PDFium keeps the streams of every page it has drawn: a long scan would run into the memory limit
 
@@ -42,6 +43,7 @@ def serve(settings_json: str) -> None:
     TiffImagePlugin.READ_LIBTIFF = True  # see tiff_codecs
     requests: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     Image.init()
+    _imaging.set_blocks_max(_KEPT_BLOCKS)
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     _limit_memory(settings.memory_limit)

@@ -20,7 +20,6 @@ from cembed.runtime.pages.pdf.filters import SHORT, Filter, decode, known
 
 _TIMES, _LEAST = 4, 1 << 20  # as many bytes as the pixels need are decoded, or so many, to come to a checksum
 _MOST = 256 << 20  # bytes of a coded picture, after the filters around it
-_REDUCED = 16 << 20  # pixels of a JPEG 2000 picture that are decoded to try it
 
 
 class DoubtError(Exception):
@@ -149,10 +148,12 @@ def _jpeg2000(picture: Picture, _: Filter, data: bytes | memoryview) -> str | No
 
 
 def _reduction(picture: Picture, levels: int) -> int:
-    """How often a picture is halved to try it: the finest details take long. Pillow rounds, where others round up."""
-    wanted = max(2, math.ceil(math.log2(max(picture.width * picture.height / _REDUCED, 1)) / 2))
+    """How often a picture is halved to try it: its lengths are followed all the same, and the details take long.
+
+    Pillow rounds sizes, where others round up, and fails where that differs.
+    """
     sizes = (picture.width, picture.height)
-    for n in range(min(wanted, levels), 0, -1):
+    for n in range(levels, 0, -1):
         if all((size + 2**n // 2) // 2**n == -(-size // 2**n) for size in sizes):
             return n
     return 0
