@@ -246,7 +246,7 @@ def measure_pages(model: Random, device: str, dtype: str, rounds: int, say: Call
                     "TFLOP/s": rate,
                     "of ceiling": rate / ceiling,
                 }
-                rows.append({**row, "times faster": reference / page, "wanted": WANTED[batch], "lowest cosine": cosine})
+                rows.append({**row, "times faster": reference / page, "needed": WANTED[batch], "lowest cosine": cosine})
         except Exception as error:  # each library has its own
             say(f"skipped: {name}: {str(error).strip().splitlines()[0]}")
         side = None
@@ -350,7 +350,7 @@ def main(
     show(console, f"a page, Qwen2.5-VL {size}, {NUM_VECTORS} vectors", result.get("pages", []))
     show(
         console,
-        f"float16 against the CPU; wanted: cosine {MIN_COSINE}",
+        f"float16 against the CPU; needed: cosine {MIN_COSINE}",
         [result["vectors"]] if "vectors" in result else [],
     )
     path = results / f"gpu-{'-'.join(str(result['hardware']['device']).lower().split())}.json"

@@ -175,7 +175,7 @@ def prepare(checkpoint: Path, bundle: Path, backbone: str, size: str) -> None:
 
 
 def count_gflop(text: Numbers, vision: Numbers, lengths: Numbers) -> dict[str, float]:
-    """Useful work of a page: windows unpadded, half of the causal square, only the vectors behind the last layer."""
+    """Useful work of a page: windows unpadded, half of the causal square, only the vectors after the last layer."""
     patches, rows = lengths["patches"], lengths["positions"]
     wide, depth = vision["embed_dim" if "embed_dim" in vision else "hidden_size"], vision["depth"]
     mlp = 3 * vision["intermediate_size"] if "fullatt_block_indexes" in vision else 2 * int(wide * vision["mlp_ratio"])
@@ -183,12 +183,12 @@ def count_gflop(text: Numbers, vision: Numbers, lengths: Numbers) -> dict[str, f
     pairs = len(full) * patches**2 + (depth - len(full)) * sum(n * n for n in lengths["windows"])
     hidden, layers = text["hidden_size"], text["num_hidden_layers"]
     before = layers * rows * (hidden + 2 * hidden // text["num_attention_heads"] * text["num_key_value_heads"])
-    behind = (rows * (layers - 1) + NUM_VECTORS) * (hidden + 3 * text["intermediate_size"])
+    after = (rows * (layers - 1) + NUM_VECTORS) * (hidden + 3 * text["intermediate_size"])
     multiplications = {
         "vision ends": patches * 588 * wide + lengths["tokens"] * 4 * wide * (4 * wide + hidden),
         "vision layers": depth * patches * wide * (4 * wide + mlp),
         "vision attention": 2 * pairs * wide,
-        "text layers": hidden * (before + behind),
+        "text layers": hidden * (before + after),
         "text attention": layers * rows**2 * hidden,
     }
     return {name: 2e-9 * count for name, count in multiplications.items()}
@@ -269,10 +269,10 @@ def report(result: Numbers) -> None:
         console.print(table)
     theirs, ours = result["sides"]
     console.print(
-        f"reference seconds / runtime seconds: {theirs['page s'] / ours['page s']:.2f} (wanted: at least 1.3)"
+        f"reference seconds / runtime seconds: {theirs['page s'] / ours['page s']:.2f} (needed: at least 1.3)"
     )
-    console.print(f"runtime GFLOP/s / sgemm peak: {ours['of sgemm peak']:.2f} (wanted: at least 0.9)")
-    console.print(f"runtime peak RSS / reference peak RSS: {ours[PEAK] / theirs[PEAK]:.2f} (wanted: at most 0.5)")
+    console.print(f"runtime GFLOP/s / sgemm peak: {ours['of sgemm peak']:.2f} (needed: at least 0.9)")
+    console.print(f"runtime peak RSS / reference peak RSS: {ours[PEAK] / theirs[PEAK]:.2f} (needed: at most 0.5)")
 
 
 def main(

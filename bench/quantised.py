@@ -139,7 +139,7 @@ def openvino_int8(root: Path, threads: int) -> Embedder:
 
 
 def step_times(embedder: Embedder) -> list[float]:
-    """Milliseconds of single slots behind a query."""
+    """Milliseconds of single slots after a query."""
     state = embedder.start_query(QUERY, STEPS + 2)
     state.extend(2)
     times = []

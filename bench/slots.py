@@ -64,7 +64,7 @@ class SlotSide(RuntimeSide):
         del state.states[1:]
 
     def steps(self, state: Any, count: int = STEPS) -> list[float]:
-        """Seconds of each of `count` steps right behind the prompt, and of one before them, which is left out."""
+        """Seconds of each of `count` steps right after the prompt, and of one before them, which is left out."""
         self.rewind(state)
         state.extend(2)
         return [seconds_of(partial(state.extend, number)) for number in range(3, 3 + count)]
@@ -178,7 +178,7 @@ def share_row(prompt: str, seconds: float, length: int, result: Numbers, rate: f
 
 
 def judge(result: Numbers) -> list[tuple[str, str, float, bool]]:
-    """What is wanted, what was got, and whether that is enough."""
+    """What is needed, what was got, and whether that is enough."""
     summary, growth = result["summary"], result["growth"]
     steps, loop = summary["steps"], summary["loop"]
     second, more = median(row["second"] / sum(row["steps"]) for row in result["loop"]), steps[4096] / steps[256] - 1
@@ -220,9 +220,9 @@ def report(result: Numbers) -> None:
     show(console, "page in the loop, s: start, extend(32), then extend(64); both at once", [summary["loop"]])
     show(console, "memory, MiB", [result["growth"]])
     console.print(f"reference step: {1e3 * summary['theirs']:.3f} ms, median of {NUM_VECTORS - 1} steps a page")
-    verdicts = Table("what", "wanted", "got", "verdict")
-    for what, wanted, got, enough in judge(result):
-        verdicts.add_row(what, wanted, f"{got:.3f}", "met" if enough else "MISSED")
+    verdicts = Table("what", "needed", "got", "verdict")
+    for what, needed, got, enough in judge(result):
+        verdicts.add_row(what, needed, f"{got:.3f}", "met" if enough else "MISSED")
     console.print(verdicts)
 
 

@@ -3,7 +3,7 @@
 python tests/fuzz_index.py --seconds 60 --seed 1
 
 Bytes are changed at random, and texts and numbers in places where they hurt; then all CRCs are made good again, so that
-the checks behind them are what is tested. Or a file becomes a thing of another kind or size. `one_input(data)`
+the checks after them are what is tested. Or a file becomes a thing of another kind or size. `one_input(data)`
 is there for coverage-guided fuzzers.
 """
 

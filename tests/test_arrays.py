@@ -80,19 +80,19 @@ WAYS_TO_LIE: dict[str, Callable[[Floats], Floats]] = {
 def test_every_type_and_every_way_to_lie(kind: type, dim: int, kernel_set: str) -> None:
     """Bit for bit what stored pages of the same numbers in float32 score."""
     query, pages = draw(0, 5, dim), [draw(i, 1 + i * 6, dim).astype(kind) for i in range(4)]
-    wanted = maxsim([query], stored([page.astype(np.float32) for page in pages]))
+    needed = maxsim([query], stored([page.astype(np.float32) for page in pages]))
     for name, lie in WAYS_TO_LIE.items():
         lying = [lie(page) for page in pages]
         assert all(np.array_equal(a, b) for a, b in zip(lying, pages, strict=True))
-        assert np.array_equal(maxsim([query], lying), wanted), name
+        assert np.array_equal(maxsim([query], lying), needed), name
 
 
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("lie", WAYS_TO_LIE)
 def test_queries_lie_anywhere_too(lie: str, kind: type, way: None) -> None:
     queries, page = [draw(i, 2 + i, 24).astype(kind) for i in range(3)], draw(9, 7, 24)
-    wanted = maxsim([query.astype(np.float32) for query in queries], [page])
-    assert np.array_equal(maxsim([WAYS_TO_LIE[lie](query) for query in queries], [page]), wanted)
+    needed = maxsim([query.astype(np.float32) for query in queries], [page])
+    assert np.array_equal(maxsim([WAYS_TO_LIE[lie](query) for query in queries], [page]), needed)
 
 
 @pytest.mark.parametrize("kind", [*FLOATS, ml_dtypes.bfloat16, np.dtype(np.float32).newbyteorder(), np.int8])
@@ -146,7 +146,7 @@ def test_what_numpy_makes_no_array_of(place: str, way: None) -> None:
 def test_what_is_no_number(bad: Floats, place: str, way: None) -> None:
     sides = {"query": [draw(0, 2, 3)], "document": [draw(1, 2, 3)]}
     sides[place].append(bad)
-    with pytest.raises(CembedError, match=f"{place} 1 is of type {bad.dtype}: floats are wanted"):
+    with pytest.raises(CembedError, match=f"{place} 1 is of type {bad.dtype}: floats are needed"):
         maxsim(sides["query"], sides["document"])
 
 
@@ -271,5 +271,5 @@ def test_float64_is_rounded_as_numpy_rounds(kernel_set: str) -> None:
     edge = float(np.finfo(np.float32).max) * (1 + 2.0**-26)
     page = np.array([[1 + 2.0**-24, 1e-40, 1e-50, edge]])
     with np.errstate(over="ignore"):
-        wanted = maxsim([np.eye(4)], [page.astype(np.float32)])
-    assert np.array_equal(maxsim([np.eye(4)], [page]), wanted)
+        needed = maxsim([np.eye(4)], [page.astype(np.float32)])
+    assert np.array_equal(maxsim([np.eye(4)], [page]), needed)

@@ -105,9 +105,9 @@ def test_levels_equal_the_cpu_bit_for_bit(device: Gpu, num: int, dim: int, rows:
 def test_large_shapes(device: Gpu, storage: str, num: int, dim: int, rows: list[int]) -> None:
     """Long rows, and queries that take several passes; the largest do not fit into shared memory."""
     query, pages = unit(0, num, dim), stored(storage, rows, dim)
-    wanted = exact(query, pages) if storage == "f16" else kernels.score(query, pages)
+    needed = exact(query, pages) if storage == "f16" else kernels.score(query, pages)
     with GpuPages.upload(pages, device=device) as there, units(2):
-        np.testing.assert_allclose(there.score(query), wanted, rtol=2e-6)
+        np.testing.assert_allclose(there.score(query), needed, rtol=2e-6)
 
 
 @pytest.mark.parametrize("storage", gpu.STORED)
@@ -149,9 +149,9 @@ def test_rows_are_counted_in_64_bits(device: Gpu, storage: str) -> None:
     addresses = [part.address for part in memory][: 3 if storage == "u8" else 2]
     addresses[0] -= first * matrix.shape[1]
     there = GpuPages(device, storage, 128, (len(rows), sum(rows)), addresses, memory)
-    wanted = exact(query, pages) if storage == "f16" else kernels.score(query, pages)
+    needed = exact(query, pages) if storage == "f16" else kernels.score(query, pages)
     with there, units(2):
-        np.testing.assert_allclose(there.score(query), wanted, rtol=2e-6)
+        np.testing.assert_allclose(there.score(query), needed, rtol=2e-6)
 
 
 def test_similarities_that_are_all_negative(device: Gpu) -> None:
@@ -201,13 +201,13 @@ def test_nothing_to_search(device: Gpu) -> None:
 def test_threads_share_a_device(device: Gpu) -> None:
     query, found = unit(0, 3, 32), dict[int, Floats]()
     with GpuPages.upload([unit(i, 5, 32) for i in range(20)], "u8", device) as there:
-        wanted = there.score(query)
+        needed = there.score(query)
         workers = [threading.Thread(target=lambda i=i: found.update({i: there.score(query)})) for i in range(4)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-    assert all(np.array_equal(scores, wanted) for scores in found.values())
+    assert all(np.array_equal(scores, needed) for scores in found.values())
     assert len(found) == 4
 
 
@@ -270,8 +270,8 @@ def test_what_the_tensorrt_plugin_launches(device: Gpu, library: ctypes.CDLL, le
         == 0
     )
     found, wide = scores.read(6, np.float32), query.astype(np.float32)
-    wanted = kernels.score(wide, pages) if levels else exact(wide, pages)
-    np.testing.assert_allclose(np.delete(found, 1), wanted, rtol=2e-6)
+    needed = kernels.score(wide, pages) if levels else exact(wide, pages)
+    np.testing.assert_allclose(np.delete(found, 1), needed, rtol=2e-6)
     assert np.isneginf(found[1])
 
 

@@ -173,7 +173,7 @@ def test_an_index_of_a_later_version_is_not_called_damaged(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("place", "number"), [(24, (1 << 64) - 1), (64 + 8 * len(index.DEFAULT_STORE), (1 << 63) - 1)])
 def test_numbers_that_have_no_next_one_are_refused(tmp_path: Path, place: int, number: int) -> None:
-    """That of the record behind a damaged one, or the serial of its page; its CRCs are good."""
+    """That of the record after a damaged one, or the serial of its page; its CRCs are good."""
     with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made:
         for page in PAGES[:3]:
             made.add([page], bundle=BUNDLE)

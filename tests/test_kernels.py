@@ -60,12 +60,12 @@ def test_numpy_equals_the_definition(name: str, shape: tuple[int, int, int], row
     num, dim, seed = shape
     query = unit(seed, num, dim)
     pages = store(name, [unit(seed + i, k, dim) for i, k in enumerate(rows, 1)], gap)
-    wanted = [(query.astype(np.float64) @ pages.vectors(i).T).max(axis=1).sum() for i in range(len(pages))]
+    needed = [(query.astype(np.float64) @ pages.vectors(i).T).max(axis=1).sum() for i in range(len(pages))]
     steps = {"u8": 127, "bits": 31}
     half_step = np.abs(query).max(axis=1).sum() / steps[name] / 2 if name in steps else 0.0
     sizes = np.array([np.abs(pages.vectors(i)).sum(axis=1).max() for i in range(len(pages))])
     found = kernels._score_with_numpy(query, pages, np.arange(len(pages)))
-    assert (np.abs(found - wanted) <= 1e-5 * num + half_step * sizes).all()
+    assert (np.abs(found - needed) <= 1e-5 * num + half_step * sizes).all()
 
 
 @needs_library
@@ -79,11 +79,11 @@ def test_every_set_equals_numpy(
     query = unit(seed, num, dim)
     pages = store(name, [unit(seed + i, k, dim) for i, k in enumerate(rows, 1)], gap)
     which = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8)), np.int64)
-    wanted = kernels._score_with_numpy(query, pages, which)
+    needed = kernels._score_with_numpy(query, pages, which)
     try:
         for kernel_set in kernel_sets():
             use_kernels(kernel_set)
-            np.testing.assert_allclose(score(query, pages, which), wanted, rtol=0, atol=1e-5 if name[0] == "f" else 0)
+            np.testing.assert_allclose(score(query, pages, which), needed, rtol=0, atol=1e-5 if name[0] == "f" else 0)
     finally:
         use_kernels(kernel_sets()[0])
 
@@ -95,10 +95,10 @@ def test_every_set_equals_numpy(
 )
 def test_dims(name: str, dim: int, fastest: None) -> None:
     query, pages = unit(0, 5, dim), store(name, [unit(1, 35, dim), unit(2, 1, dim)], 1)
-    wanted = kernels._score_with_numpy(query, pages, np.arange(2))
+    needed = kernels._score_with_numpy(query, pages, np.arange(2))
     for kernel_set in kernel_sets():
         use_kernels(kernel_set)
-        np.testing.assert_allclose(score(query, pages), wanted, rtol=0, atol=1e-5 if name[0] == "f" else 0)
+        np.testing.assert_allclose(score(query, pages), needed, rtol=0, atol=1e-5 if name[0] == "f" else 0)
 
 
 @pytest.mark.parametrize("name", STORAGE)
@@ -164,8 +164,8 @@ def test_similarities_that_are_all_negative() -> None:
     query = np.ones((3, 24), np.float32)
     for name in STORAGE:
         pages = store(name, [-np.ones((k, 24), np.float32) for k in (1, 5, 33)])
-        wanted = -3 * 24 / (np.sqrt(24) if name == "bits" else 1)
-        np.testing.assert_allclose(score(query, pages), wanted, rtol=1e-3)
+        needed = -3 * 24 / (np.sqrt(24) if name == "bits" else 1)
+        np.testing.assert_allclose(score(query, pages), needed, rtol=1e-3)
 
 
 def test_zeros() -> None:
@@ -243,15 +243,15 @@ def test_bytes_of_a_page_and_back(rows: int, dim: int, seed: int) -> None:
 
 def test_numpy_takes_over_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     query, pages = unit(0, 3, 32), store("u8", [unit(i, 4, 32) for i in range(5)])
-    wanted = score(query, pages), top(query, pages, 2)
+    needed = score(query, pages), top(query, pages, 2)
     monkeypatch.setattr(kernels, "EXTENSION_SUFFIXES", [".none"])
     kernels.load.cache_clear()
     try:
         with pytest.warns(UserWarning, match="MaxSim runs in numpy"):
-            assert np.array_equal(score(query, pages), wanted[0])
+            assert np.array_equal(score(query, pages), needed[0])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for found, before in zip(top(query, pages, 2), wanted[1], strict=True):
+            for found, before in zip(top(query, pages, 2), needed[1], strict=True):
                 assert np.array_equal(found, before)
             maxsim([query], [unit(0, 2, 32)])
     finally:
@@ -265,11 +265,11 @@ def test_padded_arrays_equal_lists(rows: int, lengths: list[int]) -> None:
     for document, length in zip(documents, lengths, strict=True):
         document[:length] = unit(length, length, 16)
     ragged = [document[:length] for document, length in zip(documents, lengths, strict=True)]
-    wanted = maxsim(ragged, ragged)
+    needed = maxsim(ragged, ragged)
     assert np.array_equal(
-        maxsim(documents, documents, query_lengths=lengths, document_lengths=np.array(lengths)), wanted
+        maxsim(documents, documents, query_lengths=lengths, document_lengths=np.array(lengths)), needed
     )
-    assert np.array_equal(maxsim(ragged, store("f32", ragged)), wanted)
+    assert np.array_equal(maxsim(ragged, store("f32", ragged)), needed)
     assert np.array_equal(maxsim(np.ones((2, 3, 4)), np.ones((1, 2, 4))), [[12.0], [12.0]])
 
 

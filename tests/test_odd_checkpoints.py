@@ -243,8 +243,8 @@ ODD_WEIGHTS: dict[str, tuple[str, torch.Tensor, str]] = {
     "no pixels": ("visual.patch_embed.proj.weight", torch.zeros(48), "visual.patch_embed.proj.weight has shape"),
     "few rows": ("model.embed_tokens.weight", torch.zeros(300, 96), "embed_tokens.weight has shape (300, 96)"),
     "flat rows": ("model.embed_tokens.weight", torch.zeros(600), "embed_tokens.weight has shape (600,)"),
-    "a projection of another width": ("custom_text_proj.weight", torch.zeros(128, 95), "[128, 96] is wanted"),
-    "a bias of two axes": ("custom_text_proj.bias", torch.zeros(128, 1), "[dim] is wanted"),
+    "a projection of another width": ("custom_text_proj.weight", torch.zeros(128, 95), "[128, 96] is needed"),
+    "a bias of two axes": ("custom_text_proj.bias", torch.zeros(128, 1), "[dim] is needed"),
 }
 
 
@@ -424,7 +424,7 @@ ODD_PAIRS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "the whole of another shape": (
         other(f"{PREFIX}custom_text_proj.weight", torch.ones(128, 95)),
-        "[128, 96] is wanted",
+        "[128, 96] is needed",
     ),
     "a whole of nothing": (other(f"{PREFIX}classifier.weight", torch.ones(1)), "unexpected classifier.weight"),
 }
@@ -612,8 +612,8 @@ HEADS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "the whole table for queries": (ROWS | {QUERY: torch.ones(80, 96)}, "80 rows, for 80 vectors"),
     "the sides exchanged": ({D: ROWS[QUERY], QUERY: ROWS[D]}, f"{QUERY} has 64 rows"),
     "rows of no group": (ROWS | {D: torch.ones(63, 96)}, "one of 1, 4, 8, 16, 64; describe another head"),
-    "no rows": (ROWS | {D: torch.ones(0, 96)}, "[slots, 96] is wanted"),
-    "another width": (ROWS | {D: torch.ones(64, 128)}, "[slots, 96] is wanted"),
+    "no rows": (ROWS | {D: torch.ones(0, 96)}, "[slots, 96] is needed"),
+    "another width": (ROWS | {D: torch.ones(64, 128)}, "[slots, 96] is needed"),
     "integers": (ROWS | {D: torch.ones(64, 96).to(torch.int8)}, "not quantised"),
     "NaN": (ROWS | {D: torch.full((64, 96), torch.nan)}, f"{D} holds NaN"),
 }

@@ -162,7 +162,7 @@ class IndexReader:
         views = self._snapshot()
         query = searching.check_query(query, self.dim)
         if top < 1 or (candidates is not None and candidates < 1):
-            raise CembedError(f"top is {top} and candidates {candidates}: 1 or more are wanted")
+            raise CembedError(f"top is {top} and candidates {candidates}: 1 or more are needed")
         which = [searching.choose(view, where, source) for view in views]
         pages = sum(len(view) if chosen is None else len(chosen) for view, chosen in zip(views, which, strict=True))
         if plan is None:

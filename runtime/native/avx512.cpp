@@ -98,7 +98,7 @@ void choices(const char *block, int groups, char *out) {
 
 // top[N][16] of N query vectors = max(top, sums of the rows of a block). A lane's four sums are added to its sum.
 // Nothing but loads stands between two lookups: with the choices made here the loop took 1.3 times as long. The block
-// behind this one is fetched meanwhile.
+// after this one is fetched meanwhile.
 template <int N>
 void bits_block(const char *chosen, const char *next, const char *table, size_t table_bytes, int groups, char *top) {
     const __m512i ones = _mm512_set1_epi8(1);

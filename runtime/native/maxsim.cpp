@@ -115,7 +115,7 @@ const char *sign_block(const Query &query, const char *page, int first, int rows
     const int count = std::min(32, rows - first), groups = query.dim / 4;
     const char *block = page + size_t(first) * (query.dim / 8);
     if (count == 32 && query.dim == query.padded) return block;
-    char *copy = scratch + size_t(query.padded) * 4;  // with room behind it to read 16 bytes anywhere
+    char *copy = scratch + size_t(query.padded) * 4;  // with room after it to read 16 bytes anywhere
     std::memcpy(copy, block, size_t(count) * (query.dim / 8));
     const uint64_t low_mask = count < 16 ? (uint64_t(1) << count * 4) - 1 : ~uint64_t(0);
     const uint64_t high_mask = count < 32 ? count > 16 ? (uint64_t(1) << (count - 16) * 4) - 1 : 0 : ~uint64_t(0);

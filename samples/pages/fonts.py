@@ -80,11 +80,11 @@ def installed() -> dict[str, Path]:
 @cache
 def faces(held_out: bool) -> tuple[Face, ...]:
     """All faces of one part. Raises MissingFontsError."""
-    wanted = HELD_OUT if held_out else TRAINED
-    missing = [package for package, names in wanted.items() if not set(names.split()) <= installed().keys()]
+    needed = HELD_OUT if held_out else TRAINED
+    missing = [package for package, names in needed.items() if not set(names.split()) <= installed().keys()]
     if missing:
         raise MissingFontsError(f"some fonts are not installed: apt-get install {' '.join(missing)}")
-    return tuple(Face(installed()[name]) for names in wanted.values() for name in names.split())
+    return tuple(Face(installed()[name]) for names in needed.values() for name in names.split())
 
 
 if __name__ == "__main__":

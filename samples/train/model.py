@@ -212,7 +212,7 @@ class SampleModel(nn.Module):
         return Prefix(prompt, self.decoder.run(prompt.embeds, prompt.positions, every, attend), cache)
 
     def fill_slots(self, prefix: Prefix, inputs: Tensor, counts: list[int]) -> list[Tensor]:
-        """States of slots behind a prompt; `inputs` [M, H] has the slots of `counts[i]` heads side by side."""
+        """States of slots after a prompt; `inputs` [M, H] has the slots of `counts[i]` heads side by side."""
         heads = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         own = (heads[:, None] == heads[None]) & torch.ones(len(heads), len(heads), dtype=torch.bool).tril()
         mask = torch.cat(
@@ -230,7 +230,7 @@ class SampleModel(nn.Module):
         return list(states.split(counts, dim=1))
 
     def behind(self, prefix: Prefix, steps: Tensor) -> Tensor:
-        """Positions [3, B, M] of slots that continue behind the prompt's largest position."""
+        """Positions [3, B, M] of slots that continue after the prompt's largest position."""
         filled = torch.arange(prefix.prompt.positions.shape[2]) < prefix.prompt.lengths[:, None]  # B S
         last = prefix.prompt.positions.masked_fill(~filled, 0).amax(dim=(0, 2))  # B
         return (last[:, None] + steps).expand(3, -1, -1)
@@ -253,7 +253,7 @@ class SampleModel(nn.Module):
         return torch.cat(states, dim=1)
 
     def embed(self, prefix: Prefix, side: str, feedback: bool = False) -> dict[str, Tensor]:
-        """Vectors [B, K, dim] of each head, normalised; those of `colbert` behind a prompt's end are zero."""
+        """Vectors [B, K, dim] of each head, normalised; those of `colbert` after a prompt's end are zero."""
         counts = DOCUMENT_SLOTS if side == "document" else QUERY_SLOTS
         latent = self.embed_tokens[self.latent].expand(counts["causal"], -1)
         inputs = torch.cat([latent, *(self.slots[f"{head}_{side}"] for head in LEARNED)])

@@ -67,7 +67,7 @@ def go_on(path: Path, state: State) -> None:
 
 
 def power_cuts(seed: int, samples: int, step: int = 1) -> Counter[str]:
-    """A run in which the power may fail behind every `step`-th change to the disk, in `samples` ways each."""
+    """A run in which the power may fail after every `step`-th change to the disk, in `samples` ways each."""
     make_small()
     rng, counts = random.Random(seed), Counter[str]()
     with folder() as root:

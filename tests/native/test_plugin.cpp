@@ -67,7 +67,7 @@ static void forms(IPluginV3OneBuild &build, bool levels) {
 static void mistakes(IPluginV3OneBuild &build, const Heard &heard) {
     Tensors odd(true, 24);
     CHECK(build.configurePlugin(odd.all, 4, odd.all + 4, 1) != 0);
-    CHECK(heard.last == "cembed::MaxSim: dim 24: a multiple of 16 is wanted");
+    CHECK(heard.last == "cembed::MaxSim: dim 24: a multiple of 16 is needed");
     CHECK(build.configurePlugin(Tensors(false, 24).all, 3, nullptr, 1) == 0);
     Tensors unequal(false, 64);
     unequal.all[0].desc.dims.d[1] = 128;

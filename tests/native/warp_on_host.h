@@ -39,7 +39,7 @@ struct Copy {
 };
 
 struct Meeting { // of a warp or a block
-    unsigned wanted = 0, arrived = 0, round = 0;
+    unsigned needed = 0, arrived = 0, round = 0;
 };
 
 struct Thread {
@@ -74,7 +74,7 @@ static void enter() {
 
 static void meet(Meeting &meeting) {
     const unsigned round = meeting.round;
-    if (++meeting.arrived == meeting.wanted) {
+    if (++meeting.arrived == meeting.needed) {
         meeting.arrived = 0;
         ++meeting.round;
     }
@@ -87,9 +87,9 @@ static void run_block(unsigned size, std::function<void()> kernel) {
     block = &made;
     made.kernel = std::move(kernel);
     made.warps.resize((size + 31) / 32);
-    made.meeting.wanted = size;
+    made.meeting.needed = size;
     for (unsigned i = 0; i < size; ++i) {
-        made.warps[i / 32].meeting.wanted += 1;
+        made.warps[i / 32].meeting.needed += 1;
         made.threads.push_back(std::make_unique<Thread>());
         Thread &thread = *made.threads[i];
         getcontext(&thread.context);

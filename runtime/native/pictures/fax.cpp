@@ -83,7 +83,7 @@ class Bits {
   public:
     Bits(const uint8_t *data, int64_t size) : data(data), size(size * 8) {}
 
-    uint32_t peek(int count) const {  // up to 24; zeros come behind the data
+    uint32_t peek(int count) const {  // up to 24; zeros come after the data
         const int64_t byte = at / 8;
         uint32_t value = 0;
         for (int i = 0; i < 4; ++i) value = value << 8 | (byte * 8 + i * 8 < size ? data[byte + i] : 0);

@@ -50,7 +50,7 @@ class Bits {
         return at_marker() && left < 8 && (buffer >> padding & ((1u << left) - 1)) == (1u << left) - 1;
     }
 
-    // Goes on behind the next marker and returns it, 0 if there is none. Before it may be bytes that fill, or what is
+    // Goes on after the next marker and returns it, 0 if there is none. Before it may be bytes that fill, or what is
     // left of a line end at the end of the data; `strict` says whether anything else is a fault.
     int marker(bool strict) {
         int left = (have - padding) / 8;
@@ -101,7 +101,7 @@ class Bits {
 
     const uint8_t *at, *end;
     uint64_t buffer = 0;
-    int have = 0, padding = 0;  // bits in the buffer, and how many of them lie behind the data
+    int have = 0, padding = 0;  // bits in the buffer, and how many of them lie after the data
 };
 
 // The next bits lead to length << 8 | value; 0 is no code.
@@ -349,7 +349,7 @@ class Walk {
         }
     }
 
-    // Some scanners leave rubbish behind a picture. Blocks that are about as large as the others are no rubbish: codes
+    // Some scanners leave rubbish after a picture. Blocks that are about as large as the others are no rubbish: codes
     // before them were damaged, and taken for fewer blocks.
     bool drifted(const Scan &scan, const Bits &bits) {
         std::vector<Component *> order;

@@ -42,8 +42,8 @@ struct Form {
     int32_t axes;
 };
 
-// Of the inputs in turn, and behind them the output.
-Form wanted(int32_t at, int32_t inputs) {
+// Of the inputs in turn, and after them the output.
+Form needed(int32_t at, int32_t inputs) {
     if (at == inputs)
         return {DataType::kFLOAT, 1};
     const Form forms[] = {{DataType::kHALF, 2},
@@ -59,7 +59,7 @@ int32_t check(const Dims &query, const Dims &pages, int32_t inputs) {
     if (query.d[1] >= 0 && dim >= 0 && query.d[1] != dim)
         return fail("the query has dim " + std::to_string(query.d[1]) + ", the pages have " + std::to_string(dim));
     if (dim >= 0 && (dim == 0 || dim % multiple))
-        return fail("dim " + std::to_string(dim) + ": a multiple of " + std::to_string(multiple) + " is wanted");
+        return fail("dim " + std::to_string(dim) + ": a multiple of " + std::to_string(multiple) + " is needed");
     return query.d[0] == 0 ? fail("a query without vectors") : 0;
 }
 
@@ -91,7 +91,7 @@ class MaxSim final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     int32_t getOutputShapes(const DimsExprs *given, int32_t inputs, const DimsExprs *, int32_t, DimsExprs *shapes,
                             int32_t outputs, IExprBuilder &builder) noexcept override {
         if (!takes(inputs, outputs))
-            return fail("query, pages and offsets are wanted, and scales with int8 pages; " + std::to_string(inputs) +
+            return fail("query, pages and offsets are needed, and scales with int8 pages; " + std::to_string(inputs) +
                         " inputs were given");
         shapes[0].nbDims = 1;
         shapes[0].d[0] = builder.operation(DimensionOperation::kSUB, *given[kOffsets].d[0], *builder.constant(1));
@@ -103,7 +103,7 @@ class MaxSim final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
         if (!takes(inputs, outputs) || at > inputs)
             return false;
         const PluginTensorDesc &tensor = tensors[at].desc;
-        const Form form = wanted(at, inputs);
+        const Form form = needed(at, inputs);
         return tensor.format == TensorFormat::kLINEAR && tensor.type == form.type && tensor.dims.nbDims == form.axes;
     }
 

@@ -78,17 +78,17 @@ def _first_fault(picture: Picture) -> str | None:
 
 def _pixels(picture: Picture, last: Filter, data: bytes | memoryview) -> str | None:
     """Pixels as they are, or with a filter that is no picture's."""
-    wanted = picture.row * picture.height
-    found = decode(data, last, max(_TIMES * wanted, _MOST if not wanted else _LEAST), keep=False)
+    needed = picture.row * picture.height
+    found = decode(data, last, max(_TIMES * needed, _MOST if not needed else _LEAST), keep=False)
     count = _without_predictor(last, found.count)
-    if not wanted or found.fault not in (None, SHORT):
+    if not needed or found.fault not in (None, SHORT):
         return found.fault
-    if count < wanted:
-        return f"{SHORT} ({100 * count // wanted} % are there)"
-    if found.fault and count > wanted:  # a checksum that is missing after the last pixel does no harm
+    if count < needed:
+        return f"{SHORT} ({100 * count // needed} % are there)"
+    if found.fault and count > needed:  # a checksum that is missing after the last pixel does no harm
         return "its data are damaged"
     unchecked = last.name in ("LZWDecode", "RunLengthDecode")
-    return "its data go on after its last pixel" if unchecked and count > wanted + picture.row else None
+    return "its data go on after its last pixel" if unchecked and count > needed + picture.row else None
 
 
 def _without_predictor(last: Filter, count: int) -> int:

@@ -45,5 +45,5 @@ def palette_fault(objects: Objects, space: Any, resources: dict[str, Any]) -> st
     if not isinstance(table, Stream) or not isinstance(last, int):
         return None
     data, fault = objects.decoded(table)
-    wanted = (last + 1) * components(objects, space[1], resources)
-    return f"its palette: {fault or SHORT}" if fault or len(data) < wanted else None
+    needed = (last + 1) * components(objects, space[1], resources)
+    return f"its palette: {fault or SHORT}" if fault or len(data) < needed else None

@@ -56,7 +56,7 @@ def read_value(data: bytes | mmap.mmap, at: int) -> tuple[Any, int]:
 def _container(
     opened: re.Match[bytes], tokens: Iterator[re.Match[bytes]], end: int, depth: int
 ) -> tuple[dict[str, Any] | list[Any], int]:
-    """A dictionary or an array, from the tokens behind its bracket; each has to start where the last one ended."""
+    """A dictionary or an array, from the tokens after its bracket; each has to start where the last one ended."""
     items: list[Any] = []
     for found in tokens:
         if found.start() != end or depth > _DEPTH:
