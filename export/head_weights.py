@@ -52,7 +52,7 @@ def slot_tables(checkpoint: Checkpoint, head: Head, named: str | None, hidden_si
     shapes = {name: checkpoint.shape(name) for name in learned}
     for name, shape in shapes.items():
         if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
-            raise CembedError(f"{name} has shape {shape}: [slots, {hidden_size}] is wanted")
+            raise CembedError(f"{name} has shape {shape}: [slots, {hidden_size}] is needed")
         check_rows(name, shape[0], learned[name], named)
     rows = {name: shape[0] for name, shape in shapes.items()}
     warn_of_metaembed(rows, learned)
@@ -90,7 +90,7 @@ def projection_width(checkpoint: Checkpoint, hidden_size: int) -> int | None:
         raise CembedError(f"the checkpoint has {parts[0]} only: a projection is custom_text_proj.weight and .bias")
     bias, weight = checkpoint.shape(BIAS), checkpoint.shape(WEIGHT)
     if len(bias) != 1 or not bias[0]:
-        raise CembedError(f"{BIAS} has shape {bias}: [dim] is wanted")
+        raise CembedError(f"{BIAS} has shape {bias}: [dim] is needed")
     if weight != (bias[0], hidden_size):
-        raise CembedError(f"{WEIGHT} has shape {weight}: [{bias[0]}, {hidden_size}] is wanted")
+        raise CembedError(f"{WEIGHT} has shape {weight}: [{bias[0]}, {hidden_size}] is needed")
     return bias[0]

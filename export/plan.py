@@ -201,7 +201,7 @@ def check_embeddings(checkpoint: Checkpoint, hidden: int, last_token: int) -> No
     name = checkpoint.embeddings_name
     shape = checkpoint.shape(name)
     if len(shape) != 2 or shape[1] != hidden or shape[0] <= last_token:
-        raise CembedError(f"{name} has shape {shape}: [more than {last_token}, {hidden}] is wanted")
+        raise CembedError(f"{name} has shape {shape}: [more than {last_token}, {hidden}] is needed")
 
 
 def sides(
