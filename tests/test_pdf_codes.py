@@ -87,6 +87,17 @@ def test_where_a_fax_is_damaged() -> None:
     assert pdf_codes.walk_fax(data, Fax(-1, 0, rows, aligned=False, block=True)).fault == UNKNOWN
 
 
+def test_a_fax_has_no_run_of_no_length_between_two_rows() -> None:
+    """PDFium ends the row there, others do not."""
+    first, row_of_none = "0010001110101", "00010000101"  # white 1, black 1, white; pass, two to the left
+    bits = (first + row_of_none).ljust(32, "0")
+    data = int(bits, 2).to_bytes(4, "big")
+    found = pdf_codes.walk_fax(data, Fax(k=-1, columns=4, rows=2, aligned=False, block=False))
+    assert (found.fault, found.done) == (CODE, 1)
+    whole = int((first + "1" * 3).ljust(32, "0"), 2).to_bytes(4, "big")
+    assert pdf_codes.walk_fax(whole, Fax(k=-1, columns=4, rows=2, aligned=False, block=False)).fault == WHOLE
+
+
 def test_what_is_wrong_with_a_jpeg() -> None:
     content = jpeg((64, 64), 0, "L", 0)
     scan = content.index(b"\xff\xda") + 10

@@ -1,6 +1,10 @@
 // libFuzzer over what the library reads from a bundle and an index, by the first byte: a manifest, a CURRENT, a log's
 // payload, a graph. Sums that would stop every mutation are made right first. `make fuzz` builds and runs it.
+#include <unistd.h>
+
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <string>
 
 #include "../../runtime/native/lib/contract.h"
@@ -44,8 +48,16 @@ std::string log_of(std::string payload) {
     return header + padded;
 }
 
+// A file of this process, with other bytes each time.
+struct OneFile {
+    const std::string path = std::filesystem::temp_directory_path() / ("cembed-fuzz-" + std::to_string(getpid()));
+    ~OneFile() { std::filesystem::remove(path); }
+};
+
 void read_log(const std::string &payload) {
-    const Log log(log_of(payload), NAME, 1, TIERS);
+    static const OneFile place;
+    std::ofstream(place.path, std::ios::binary) << log_of(payload);
+    const Log log(File(place.path, INDEX), NAME, 1, TIERS);
     for (const Commit &commit : log.commits) {
         for (size_t i = 0; i < commit.ids.size(); ++i) (void)commit.ids[i];
         for (const int32_t source : commit.source) (void)commit.sources[size_t(source)];

@@ -197,7 +197,7 @@ class Walk {
                 place = above.at(next + 1);
             } else if (step.mode == VERTICAL) {
                 const int to = above.at(next) + step.offset;
-                if (to < 0 || to < place || to > row.columns) throw PICTURES_CODE;
+                if (to <= place || to > row.columns) throw PICTURES_CODE;  // PDFium ends the row there
                 place = to;
                 black ^= 1;
                 if (place < row.columns) row.change(place);
