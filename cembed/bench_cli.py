@@ -15,7 +15,6 @@ from cembed.runtime.errors import CembedError
 if TYPE_CHECKING:
     from cembed.runtime.scoring.timing import Timing
 
-STORAGE = ("f32", "f16", "u8", "bits")
 TOLERANCE = 1e-5
 
 bench_app: typer.Typer = typer.Typer(name="bench", help="Time this machine.", no_args_is_help=True)
@@ -44,10 +43,11 @@ def maxsim(
     if threads is not None:
         limit_threads(threads)
     from cembed.runtime.scoring.kernels import kernel_sets, thread_count
+    from cembed.runtime.scoring.storage import STORAGE
     from cembed.runtime.scoring.timing import Shape, try_out
 
     used, shape = thread_count(threads), Shape(query_vectors, dim, pages, vectors)
-    found = try_out(shape, split(storage) or STORAGE, used, rounds)
+    found = try_out(shape, split(storage) or list(STORAGE), used, rounds)
     kernels = next(iter(kernel_sets()), "numpy")
     if as_json:
         timings = [asdict(timing) for timing in found]

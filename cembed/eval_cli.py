@@ -16,11 +16,11 @@ from cembed.runtime.errors import CembedError
 
 @spread
 def evaluate(
+    *,
     bundle: BundlePath,
     dataset: Annotated[
         Path, typer.Argument(metavar="DATASET", help="Folder with pages/, queries.jsonl and qrels.tsv.")
     ],
-    engine: Engine,
     budgets: Annotated[
         list[str] | None,
         typer.Option(metavar="N,…", help="Vectors of a page to compare; by default powers of two up to all."),
@@ -32,6 +32,7 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw quality against bytes and milliseconds a page.")
     ] = None,
+    engine: Engine,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a bundle finds judged pages: nDCG, recall and MRR by budget and storage type."""

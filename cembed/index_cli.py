@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from cembed.runtime.embed.embedder import Embedder
     from cembed.runtime.index.index import Index
     from cembed.runtime.index.reader import Stats
+    from cembed.runtime.pages.documents import PageReader
 
-STORAGE = ("f16", "u8", "bits")
 MANY_RECORDS = 5000  # take about a third of a second to read on a busy machine
 
 index_app = typer.Typer(
@@ -44,12 +44,10 @@ IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder made by
 @index_app.command()
 @spread
 def add(
+    *,
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder to add to; made if it is not there.")],
     paths: Paths,
     bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory made by `cembed export`.")],
-    page_vectors: PageVectors,
-    reading: Reading,
-    engine: Engine,
     storage: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,6 +58,9 @@ def add(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Goes with every page, for filters; may be repeated.")
     ] = None,
+    page_vectors: PageVectors,
+    reading: Reading,
+    engine: Engine,
 ) -> None:
     """Embed the pages of documents into an index. Pages that are there, unchanged, are skipped.
 
@@ -77,7 +78,7 @@ def add(
     embedder = engine.load(bundle, page_vectors.max_visual_tokens)
     budget = page_vectors.budget()
     embedder.check(embedder.manifest.document, budget)
-    kept = split([*(storage or ()), *(store or ())]) or STORAGE
+    kept = split([*(storage or ()), *(store or ())])
     with open_to_add(index, embedder, page_vectors.dim, kept) as opened, reading.reader() as reader:
         job = Job(
             index=opened,
@@ -86,21 +87,26 @@ def add(
             settings=settings_of(page_vectors, reading),
             metadata=pairs or None,
         )
-        try:
-            with progress_bar() as progress:
-                total = job.plan(reader, files)
-                if total:
-                    embedder.prepare("document", budget)
-                task = progress.add_task("embedding", total=total)
-                job.run(reader, lambda: progress.advance(task))
-        finally:  # a page with a warning that was added is not told of again
-            report(job)
+        work(job, reader, files)
         stats = opened.stats()
     say(f"{index}: {summary(job, stats)}")
     if stats.records > MANY_RECORDS and stats.pages < FLUSH_PAGES * stats.records:
         complain(f"it opens faster after `cembed index compact {index}`: the log has {stats.records} small records")
     if job.failures or job.warnings:
         raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def work(job: Job, reader: PageReader, files: Sequence[Path]) -> None:
+    """Adds the pages, and tells what is amiss, also of a run that ends early: it is not told again."""
+    try:
+        with progress_bar() as progress:
+            total = job.plan(reader, files)
+            if total:
+                job.embedder.prepare("document", job.budget)
+            task = progress.add_task("embedding", total=total)
+            job.run(reader, lambda: progress.advance(task))
+    finally:
+        report(job)
 
 
 def settings_of(page_vectors: PageVectors, reading: Reading) -> str:
@@ -133,12 +139,15 @@ def summary(job: Job, stats: Stats) -> str:
 
 
 def open_to_add(path: Path, embedder: Embedder, dim: int | None, storage: Sequence[str]) -> Index:
-    """The index at `path`, or a new one for the bundle of `embedder`. Raises CembedError: it is of another bundle."""
+    """The index at `path`, or a new one for the bundle of `embedder`, in the usual storage types if none are given.
+
+    Raises CembedError: it is of another bundle, or dim.
+    """
     from cembed.runtime.index.files import CURRENT
-    from cembed.runtime.index.index import Index
+    from cembed.runtime.index.index import DEFAULT_STORE, Index
 
     if not os.path.lexists(path / CURRENT):
-        return Index.create(path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, store=storage)
+        return Index.create(path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, store=storage or DEFAULT_STORE)
     index = Index.open(path, write=True)
     for note in index.notes:
         complain(note)

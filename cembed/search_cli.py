@@ -15,11 +15,11 @@ from cembed.streams import held_stderr
 
 @spread
 def search(
+    *,
     file: Annotated[
         Path, typer.Argument(metavar="FILE_OR_INDEX", help="Made by `cembed embed` or `cembed index add`.")
     ],
     bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle that made the vectors.")],
-    engine: Engine,
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for.")] = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Look for pages like this one, in place of QUERY.")
@@ -39,6 +39,7 @@ def search(
     exact: Annotated[bool, typer.Option("--exact", help="Index only: one exact stage over all pages.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Index only: show the stages of the search.")] = False,
     decode: DecodeOption = None,
+    engine: Engine,
     as_json: AsJson = False,
 ) -> None:
     """Rank the pages of a vector file or an index by MaxSim with a query."""
