@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cembed.cli import AsJson
-from cembed.display import show_table
+from cembed.display import show_json, show_table
+from cembed.options import AsJson, split
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ bench_app: typer.Typer = typer.Typer(name="bench", help="Time this machine.", no
 
 
 @bench_app.callback()
-def options() -> None:
+def _of_several() -> None:
     pass  # else the only command would be `cembed bench`
 
 
@@ -33,8 +32,9 @@ def maxsim(
     dim: Annotated[int, typer.Option(min=1, help="Components of a vector.")] = 128,
     query_vectors: Annotated[int, typer.Option(min=1, help="Vectors of a query.")] = 16,
     storage: Annotated[
-        str, typer.Option(metavar="TYPE,TYPE,…", help="f32, a list of arrays, or stored as f16, u8, bits; one or more.")
-    ] = "f32,f16,u8,bits",
+        list[str] | None,
+        typer.Option(metavar="TYPE,…", help="f32, a list of arrays, or stored as f16, u8, bits; all four by default."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Medians are of so many.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="Of numpy too; by default all cores.")] = None,
     as_json: AsJson = False,
@@ -43,14 +43,15 @@ def maxsim(
     if threads is not None:
         limit_threads(threads)
     from cembed.runtime.scoring.kernels import kernel_sets, thread_count
+    from cembed.runtime.scoring.storage import STORAGE
     from cembed.runtime.scoring.timing import Shape, try_out
 
     used, shape = thread_count(threads), Shape(query_vectors, dim, pages, vectors)
-    found = try_out(shape, storage.split(","), used, rounds)
+    found = try_out(shape, split(storage) or list(STORAGE), used, rounds)
     kernels = next(iter(kernel_sets()), "numpy")
     if as_json:
         timings = [asdict(timing) for timing in found]
-        typer.echo(json.dumps({"kernels": kernels, "threads": used, "shape": asdict(shape), "timings": timings}))
+        show_json({"kernels": kernels, "threads": used, "shape": asdict(shape), "timings": timings})
     else:
         title = f"{pages:,} pages of {vectors} x {dim}, query {query_vectors} x {dim}; {kernels}, {used} threads"
         show_table(title, COLUMNS, [row(timing, pages) for timing in found])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -139,6 +140,14 @@ def describe_side(side: Side, dim: int) -> str:
         f"{count} vectors of {length}{pooled}, {4 * length * count:,} bytes in float32; {most}{nested}; "
         f"{side.slots} slots at positions '{side.slot_positions}', {runs}"
     )
+
+
+@contextlib.contextmanager
+def step_bar(first: str) -> Iterator[Callable[[str], None]]:
+    """What to call with the name of each step after the first."""
+    with progress_bar("{task.description}") as progress:
+        task = progress.add_task(first, total=None)
+        yield lambda step: progress.update(task, description=printable(step))
 
 
 def progress_bar(description: str = "") -> Progress:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cembed.cli import BundlePath, one_of
 from cembed.display import say, show_table
 from cembed.export.choices import require_choice
+from cembed.options import BundlePath, one_of
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from cembed.runtime.engines.cuda import Gpu
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8", "int4", "w8a8")
-engine_app = typer.Typer()
 
 
-@engine_app.command(name="build-engine")
 def build_engine(
     bundle: BundlePath,
     precision: Annotated[

@@ -11,27 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cembed.cli import (
+from cembed.display import Cell, complain, progress_bar, say, show_json, show_table
+from cembed.inspect_cli import show_checks
+from cembed.options import (
     EXIT_INCOMPLETE,
     MAX_PIXELS,
     AsJson,
-    DecodeOption,
-    Dpi,
-    MaxPixels,
-    MaxVisualTokens,
-    NumVectors,
+    Engine,
+    PageVectors,
     Paths,
-    PoolFactor,
-    Providers,
-    Threads,
-    Timeout,
-    VectorDim,
-    as_decode,
-    complain,
-    load_embedder,
-    show_checks,
+    Reading,
+    split,
+    spread,
 )
-from cembed.display import Cell, progress_bar, show_table
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
@@ -39,6 +31,7 @@ if TYPE_CHECKING:
     from cembed.runtime.embed.embedder import Embedder
     from cembed.runtime.index.index import Index
     from cembed.runtime.index.reader import Stats
+    from cembed.runtime.pages.documents import PageReader
 
 MANY_RECORDS = 5000  # take about a third of a second to read on a busy machine
 
@@ -49,27 +42,25 @@ IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder made by
 
 
 @index_app.command()
+@spread
 def add(
+    *,
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder to add to; made if it is not there.")],
     paths: Paths,
     bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory made by `cembed export`.")],
-    store: Annotated[
-        str,
-        typer.Option(metavar="TYPE,TYPE,…", help="How a new index keeps vectors: f32, f16, u8, bits, one or more."),
-    ] = "f16,u8,bits",
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TYPE,…", help="How a new index keeps vectors: f32, f16, u8, bits; by default f16, u8 and bits."
+        ),
+    ] = None,
+    store: Annotated[list[str] | None, typer.Option(hidden=True, help="What --storage was called.")] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Goes with every page, for filters; may be repeated.")
     ] = None,
-    num_vectors: NumVectors = None,
-    max_visual_tokens: MaxVisualTokens = None,
-    dpi: Dpi = 144,
-    timeout: Timeout = 60,
-    max_pixels: MaxPixels = MAX_PIXELS,
-    dim: VectorDim = None,
-    decode: DecodeOption = None,
-    pool_factor: PoolFactor = 1,
-    provider: Providers = None,
-    threads: Threads = None,
+    page_vectors: PageVectors,
+    reading: Reading,
+    engine: Engine,
 ) -> None:
     """Embed the pages of documents into an index. Pages that are there, unchanged, are skipped.
 
@@ -79,35 +70,50 @@ def add(
     """
     from cembed.index_job import FLUSH_PAGES, Job
     from cembed.ranking import parse_pairs
-    from cembed.runtime.embed.embedder import Budget
     from cembed.runtime.index.metadata import check_metadata
-    from cembed.runtime.pages.documents import PageReader, find_documents
+    from cembed.runtime.pages.documents import find_documents
 
     files, pairs = find_documents(paths), parse_pairs("--metadata", tuple(metadata or ()))
     check_metadata(pairs)
-    embedder = load_embedder(bundle, provider, threads, max_visual_tokens)
-    budget = Budget(num_vectors, dim, as_decode(decode), pool_factor)
+    embedder = engine.load(bundle, page_vectors.max_visual_tokens)
+    budget = page_vectors.budget()
     embedder.check(embedder.manifest.document, budget)
-    settings = [num_vectors, dim, pool_factor, max_visual_tokens, dpi]
-    settings += [max_pixels] if max_pixels != MAX_PIXELS else []  # so pages of indexes that are there stay known
-    reading = PageReader(dpi=dpi, timeout=timeout, max_pixels=max_pixels)
-    with open_to_add(index, embedder, dim, store.split(",")) as opened, reading as reader:
-        job = Job(opened, embedder, budget, json.dumps(settings), pairs or None)
-        try:
-            with progress_bar() as progress:
-                total = job.plan(reader, files)
-                if total:
-                    embedder.prepare("document", budget)
-                task = progress.add_task("embedding", total=total)
-                job.run(reader, lambda: progress.advance(task))
-        finally:  # a page with a warning that was added is not told of again
-            report(job)
+    kept = split([*(storage or ()), *(store or ())])
+    with open_to_add(index, embedder, page_vectors.dim, kept) as opened, reading.reader() as reader:
+        job = Job(
+            index=opened,
+            embedder=embedder,
+            budget=budget,
+            settings=settings_of(page_vectors, reading),
+            metadata=pairs or None,
+        )
+        work(job, reader, files)
         stats = opened.stats()
     say(f"{index}: {summary(job, stats)}")
     if stats.records > MANY_RECORDS and stats.pages < FLUSH_PAGES * stats.records:
         complain(f"it opens faster after `cembed index compact {index}`: the log has {stats.records} small records")
     if job.failures or job.warnings:
         raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def work(job: Job, reader: PageReader, files: Sequence[Path]) -> None:
+    """Adds the pages, and tells what is amiss, also of a run that ends early: it is not told again."""
+    try:
+        with progress_bar() as progress:
+            total = job.plan(reader, files)
+            if total:
+                job.embedder.prepare("document", job.budget)
+            task = progress.add_task("embedding", total=total)
+            job.run(reader, lambda: progress.advance(task))
+    finally:
+        report(job)
+
+
+def settings_of(page_vectors: PageVectors, reading: Reading) -> str:
+    """What a page's vectors depend on beside its file's bytes. Pages of indexes that are there are known by it."""
+    made = page_vectors
+    settings = [made.num_vectors, made.dim, made.pool_factor, made.max_visual_tokens, reading.dpi]
+    return json.dumps(settings + ([reading.max_pixels] if reading.max_pixels != MAX_PIXELS else []))
 
 
 def report(job: Job) -> None:
@@ -132,13 +138,16 @@ def summary(job: Job, stats: Stats) -> str:
     return "; ".join(part for part, there in parts.items() if there)
 
 
-def open_to_add(path: Path, embedder: Embedder, dim: int | None, store: Sequence[str]) -> Index:
-    """The index at `path`, or a new one for the bundle of `embedder`. Raises CembedError: it is of another bundle."""
+def open_to_add(path: Path, embedder: Embedder, dim: int | None, storage: Sequence[str]) -> Index:
+    """The index at `path`, or a new one for the bundle of `embedder`, in the usual storage types if none are given.
+
+    Raises CembedError: it is of another bundle, or dim.
+    """
     from cembed.runtime.index.files import CURRENT
-    from cembed.runtime.index.index import Index
+    from cembed.runtime.index.index import DEFAULT_STORE, Index
 
     if not os.path.lexists(path / CURRENT):
-        return Index.create(path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, store=store)
+        return Index.create(path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, store=storage or DEFAULT_STORE)
     index = Index.open(path, write=True)
     for note in index.notes:
         complain(note)
@@ -191,11 +200,6 @@ def find_pages(index: Index, name: str) -> Iterator[str]:
         raise CembedError(f"{name} is neither a page nor a file in {index.folder}")
 
 
-def say(message: str) -> None:
-    """One line on standard output, whatever a path has in it."""
-    typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
-
-
 @index_app.command()
 def compact(
     index: IndexPath,
@@ -228,7 +232,7 @@ def stats(index: IndexPath, as_json: AsJson = False) -> None:
 
     found = Index.open(index).stats()
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
+        show_json(asdict(found))
         return
     sizes = [f"{name}  {size:,}" for name, size in found.bytes.items()]
     fields: dict[str, Cell] = {

@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.index.new_pages import NewPage
-from cembed.runtime.pages.documents import Page, PageReader
+from cembed.runtime.page_vectors import EmbeddedPage, embed_pages
+from cembed.runtime.pages.documents import Page, PageError, PageReader, place_of
 
 FLUSH_SECONDS = 2.0  # of embedding, at most, are lost when the process is killed
 FLUSH_PAGES = 64  # that were embedded
@@ -189,13 +190,31 @@ class Job:
 
     def _read(self, reader: PageReader, documents: Sequence[Document], done: Callable[[], None]) -> None:
         by_path = {document.path: document for document in documents}
-        for page in reader.read(list(by_path)):
+        new = self._new_pages(reader, by_path, done)
+        for page in embed_pages(self.embedder, new, self.budget):
             document = by_path[page.path]
-            if isinstance(page, Page):
-                self._add(document, page)
-            else:
+            if isinstance(page, PageError):
                 self._fail(document, page.number, page.reason)
+            else:
+                self._add(document, page)
             done()
+
+    def _new_pages(
+        self, reader: PageReader, documents: Mapping[str, Document], done: Callable[[], None]
+    ) -> Iterator[Page | PageError]:
+        """What `reader` gives, without the pages for which there are vectors: they are taken."""
+        for page in reader.read(list(documents)):
+            document = documents[page.path]
+            if isinstance(page, PageError):
+                yield page
+            elif self._has_vectors(self._content(document, page.number)):
+                self._take(document, page.number)
+                done()
+            elif document.changed:
+                yield PageError(page.path, page.number, "was changed while it was being read: add it again")
+            else:
+                yield page
+            del page  # it may be the largest thing in memory, and the next one is about to come
 
     def _content(self, document: Document, number: int) -> bytes:
         return hashlib.sha256(document.digest + f"{number} {self.settings}".encode()).digest()[:16]
@@ -227,26 +246,15 @@ class Job:
             return
         self._wait(document, number, None, None)
 
-    def _add(self, document: Document, page: Page) -> None:
-        """A page that was read."""
-        content = self._content(document, page.number)
-        if self._has_vectors(content):
-            self._take(document, page.number)
-            return
-        try:
-            if document.changed:
-                raise CembedError("was changed while it was being read: add it again")
-            vectors = self.embedder.embed_image(page.image, self.budget)
-        except CembedError as error:
-            self._fail(document, page.number, str(error))
-            return
-        self._pending[content] = page.warning
+    def _add(self, document: Document, page: EmbeddedPage) -> None:
+        """A page that is new."""
+        self._pending[self._content(document, page.number)] = page.warning
         self._warn(document, page.number, page.warning)
-        self._wait(document, page.number, vectors, page.warning)
+        self._wait(document, page.number, page.vectors, page.warning)
 
     def _warn(self, document: Document, number: int, warning: str | None) -> None:
         if warning is not None:
-            self.warnings.append(f"{name_of(document.path, number)}: {warning}")
+            self.warnings.append(f"{place_of(document.path, number)}: {warning}")
 
     def _fail(self, document: Document, number: int | None, reason: str) -> None:
         """A page, or the rest of a file, that could not be read. What the index has of it stays."""
@@ -258,14 +266,23 @@ class Job:
         kept = f"; {len(old)} pages of an older version stay in the index" if old else ""
         if old and number is not None:
             kept = "; the index keeps it from an older version of the file"
-        self.failures.append(f"{name_of(document.path, number)}: {reason}{kept}")
+        self.failures.append(f"{place_of(document.path, number)}: {reason}{kept}")
 
     def _wait(self, document: Document, number: int, vectors: Vectors | None, warning: str | None) -> None:
         name, metadata = document.page_id(number), self.metadata
         if metadata is None:
             metadata = dict(self.index.info(name).metadata) if name in self.index else {}
-        content, folder = self._content(document, number), document.folder
-        self._waiting.append(NewPage(name, vectors, document.source, number, metadata, content, warning, folder))
+        page = NewPage(
+            id=name,
+            vectors=vectors,
+            source=document.source,
+            page=number,
+            metadata=metadata,
+            content=self._content(document, number),
+            warning=warning,
+            folder=document.folder,
+        )
+        self._waiting.append(page)
         many = len(self._pending) >= FLUSH_PAGES or len(self._waiting) >= FLUSH_RECORDS
         if many or time.monotonic() > self._flushed + FLUSH_SECONDS:
             self.flush()
@@ -296,7 +313,3 @@ class Job:
             )
             return []
         return names
-
-
-def name_of(path: str, page: int | None) -> str:
-    return path if page is None else f"{path}, page {page}"

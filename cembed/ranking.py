@@ -15,7 +15,7 @@ from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.index.search import Stage
-from cembed.runtime.pages.documents import Page, PageReader
+from cembed.runtime.pages.documents import PageReader, require_pages
 from cembed.runtime.scoring.maxsim import maxsim
 
 Row = dict[str, Any]
@@ -128,7 +128,7 @@ def parse_pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            raise CembedError(f"{option} {pair!r}: wanted KEY=VALUE")
+            raise CembedError(f"{option} {pair!r}: give KEY=VALUE")
         try:
             metadata[key] = json.loads(value, parse_constant=refuse_constant)
         except (ValueError, RecursionError):
@@ -144,9 +144,7 @@ def refuse_constant(name: str) -> float:
 def embed_image(embedder: Embedder, path: Path, budget: Budget) -> Vectors:
     """The vectors of the first page of a file. Raises CembedError: it cannot be read."""
     with PageReader() as reader:
-        page = next(iter(reader.read([path])))
-    if not isinstance(page, Page):
-        raise CembedError(f"{path} cannot be read: {page.reason}")
+        page = next(require_pages(reader.read([path])))
     if page.warning:
-        complain(f"warning: {path}, page {page.number}: {page.warning}")
+        complain(f"warning: {page.place}: {page.warning}")
     return embedder.embed_image(page.image, budget)

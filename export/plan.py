@@ -121,7 +121,17 @@ class Plan:
         specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint, hidden), capacity)
         check_weights(checkpoint, specs, tables)
         check_embeddings(checkpoint, hidden, max(backbone.image_token_id, tokenizer.get_vocab_size() - 1))
-        return cls(options, backbone, checkpoint, tokenizer, name, document, query, tuple(tables), specs)
+        return cls(
+            options=options,
+            backbone=backbone,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            head=name,
+            document=document,
+            query=query,
+            slot_tables=tuple(tables),
+            graphs=specs,
+        )
 
     def loader(self, spec: GraphSpec, *, stored: bool) -> Callable[[str], torch.Tensor]:
         """Loads a parameter of `spec` by name, in the type the bundle stores or in float32."""

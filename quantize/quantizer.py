@@ -74,7 +74,14 @@ def quantise(
         kept = tuple(name for name, scheme in outcome.items() if scheme == FLOAT)
         chosen = {name: scheme for name, scheme in outcome.items() if scheme != FLOAT}
         report = Quantisation(
-            options.weights, options.embeddings, options.rounding, bundle.hash, chosen, kept, comparison, tuple(damages)
+            weights=options.weights,
+            embeddings=options.embeddings,
+            rounding=options.rounding,
+            source=bundle.hash,
+            schemes=chosen,
+            kept=kept,
+            comparison=comparison,
+            sensitivity=tuple(damages),
         )
         return write_self_test(partial, replace(manifest, quantisation=report))
 

@@ -10,23 +10,49 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.bundle.vectors import VectorFile
-    from cembed.runtime.embed.embedder import Embedder
+    from cembed.runtime.embed.embedder import Budget, Embedder
     from cembed.runtime.errors import CembedError
     from cembed.runtime.index.index import Index
     from cembed.runtime.index.new_pages import NewPage
+    from cembed.runtime.page_vectors import EmbeddedPage, embed_documents, embed_pages
+    from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
     from cembed.runtime.scoring.maxsim import maxsim
 
 _MODULES = {
+    "Budget": "embed.embedder",
     "Bundle": "bundle.bundle",
     "CembedError": "errors",
+    "EmbeddedPage": "page_vectors",
     "Embedder": "embed.embedder",
     "Index": "index.index",
     "NewPage": "index.new_pages",
+    "Page": "pages.documents",
+    "PageError": "pages.documents",
+    "PageReader": "pages.documents",
     "VectorFile": "bundle.vectors",
+    "embed_documents": "page_vectors",
+    "embed_pages": "page_vectors",
+    "find_documents": "pages.documents",
     "maxsim": "scoring.maxsim",
 }
 
-__all__ = ["Bundle", "CembedError", "Embedder", "Index", "NewPage", "VectorFile", "maxsim"]
+__all__ = [
+    "Budget",
+    "Bundle",
+    "CembedError",
+    "EmbeddedPage",
+    "Embedder",
+    "Index",
+    "NewPage",
+    "Page",
+    "PageError",
+    "PageReader",
+    "VectorFile",
+    "embed_documents",
+    "embed_pages",
+    "find_documents",
+    "maxsim",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,15 @@ class CembedError(Exception):
     """
 
 
+def missing_extra(what: str, packages: str, extra: str) -> CembedError:
+    """`what` cannot be done: `packages`, which one of cembed's extras brings, are not installed.
+
+    >>> missing_extra("pool_factor", "scipy", "pool")
+    CembedError("pool_factor needs scipy: install cembed's extra 'pool' (pip install 'cembed[pool]')")
+    """
+    return CembedError(f"{what} needs {packages}: install cembed's extra '{extra}' (pip install 'cembed[{extra}]')")
+
+
 def one_line(text: str) -> str:
     """Text of files or their names that must not make lines of its own, nor steer a terminal.
 

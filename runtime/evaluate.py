@@ -15,7 +15,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import Budget, Embedder
-from cembed.runtime.errors import CembedError
-from cembed.runtime.pages.documents import Page, PageReader, find_documents
+from cembed.runtime.errors import CembedError, missing_extra
+from cembed.runtime.page_vectors import EmbeddedPage, embed_pages
+from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents, require_pages
 from cembed.runtime.plotting import picture
 from cembed.runtime.scoring.maxsim import maxsim
 from cembed.runtime.scoring.storage import STORAGE
@@ -71,18 +72,32 @@ class Dataset:
 
     def pages(self) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
         """Id and picture of each page, and how many there are. Raises CembedError for one that cannot be read."""
-        folder = self.folder / "pages"
-        files = find_documents([folder])
         with PageReader() as reader:
-            counts = {str(file): reader.count_pages([file]) for file in files}
-            for page in reader.read(files):
-                if not isinstance(page, Page):
-                    raise CembedError(f"{page.path} cannot be read: {page.reason}")
-                if page.warning:
-                    warnings.warn(f"{page.path}, page {page.number}: {page.warning}", RuntimeWarning, stacklevel=2)
-                name = Path(page.path).relative_to(folder).as_posix()
-                name = name if counts[page.path] == 1 else f"{name}#{page.number}"
-                yield name, page.image, sum(counts.values())
+            corpus = Corpus(self.folder / "pages", reader)
+            for page in corpus.read():
+                yield corpus.name(page), page.image, corpus.total
+
+
+class Corpus:
+    """The documents of a data set, `total` pages, as long as `reader` is open."""
+
+    def __init__(self, folder: Path, reader: PageReader) -> None:
+        self._folder, self._reader = folder, reader
+        self._counts = {str(file): reader.count_pages([file]) for file in find_documents([folder])}
+        self.total = sum(self._counts.values())
+
+    def name(self, page: Page | EmbeddedPage) -> str:
+        """The id of a page."""
+        name = Path(page.path).relative_to(self._folder).as_posix()
+        return name if self._counts[page.path] == 1 else f"{name}#{page.number}"
+
+    def read(self) -> Iterator[Page]:
+        """Every page, with a RuntimeWarning for one in doubt. Raises CembedError for one that cannot be read."""
+        for page in require_pages(self._reader.read(self._counts)):
+            if page.warning:
+                warnings.warn(f"{page.place}: {page.warning}", RuntimeWarning, stacklevel=2)
+            yield page
+            del page
 
 
 def read_queries(path: Path) -> Iterator[dict[str, Any]]:
@@ -94,7 +109,7 @@ def read_queries(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise CembedError(f"{path}, line {number}: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "_id" not in row:
-            raise CembedError(f'{path}, line {number}: wanted {{"_id": …, "text": "…"}}')
+            raise CembedError(f'{path}, line {number}: give {{"_id": …, "text": "…"}}')
         yield row
 
 
@@ -108,7 +123,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         raise CembedError(f"{path}: the first line must be query-id, corpus-id, score with tabs between")
     for number, row in enumerate(rows, 2):
         if len(row) != 3 or not WHOLE.fullmatch(row[2]):
-            raise CembedError(f"{path}, line {number}: wanted a query, a page and a whole number")
+            raise CembedError(f"{path}, line {number}: give a query, a page and a whole number")
         qrels.setdefault(row[0], {})[row[1]] = int(row[2])
     return qrels
 
@@ -183,7 +198,17 @@ def evaluate(
             run = rank(questions, list(kept), maxsim(queries, restored))
             size = float(np.mean([STORAGE[name].page_size(vectors) for vectors in kept.values()]))
             for part, measures, count in measure(ir_measures, dataset, run):
-                rows.append(Row(step, name, part, count, measures, size, elapsed))
+                rows.append(
+                    Row(
+                        vectors=step,
+                        storage=name,
+                        part=part,
+                        questions=count,
+                        measures=measures,
+                        bytes_per_page=size,
+                        ms_per_page=elapsed,
+                    )
+                )
     return Evaluation(embedder.bundle.hash, len(pages), tuple(rows))
 
 
@@ -191,7 +216,7 @@ def require_ir_measures() -> Any:
     try:
         import ir_measures
     except ImportError as error:
-        raise CembedError("eval needs ir-measures: install cembed with its extra 'eval'") from error
+        raise missing_extra("eval", "ir-measures", "eval") from error
     return ir_measures
 
 
@@ -215,16 +240,28 @@ def embed_corpus(
     """Each page's vectors by its id, and some pages for timing."""
     vectors: dict[str, Vectors] = {}
     images: list[NDArray[np.uint8]] = []
-    for name, image, total in dataset.pages():
-        vectors[name] = embedder.embed_image(image, Budget(budget))
-        images += [image] if len(images) < TIMED_PAGES else []
-        progress(len(vectors), total)
+    with PageReader() as reader:
+        corpus = Corpus(dataset.folder / "pages", reader)
+        for page in embed_pages(embedder, keep_images(corpus.read(), images), Budget(budget)):
+            if isinstance(page, PageError):
+                raise CembedError(f"{page.place} cannot be embedded: {page.reason}")
+            vectors[corpus.name(page)] = page.vectors
+            progress(len(vectors), corpus.total)
     judged = {page for pages in dataset.qrels.values() for page in pages}
     if missing := sorted(judged - vectors.keys()):
         raise CembedError(
             f"qrels.tsv judges page {missing[0]!r}, which pages/ does not have ({len(missing)} are missing)"
         )
     return vectors, images
+
+
+def keep_images(pages: Iterable[Page], images: list[NDArray[np.uint8]]) -> Iterator[Page]:
+    """`pages`; the first TIMED_PAGES leave their images in `images`."""
+    for page in pages:
+        if len(images) < TIMED_PAGES:
+            images.append(page.image)
+        yield page
+        del page
 
 
 def time_pages(

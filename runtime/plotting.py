@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, missing_extra
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def picture(out: Path, panels: int, size: tuple[float, float]) -> Iterator[list[
     try:
         import matplotlib
     except ImportError as error:
-        raise CembedError("a picture needs matplotlib: install cembed with its extra 'eval'") from error
+        raise missing_extra("a picture", "matplotlib", "eval") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cembed.runtime import Embedder, VectorFile, maxsim
+from cembed.runtime import Embedder, Page, PageReader, VectorFile, maxsim
 from cembed.runtime.evaluate import Dataset
-from cembed.runtime.pages.documents import Page, PageReader
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEMO = PROJECT / ".demo"
@@ -54,7 +53,7 @@ def set_pdf(text: Path, out: Path) -> None:
 
 
 def collect_pages(folder: Path) -> dict[tuple[str, int], str]:
-    """Fills `folder`; returns the sample page behind each file and page number."""
+    """Fills `folder`; returns the sample page of each file and page number."""
     folder.mkdir(parents=True, exist_ok=True)
     scans, singles = [], {}
     for index, path in enumerate(sorted((SAMPLE_PAGES / "pages").iterdir())):

@@ -42,7 +42,7 @@ def test_the_table_of_what_fits_is_current() -> None:
 
 def test_the_python_of_the_documents_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```"
-    (first,), (second, third) = (
+    (first,), (documents, second, third) = (
         re.findall(block, page.read_text(), re.DOTALL) for page in (README, PROJECT / "docs" / "deploy.md")
     )
     shutil.copytree(causal_bundle, tmp_path / "bundle")
@@ -51,6 +51,10 @@ def test_the_python_of_the_documents_runs(causal_bundle: Path, tmp_path: Path, m
     names: dict[str, object] = {}
     exec(first, names)
     assert getattr(names["scores"], "shape", None) == (1, 1)
+    (tmp_path / "scans").mkdir()
+    shutil.copy(GOLDEN / "colqwen2" / "page.png", tmp_path / "scans")
+    exec(documents, names)
+    assert names["shapes"] == {("scans/page.png", 1): (8, 96)}
     exec(second, names)
     assert getattr(names["fine"], "shape", (0, 0))[0] == 32
     exec(third, names)

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from cembed.runtime.errors import CembedError
-from cembed.runtime.pages import documents
+from cembed.runtime.pages import decoder
 from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
 from cembed.runtime.pages.images import to_rgb
 
@@ -569,7 +569,7 @@ def test_a_reply_that_makes_no_sense_is_a_lost_page(
 ) -> None:
     (tmp_path / "reply").write_bytes(framed({"shape": [0]}) + reply)
     script = f"import sys, time; sys.stdout.buffer.write(open({str(tmp_path / 'reply')!r}, 'rb').read())"
-    monkeypatch.setattr(documents, "_BOOT", f"{script}; sys.stdout.flush(); time.sleep(60)")
+    monkeypatch.setattr(decoder, "BOOT", f"{script}; sys.stdout.flush(); time.sleep(60)")
     with PageReader(max_pixels=200_000, timeout=20) as reader:
         (lost,) = reader.read([tmp_path / "a.png"])
         assert reader.count_pages([tmp_path / "a.png"]) == 1
@@ -581,7 +581,7 @@ def test_texts_of_a_reply_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     pixel = framed({"pages": 1}, {"shape": [1, 1, 3], "warning": "a\n\x1b[1mb" * 999}) + b"abc"
     (tmp_path / "reply").write_bytes(framed({"shape": [0]}) + pixel + framed({"error": "a\nb"}))
     script = f"import sys, time; sys.stdout.buffer.write(open({str(tmp_path / 'reply')!r}, 'rb').read())"
-    monkeypatch.setattr(documents, "_BOOT", f"{script}; sys.stdout.flush(); time.sleep(60)")
+    monkeypatch.setattr(decoder, "BOOT", f"{script}; sys.stdout.flush(); time.sleep(60)")
     with PageReader() as reader:
         warned, failed = reader.read([tmp_path / "a.png", tmp_path / "b.png"])
     assert isinstance(warned, Page)

@@ -116,6 +116,14 @@ def test_command_prints_table_json_and_picture(causal_bundle: Path, dataset: Pat
     assert "3 questions" in " ".join(table.split())
 
 
+def test_lists_are_repeated_options_commas_or_both(causal_bundle: Path, dataset: Path) -> None:
+    lists = ("--budgets", "8,1", "--budgets", 4, "--storage", "u8", "--storage", "bits, f32")
+    rows = json.loads(cembed("eval", causal_bundle, dataset, "--json", *lists).out)["rows"]
+    assert [(row["vectors"], row["storage"]) for row in rows if row["part"] == "all"] == [
+        (budget, storage) for budget in (1, 4, 8) for storage in ("u8", "bits", "f32")
+    ]
+
+
 def test_a_picture_that_cannot_be_written_costs_no_table(causal_bundle: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "nowhere" / "plot.png"
     outcome = cembed("eval", causal_bundle, dataset, "--budgets", "1", "--plot", out)
@@ -138,8 +146,8 @@ DAMAGE = {
     "an _id comes twice": ("queries.jsonl", 2 * '{"_id": "q0", "text": "a"}\n'),
     "there is no query": ("queries.jsonl", "\n"),
     "the first line must be": ("qrels.tsv", "q0\tred.png\t1\n"),
-    "line 2: needed a query": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tred.png\n"),
-    "line 3: needed a query": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tred.png\t1\nq0\tred.png\t--5\n"),
+    "line 2: give a query": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tred.png\n"),
+    "line 3: give a query": ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tred.png\t1\nq0\tred.png\t--5\n"),
     "a query, a page and a whole": ("qrels.tsv", f"query-id\tcorpus-id\tscore\nq0\tred.png\t{'9' * 5000}\n"),
     "field larger than field limit": ("qrels.tsv", f"query-id\tcorpus-id\tscore\nq0\t{'a' * 200_000}\t1\n"),
     "queries.jsonl, line 1: maximum recursion": ("queries.jsonl", "[" * 100_000),

@@ -17,13 +17,14 @@ from test_cli import Outcome, cembed, cembed_process, picture
 from test_index import CASES
 
 from cembed import index_job
-from cembed.index_cli import open_to_add
+from cembed.index_cli import open_to_add, settings_of
 from cembed.index_job import Job
+from cembed.options import PageVectors, Reading
 from cembed.runtime import Embedder, maxsim
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.index.index import Index
-from cembed.runtime.pages import documents
+from cembed.runtime.pages import decoder
 from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
 
 
@@ -57,7 +58,7 @@ class Shelf:
     def run(self, *paths: object, metadata: dict[str, Any] | None = None, reader: PageReader | None = None) -> Job:
         """Ended or interrupted."""
         with open_to_add(self.path, self.embedder, None, ["f16", "u8", "bits"]) as opened:
-            job = Job(opened, self.embedder, Budget(), "[]", metadata)
+            job = Job(index=opened, embedder=self.embedder, budget=Budget(), settings="[]", metadata=metadata)
             with contextlib.suppress(KeyboardInterrupt):
                 job.plan(reader or self.reader, find_documents(map(str, paths)))
                 job.run(reader or self.reader, lambda: None)
@@ -118,6 +119,35 @@ def test_add_and_search(causal_bundle: Path, scans: Path, index: Path) -> None:
     assert "'first page' among 4 pages" in table
     assert "stages of the search" in table
     assert "写真.png" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ((), ("f16", "u8", "bits")),
+        (("--storage", "f32"), ("f32",)),
+        (("--storage", "bits,f16"), ("f16", "bits")),
+        (("--storage", "bits", "--storage", "f32, u8"), ("f32", "u8", "bits")),
+        (("--store", "u8"), ("u8",)),  # as it was called
+        (("--store", "u8", "--storage", "f16"), ("f16", "u8")),
+    ],
+)
+def test_how_a_new_index_keeps_vectors(shelf: Shelf, scans: Path, options: tuple[str, ...], kept: tuple[str]) -> None:
+    assert shelf.add(scans / "letter.png", *options).status == 0
+    assert Index.open(shelf.path).tiers == kept
+
+
+def test_old_names_of_options_are_not_shown() -> None:
+    shown = cembed("index", "add", "--help").out
+    assert "--storage" in shown
+    assert "--store " not in shown
+
+
+def test_pages_of_indexes_that_are_there_stay_known() -> None:
+    """A page's content hash has these settings in it."""
+    assert settings_of(PageVectors(), Reading(dpi=144.0)) == "[null, null, 1, null, 144.0]"
+    chosen = PageVectors(num_vectors=8, dim=64, pool_factor=2, max_visual_tokens=96, decode="loop")
+    assert settings_of(chosen, Reading(dpi=72.0, timeout=3.0, max_pixels=9)) == "[8, 64, 2, 96, 72.0, 9]"
 
 
 def test_search_by_image(causal_bundle: Path, scans: Path, index: Path) -> None:
@@ -255,7 +285,7 @@ def test_files_that_cannot_be_read_remove_nothing(
 
 
 def test_a_file_that_is_cut_off_anywhere_loses_no_page(shelf: Shelf, tmp_path: Path) -> None:
-    """Of some cuts all that is left can be read, page by page; what is behind them stays in the index all the same."""
+    """Of some cuts all that is left can be read, page by page; what is after them stays in the index all the same."""
     pages = [picture(f"page {i}", (60, 40)) for i in range(5)]
     files = [tmp_path / name for name in ("plain.tif", "packed.tif", "drawn.pdf", "five.pdf")]
     for path, options in zip(files[:3], ({}, {"compression": "tiff_lzw"}, {}), strict=True):
@@ -285,8 +315,8 @@ def test_a_decoder_that_dies_or_hangs_removes_nothing(
     before = shelf.pages()
     if changed:
         five.write_bytes(five.read_bytes() + b"\n")
-    serve = f"from cembed.runtime import page_worker as w; w._open = lambda *_: {fault}; w.serve(sys.argv[1])"
-    monkeypatch.setattr(documents, "_BOOT", f"import os, sys, time; sys.path[:] = sys.argv[2:]; {serve}")
+    serve = f"from cembed.runtime.pages import worker as w; w._open = lambda *_: {fault}; w.serve(sys.argv[1])"
+    monkeypatch.setattr(decoder, "BOOT", f"import os, sys, time; sys.path[:] = sys.argv[2:]; {serve}")
     with PageReader(timeout=0.5) as reader:
         (failure,) = shelf.run(five, reader=reader).failures
     assert failure.startswith(f"{five}: ")

@@ -105,7 +105,13 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
     raise CembedError(f"{where} is {shown(value)}, the schema has {in_words(kind)}")
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_WORDS = {
+    types.NoneType: "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
 
 
 def in_words(kind: Any) -> str:
@@ -114,6 +120,7 @@ def in_words(kind: Any) -> str:
     >>> in_words(Literal["zero", "continue"]), in_words(tuple[int, int]), in_words(Mapping[str, str])
     ("'zero' or 'continue'", 'a list of 2', 'an object')
     """
+    kind = plain(kind)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return " or ".join(map(repr, args))
@@ -152,7 +159,7 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
             return decode(kind, value, where)
     others = [kind for kind in kinds if plain(kind) not in (types.NoneType, int, str)]
     if not others:
-        raise CembedError(f"{where} is {shown(value)}, which is none of {tuple(map(plain, kinds))}")
+        raise CembedError(f"{where} is {shown(value)}, the schema has {' or '.join(map(in_words, kinds))}")
     return decode(others[0], value, where)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cembed.runtime.bundle.manifest import Pooling
 from cembed.runtime.bundle.vectors import Vectors
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, missing_extra
 
 FloatArray = NDArray[np.floating[Any]]
 BLAME = "the checkpoint or its precision (fp16?) is at fault"
@@ -63,6 +63,6 @@ def pool_tokens(vectors: Vectors, factor: int) -> Vectors:
     try:
         from scipy.cluster.hierarchy import fcluster, linkage
     except ImportError as error:
-        raise CembedError("pool_factor needs scipy: pip install scipy") from error
+        raise missing_extra("pool_factor", "scipy", "pool") from error
     labels = fcluster(linkage(1 - vectors @ vectors.T, method="ward"), t=clusters, criterion="maxclust")
     return normalise(np.stack([vectors[labels == label].mean(axis=0) for label in np.unique(labels)]))

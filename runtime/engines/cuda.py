@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cembed.runtime.engines.session import Array
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, missing_extra
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # the latter in cuda-python before 12.6
 
@@ -129,7 +129,7 @@ def load_api() -> Any:
     for name in MODULES:
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
-    raise CembedError("GPU memory needs cuda-python: install cembed with its extra 'gpu'")
+    raise missing_extra("GPU memory", "cuda-python", "gpu")
 
 
 def describe(api: Any, status: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.engines.quiet import import_openvino
 from cembed.runtime.engines.session import Array, EngineSettings
-from cembed.runtime.errors import CembedError
+from cembed.runtime.errors import CembedError, missing_extra
 
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
 """The arithmetic of each provider. In bfloat16, weights of a float bundle are rounded to 8 bits as well."""
@@ -25,7 +25,7 @@ def openvino_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str
     try:
         openvino = import_openvino()
     except ImportError as error:
-        raise CembedError("OpenVINO is not installed: pip install 'cembed[openvino]'") from error
+        raise missing_extra(f"provider {settings.providers[0]}", "OpenVINO", "openvino") from error
     precision = PRECISIONS[settings.providers[0]]
     core = openvino.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -66,10 +66,16 @@ class Columns:
 
     @classmethod
     def empty(cls, tiers: int) -> Columns:
-        wide, none = (tiers, 0), np.empty(0, np.int64)
-        thin = np.empty(0, np.int32), np.empty(0, np.float32)
-        crcs, warned = np.empty(wide, np.uint32), np.empty(0, np.bool_)
-        return cls(none, *thin, np.empty(wide, np.int64), crcs, warned, none, thin[0])
+        return cls(
+            serials=np.empty(0, np.int64),
+            rows=np.empty(0, np.int32),
+            scales=np.empty(0, np.float32),
+            starts=np.empty((tiers, 0), np.int64),
+            crcs=np.empty((tiers, 0), np.uint32),
+            warned=np.empty(0, np.bool_),
+            records=np.empty(0, np.int64),
+            places=np.empty(0, np.int32),
+        )
 
 
 def page_sizes(tier: str, rows: NDArray[np.int32], dim: int) -> NDArray[np.int64]:

@@ -102,9 +102,16 @@ def _shared(view: View) -> Mapping[int, Key]:
 
 def _stored_page(view: View, commit: Commit, place: int, page: int) -> StoredPage:
     serial = int(commit.serials[place])
-    source, metadata = commit.sources[commit.source[place]], commit.metadata[commit.metadatum[place]]
-    number, content = int(commit.numbers[place]), commit.contents[place].tobytes()
-    return StoredPage(serial, commit.ids[place], source, number, metadata, content, view.stored(page), serial)
+    return StoredPage(
+        serial=serial,
+        id=commit.ids[place],
+        source=commit.sources[commit.source[place]],
+        number=int(commit.numbers[place]),
+        metadata=commit.metadata[commit.metadatum[place]],
+        content=commit.contents[place].tobytes(),
+        vectors=view.stored(page),
+        of=serial,
+    )
 
 
 class _Output:

@@ -65,7 +65,16 @@ class Draft:
     def stored(self, vectors: StoredVectors, of: int) -> StoredPage:
         """As it is appended, with its vectors, or those of the page `of` in the same segment."""
         page, content = self.page, self.page.content.ljust(CONTENT_BYTES, b"\0")
-        return StoredPage(self.serial, page.id, page.source, page.page, self.metadata, content, vectors, of)
+        return StoredPage(
+            serial=self.serial,
+            id=page.id,
+            source=page.source,
+            number=page.page,
+            metadata=self.metadata,
+            content=content,
+            vectors=vectors,
+            of=of,
+        )
 
 
 def encode(vectors: Vectors, tiers: Sequence[str]) -> StoredVectors:

@@ -241,4 +241,15 @@ class IndexReader:
         removed = sum(map(len, views)) - pages
         per_page = sum(total.values()) / max(1, pages)
         warnings = sum(int(view.columns.warned[view.alive].sum()) for view in views)
-        return Stats(pages, removed, vectors, self.dim, self.bundle, len(views), records, total, per_page, warnings)
+        return Stats(
+            pages=pages,
+            removed=removed,
+            vectors=vectors,
+            dim=self.dim,
+            bundle=self.bundle,
+            segments=len(views),
+            records=records,
+            bytes=total,
+            bytes_per_page=per_page,
+            warnings=warnings,
+        )

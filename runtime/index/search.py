@@ -145,7 +145,15 @@ def run_stage(
 
 def to_hit(view: View, page: int, score: float) -> Hit:
     info = view.info(page)
-    return Hit(score, info.id, info.source, info.page, info.metadata, info.warning, info.folder)
+    return Hit(
+        score=score,
+        id=info.id,
+        source=info.source,
+        page=info.page,
+        metadata=info.metadata,
+        warning=info.warning,
+        folder=info.folder,
+    )
 
 
 def choose(view: View, where: Mapping[str, Any] | None, source: str | None) -> Numbers | None:

@@ -171,7 +171,16 @@ class Segment:
             within = (np.arange(n) - np.repeat(firsts, counts)).astype(np.int32)
             warned = np.isin(commit.metadatum, list(warnings_of(commit)))
             self._chunks.append(
-                Columns(commit.serials, commit.rows, commit.scales, starts, commit.crcs, warned, offsets, within)
+                Columns(
+                    serials=commit.serials,
+                    rows=commit.rows,
+                    scales=commit.scales,
+                    starts=starts,
+                    crcs=commit.crcs,
+                    warned=warned,
+                    records=offsets,
+                    places=within,
+                )
             )
             self._lasts.append(self.last_serial)
 

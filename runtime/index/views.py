@@ -146,6 +146,13 @@ class View:
         """Raises CembedError: the record is damaged."""
         commit, place = self.commit(page)
         with self.segment.malformed():
-            source, number = commit.sources[commit.source[place]], int(commit.numbers[place])
-            notes, rows = Notes.of(parse_metadata(commit, int(commit.metadatum[place]))), int(self.columns.rows[page])
-            return PageInfo(commit.ids[place], source, number, notes.metadata, rows, notes.warning, notes.folder)
+            notes = Notes.of(parse_metadata(commit, int(commit.metadatum[place])))
+            return PageInfo(
+                id=commit.ids[place],
+                source=commit.sources[commit.source[place]],
+                page=int(commit.numbers[place]),
+                metadata=notes.metadata,
+                vectors=int(self.columns.rows[page]),
+                warning=notes.warning,
+                folder=notes.folder,
+            )

@@ -1,42 +1,36 @@
-"""Reads PDFs and pictures into RGB pages. One process does all decoding: it may be slow, exhaust memory or crash.
-
-A request is a line of JSON, `[path, number]`, with number 0 when only the page count is wanted. Replies are headers in
-JSON, each after its length: `{"pages": n}`, then `{"shape": [h, w, 3], "warning": text or null}` and the bytes;
-`{"error": text}` for either.
-"""
+"""Finds documents, and reads PDFs and pictures into RGB pages."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cembed.runtime.errors import CembedError, one_line
+from cembed.runtime.pages.decoder import Decoder, LostError
 from cembed.runtime.pages.file_kinds import START_BYTES, kind_of
-from cembed.runtime.pages.images import Drawn, Settings
+from cembed.runtime.pages.images import Settings
 from cembed.runtime.pages.pdf import codes as pdf_codes
 
 SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 
-_START_SECONDS = 120.0
 _STRIKES = 30  # in a row, and a file is given up: it may claim a million pages
 _LOSS_STRIKES = 10
-_HEADER_BYTES, _PAGES, _TEXT = 1 << 16, 1 << 31, 500  # what a reply may have, whatever befell the decoding process
-_PIPE = 1 << 20  # bytes: what Linux allows everybody
-# Not `python -m`: that takes modules from the working directory and misses what a script has put on sys.path.
-_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.pages.worker import serve; serve(sys.argv[1])"
+
+
+def place_of(path: str, number: int | None) -> str:
+    """A page, or a whole file, as messages name it.
+
+    >>> place_of("scan.pdf", 3), place_of("scan.pdf", None)
+    ('scan.pdf, page 3', 'scan.pdf')
+    """
+    return path if number is None else f"{path}, page {number}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +46,34 @@ class Page:
     image: npt.NDArray[np.uint8]
     warning: str | None = None
 
+    @property
+    def place(self) -> str:
+        """As messages name it."""
+        return place_of(self.path, self.number)
+
 
 @dataclass(frozen=True)
 class PageError:
-    """A page that could not be read, or a whole file if `number` is None; `reason` is one line for a person."""
+    """A page that could not be read or embedded, or a whole file if `number` is None; `reason` is one line for a
+    person."""
 
     path: str
     number: int | None
     reason: str
+
+    @property
+    def place(self) -> str:
+        """As messages name it."""
+        return place_of(self.path, self.number)
+
+
+def require_pages(pages: Iterable[Page | PageError]) -> Iterator[Page]:
+    """`pages`, where none may be missing. Raises CembedError for the first that could not be read."""
+    for page in pages:
+        if isinstance(page, PageError):
+            raise CembedError(f"{page.place} cannot be read: {page.reason}")
+        yield page
+        del page  # it may be the largest thing in memory, and the next one is about to come
 
 
 def find_documents(paths: Iterable[str | Path]) -> list[Path]:
@@ -69,6 +83,8 @@ def find_documents(paths: Iterable[str | Path]) -> list[Path]:
     that is given itself may have any name, if its content is of a known type. Raises CembedError for a path that does
     not exist or is a device, pipe or socket, a file of unknown type, a folder that cannot be listed, or no result.
     """
+    if isinstance(paths, (str, Path)):
+        raise CembedError("paths must be a list or another iterable: put the one you have into brackets")
     given = [Path(path) for path in paths]
     found: dict[str, Path] = {}
     for file in (file for path in given for file in (_walk(path) if path.is_dir() else [_checked(path)])):
@@ -130,12 +146,12 @@ class PageReader:
         for name, value in {**asdict(self._settings), "timeout": timeout}.items():
             if value is not None and not 0 < value < math.inf:
                 raise CembedError(f"{name} is {value}: give a number above 0")
-        self._worker: _Worker | None = None
+        self._worker: Decoder | None = None
         self._entered = self._reading = False
 
     def __enter__(self) -> PageReader:
         pdf_codes.load()  # warns here where it is missing, as nobody sees what the other process says
-        self._entered, self._worker = True, _Worker(self._settings)
+        self._entered, self._worker = True, Decoder(self._settings)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,7 +170,7 @@ class PageReader:
         try:
             worker.send(str(path), 0)
             reply = worker.receive(self._timeout)
-        except _LostError:
+        except LostError:
             return None
         return None if isinstance(reply, str) or reply.warning else worker.pages or None
 
@@ -191,7 +207,7 @@ class PageReader:
                 yield None
                 reply = worker.receive(self._timeout)
                 pages, strikes = worker.pages, strikes + 1 if isinstance(reply, str) else 0
-            except _LostError as lost:
+            except LostError as lost:
                 reply = str(lost)
                 pages, strikes = worker.pages or pages, strikes + _LOSS_STRIKES
             if isinstance(reply, str):
@@ -204,169 +220,14 @@ class PageReader:
                 yield PageError(path, None, f"pages {number} to {pages} left out, as too many in a row failed")
                 return
 
-    def _live_worker(self) -> _Worker:
+    def _live_worker(self) -> Decoder:
         assert self._entered, "use PageReader in a with block"
         if self._worker is None or not self._worker.alive:
             self._end_worker()
-            self._worker = _Worker(self._settings)
+            self._worker = Decoder(self._settings)
         self._worker.await_ready()
         return self._worker
 
     def _end_worker(self) -> None:
         if self._worker is not None:
             self._worker.end()
-
-
-def _widen(pipe: Any) -> None:
-    """A page is megabytes, and on Linux a pipe takes 64 kB at once, unless it is told to take more."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import fcntl
-
-        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)
-
-
-class _LostError(Exception):
-    """The decoding process is gone, or was ended, before it had answered."""
-
-
-class _NonsenseError(Exception):
-    """A reply that the decoding process cannot have meant."""
-
-
-class _Worker:
-    """The decoding process as the reading side sees it; `pages` is what it said of the file last asked for."""
-
-    def __init__(self, settings: Settings) -> None:
-        command = [sys.executable, "-c", _BOOT, json.dumps(asdict(settings)), *map(str, sys.path)]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        _widen(self._process.stdout)
-        self._requests: Any = self._process.stdin
-        self._replies: Any = self._process.stdout
-        self._ready, self.pages, self._max_pixels = False, 0, settings.max_pixels
-        self._owner = os.getpid()
-
-    @property
-    def _ours(self) -> bool:
-        """Whether this process started it, and did not come by it by a fork."""
-        return os.getpid() == self._owner
-
-    @property
-    def alive(self) -> bool:
-        return self._ours and self._process.poll() is None
-
-    def await_ready(self) -> None:
-        try:
-            self._ready = self._ready or self.receive(_START_SECONDS) is not None
-        except _LostError as lost:
-            hint = f"check that `{sys.executable} -c 'import PIL, pypdfium2'` works and memory_limit is not too small"
-            raise CembedError(f"the process that reads documents did not start: {lost}; {hint}") from None
-
-    def send(self, path: str, number: int) -> None:
-        self.pages = 0
-        self._check_owner()
-        try:
-            self._requests.write(json.dumps([os.path.abspath(path), number]).encode() + b"\n")
-            self._requests.flush()
-        except OSError:
-            raise _LostError(self._ending()) from None
-
-    def receive(self, seconds: float) -> Drawn | str:
-        """The image asked for (empty if none was) or why there is none; ends the process when `seconds` have passed."""
-        self._check_owner()
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            self._process.kill()
-
-        timer = threading.Timer(seconds, expire)
-        timer.daemon = True
-        timer.start()
-        reply: Drawn | str | None = None
-        failure: str | None = None
-        try:
-            reply = self._reply()
-        except EOFError:
-            pass
-        except (_NonsenseError, ValueError, RecursionError):
-            failure = "the decoding process gave an answer that makes no sense"
-        except MemoryError:
-            failure = "no memory is left for it"
-        except BaseException:  # half a reply would be taken for the start of the next
-            self.end()
-            raise
-        finally:
-            timer.cancel()
-            timer.join()
-        if expired.is_set():
-            self.end()
-            raise _LostError(f"took longer than {seconds:g} s")
-        if failure is not None:
-            self.end()
-            raise _LostError(failure)
-        if reply is None:
-            raise _LostError(self._ending())
-        return reply
-
-    def _reply(self) -> Drawn | str:
-        header = self._header()
-        if "pages" in header:
-            if type(header["pages"]) is not int or not 0 <= header["pages"] < _PAGES:
-                raise _NonsenseError
-            self.pages = header["pages"]
-            header = self._header()
-        if "error" in header:
-            return one_line(str(header["error"]))[:_TEXT]
-        image = np.empty(self._shape(header.get("shape")), np.uint8)
-        self._fill(image.data.cast("B") if image.size else bytearray())
-        warning = header.get("warning")
-        return Drawn(image, None if warning is None else one_line(str(warning))[:_TEXT])
-
-    def _shape(self, shape: Any) -> list[int]:
-        """A shape that a page of these settings can have, or [0]."""
-        if shape == [0]:
-            return [0]
-        if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
-            raise _NonsenseError
-        if shape[0] * shape[1] > self._max_pixels or shape[2] != 3:
-            raise _NonsenseError
-        return shape
-
-    def _header(self) -> dict[str, Any]:
-        prefix = bytearray(4)
-        self._fill(prefix)
-        length = int.from_bytes(prefix, "big")
-        if length > _HEADER_BYTES:
-            raise _NonsenseError
-        text = bytearray(length)
-        self._fill(text)
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise _NonsenseError
-        return header
-
-    def _fill(self, buffer: bytearray | memoryview) -> None:
-        if self._replies.readinto(buffer) != len(buffer):
-            raise EOFError
-
-    def _check_owner(self) -> None:
-        if not self._ours:
-            raise _LostError("it was asked for before a fork, and the answer goes to the other process")
-
-    def _ending(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        self.end()
-        code = self._process.returncode
-        what = signal.strsignal(-code) if code < 0 else f"exit status {code}"
-        return f"the decoding process died ({what})"
-
-    def end(self) -> None:
-        if self._ours:
-            self._process.kill()
-        for pipe in (self._requests, self._replies):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        if self._ours:
-            self._process.wait()

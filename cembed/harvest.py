@@ -9,32 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cembed.display import complain
-from cembed.runtime.bundle.vectors import VectorParts, Vectors
-from cembed.runtime.embed.embedder import Budget, Embedder
+from cembed.runtime.bundle.vectors import VectorParts
 from cembed.runtime.errors import CembedError
-from cembed.runtime.pages.documents import Page, PageError
+from cembed.runtime.page_vectors import EmbeddedPage
+from cembed.runtime.pages.documents import PageError
 from cembed.signals import StopSignals
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """A page's vectors, and where they come from."""
-
-    vectors: Vectors
-    path: str
-    number: int
-    warning: str
 
 
 @dataclass
 class Harvest:
-    """What a run has made so far, of `total` pages, for the vector file `out`."""
+    """What a run has made so far, of `total` pages, by the bundle with a hash, for the vector file `out`."""
 
     out: Path
-    embedder: Embedder
-    budget: Budget
+    bundle: str
     total: int = 0
-    pages: list[Embedded] = field(default_factory=list)
+    pages: list[EmbeddedPage] = field(default_factory=list)
     failures: list[PageError] = field(default_factory=list)
 
     @property
@@ -46,12 +35,15 @@ class Harvest:
         return bool(self.failures) or any(page.warning for page in self.pages)
 
     def run(
-        self, pages: Iterable[Page | PageError], signals: StopSignals, done: Callable[[], None]
+        self, pages: Iterable[EmbeddedPage | PageError], signals: StopSignals, done: Callable[[], None]
     ) -> BaseException | None:
-        """Embeds page after page; gives what ended it before the last one, if something did. Then no signal does."""
+        """Takes page after page; gives what ended it before the last one, if something did. Then no signal does."""
         try:
             for page in pages:
-                self.take(page)
+                if isinstance(page, PageError):
+                    self.failures.append(page)
+                else:
+                    self.pages.append(page)
                 done()
             signals.hold()
         except BaseException as error:  # of whatever kind: the pages before it are worth their time
@@ -59,25 +51,13 @@ class Harvest:
             return error
         return None
 
-    def take(self, page: Page | PageError) -> None:
-        if isinstance(page, PageError):
-            self.failures.append(page)
-            return
-        try:
-            vectors = self.embedder.embed_image(page.image, self.budget)
-        except CembedError as error:
-            self.failures.append(PageError(page.path, page.number, str(error)))
-        else:
-            self.pages.append(Embedded(vectors, page.path, page.number, page.warning or ""))
-
     def report(self) -> None:
         """One line for each page that is missing, or doubtful."""
         for page in self.pages:
             if page.warning:
-                complain(f"warning: {page.path}, page {page.number}: {page.warning}")
+                complain(f"warning: {page.place}: {page.warning}")
         for failure in self.failures:
-            number = "" if failure.number is None else f", page {failure.number}"
-            complain(f"not embedded: {failure.path}{number}: {failure.reason}")
+            complain(f"not embedded: {failure.place}: {failure.reason}")
 
     def save(self) -> None:
         """Writes `out`; where it cannot be written, a folder for temporary files, and a CembedError that says so."""
@@ -98,8 +78,8 @@ class Harvest:
             [page.vectors for page in self.pages],
             [page.path for page in self.pages],
             [page.number for page in self.pages],
-            self.embedder.bundle.hash,
-            [page.warning for page in self.pages],
+            self.bundle,
+            [page.warning or "" for page in self.pages],
         )
 
     def stopped(self) -> str:

@@ -1,0 +1,73 @@
+"""`cembed embed`: documents become a vector file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cembed.display import complain, progress_bar, say
+from cembed.options import EXIT_INCOMPLETE, BundlePath, Engine, Force, PageVectors, Paths, Reading, spread
+from cembed.runtime.errors import CembedError
+from cembed.signals import Stopped, StopSignals
+
+if TYPE_CHECKING:
+    from cembed.harvest import Harvest
+
+
+@spread
+def embed(
+    bundle: BundlePath,
+    paths: Paths,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Vector file to write: .npz or .safetensors.")],
+    page_vectors: PageVectors,
+    reading: Reading,
+    engine: Engine,
+    force: Force = False,
+) -> None:
+    """Embed the pages of documents into one vector file.
+
+    Exits with 3 if some pages could not be read, or not without doubt. When it is interrupted, the pages so far are
+    written.
+    """
+    from cembed.harvest import Harvest
+    from cembed.runtime.bundle.vectors import check_writable
+    from cembed.runtime.page_vectors import embed_pages
+    from cembed.runtime.pages.documents import find_documents
+
+    check_writable(out, force)
+    files = find_documents(paths)
+    embedder = engine.load(bundle, page_vectors.max_visual_tokens)
+    budget = page_vectors.budget()
+    embedder.prepare("document", budget)
+    harvest = Harvest(out, embedder.bundle.hash)
+    with StopSignals() as signals:
+        with reading.reader() as reader, progress_bar() as progress:
+            harvest.total = reader.count_pages(files)
+            task = progress.add_task("embedding", total=harvest.total)
+            pages = embed_pages(embedder, reader.read(files), budget)
+            ended = harvest.run(pages, signals, lambda: progress.advance(task))
+        finish(harvest, ended)
+
+
+def finish(harvest: Harvest, ended: BaseException | None) -> None:
+    """Writes what there is, and says what there is not; `ended` is what ended the run before the last page."""
+    try:
+        if harvest.pages:
+            harvest.save()
+    finally:
+        harvest.report()
+    if isinstance(ended, Stopped):
+        ended.message = f"interrupted {harvest.stopped()}"
+    elif ended is not None:
+        complain(f"ended {harvest.stopped()}")
+    if ended is not None:
+        raise ended
+    if not harvest.pages:
+        raise CembedError(f"none of the {harvest.seen} pages could be embedded: {harvest.out} was not written")
+    rows, dim = sum(len(page.vectors) for page in harvest.pages), harvest.pages[0].vectors.shape[1]
+    size = harvest.out.stat().st_size
+    say(f"{harvest.out}: {len(harvest.pages)} pages, {rows} vectors of {dim}, {size:,} bytes")
+    if harvest.doubtful:
+        raise typer.Exit(EXIT_INCOMPLETE)

@@ -1,0 +1,65 @@
+"""`cembed search`: pages are ranked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cembed.display import show_json, show_table
+from cembed.options import AsJson, DecodeOption, Engine, as_decode, spread
+from cembed.runtime.errors import CembedError
+from cembed.streams import held_stderr
+
+
+@spread
+def search(
+    *,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE_OR_INDEX", help="Made by `cembed embed` or `cembed index add`.")
+    ],
+    bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle that made the vectors.")],
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Look for pages like this one, in place of QUERY.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Pages to show.")] = 5,
+    query_vectors: Annotated[int | None, typer.Option(min=1, help="Vectors of the query; all by default.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Index only: pages with this metadata; may be repeated."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Index only: pages of files such as 'scans/2024/*'.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Index only: pages that the first stage leaves to the next.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Index only: one exact stage over all pages.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Index only: show the stages of the search.")] = False,
+    decode: DecodeOption = None,
+    engine: Engine,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the pages of a vector file or an index by MaxSim with a query."""
+    from cembed import ranking
+    from cembed.runtime.embed.embedder import Budget
+
+    pages = ranking.open_pages(file, ranking.Tuning(tuple(where or ()), source, candidates, exact, explain))
+    if (query is None) == (image is None):
+        raise CembedError("give either a QUERY or an --image")
+    embedder = engine.load(bundle, prepack=None)  # for one query
+    if pages.bundle != embedder.bundle.hash:
+        raise CembedError(f"{file} was made by another bundle than {bundle}: use that one, or embed the pages again")
+    budget = Budget(query_vectors, pages.dim, as_decode(decode))
+    with held_stderr():
+        vectors = ranking.embed_image(embedder, image, budget) if image else embedder.embed_query(query or "", budget)
+    rows, stages = pages.rank(vectors, top, engine.threads)
+    if as_json:
+        show_json({"pages": rows, "stages": stages} if explain else rows)
+        return
+    warned = ["warning"] if any("warning" in row for row in rows) else []
+    show_table(f"{query or str(image)!r} among {len(pages)} pages", ["rank", "score", "path", "page", *warned], rows)
+    if explain:
+        show_table("stages of the search", ["stage", "pages", "kept", "ms", "bytes"], stages)
