@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
-from cembed.runtime.scoring.cuda_driver import DeviceMemory, Driver, Limits, Module, compile_kernels
+from cembed.runtime.scoring.cuda_driver import DeviceLimits, DeviceMemory, Driver, Module, compile_kernels
 from cembed.runtime.scoring.kernels import Numbers, Pages, Scores, checked_query
 from cembed.runtime.scoring.storage import STORAGE
 
@@ -66,7 +66,7 @@ class _Query(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """How a query of `num` vectors runs over pages of `row_bytes` a row."""
 
     storage: str
@@ -106,7 +106,7 @@ class Plan:
         return max(1, min(_UNIT // passes * pages // max(nbytes, 1), pages // (4 * warps)))
 
 
-class Gpu:
+class GpuKernels:
     """The first device with the kernels on it, and memory that calls share. Raises CembedError where there is none."""
 
     def __init__(self, driver: Driver | None = None, image: bytes | None = None) -> None:
@@ -124,11 +124,11 @@ class Gpu:
 
 
 @cache
-def gpu() -> Gpu:
-    return Gpu()
+def gpu() -> GpuKernels:
+    return GpuKernels()
 
 
-def cubin(limits: Limits) -> bytes:
+def cubin(limits: DeviceLimits) -> bytes:
     """The kernels for a device of sm_80 or later, compiled once on a machine. Raises CembedError as compile_kernels."""
     if limits.architecture < 80:
         raise CembedError(f"{limits.name} is sm_{limits.architecture}: the kernels need sm_80 or later")
@@ -156,7 +156,7 @@ class GpuPages:
 
     def __init__(
         self,
-        device: Gpu,
+        device: GpuKernels,
         storage: str,
         dim: int,
         shape: tuple[int, int],  # P pages, N rows altogether
@@ -169,7 +169,9 @@ class GpuPages:
         assert shape[0] < 1 << 32, f"{shape = }"
 
     @classmethod
-    def upload(cls, pages: Pages | Sequence[Vectors], storage: str = "f16", device: Gpu | None = None) -> GpuPages:
+    def upload(
+        cls, pages: Pages | Sequence[Vectors], storage: str = "f16", device: GpuKernels | None = None
+    ) -> GpuPages:
         """Stored pages as they are, or vectors [K, D] of each page to be stored as f16 or u8.
 
         Raises CembedError: a storage type without kernels, no GPU, or too little memory on it.
@@ -243,8 +245,8 @@ class GpuPages:
         self._gpu.module.launch(plan.kernel, grid, _WARPS * 32, plan.shared, *arguments)
         return scores
 
-    def _plan(self, num: int) -> Plan:
-        return Plan(self.storage, num, self._row_bytes, self._gpu.driver.limits.shared_of_block)
+    def _plan(self, num: int) -> LaunchPlan:
+        return LaunchPlan(self.storage, num, self._row_bytes, self._gpu.driver.limits.shared_of_block)
 
     def _best(self, scores: DeviceMemory, k: int) -> DeviceMemory:
         """Keys of the k best: blocks keep theirs, until one block is left."""
