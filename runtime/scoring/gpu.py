@@ -28,10 +28,10 @@ from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
 from cembed.runtime.scoring.cuda_driver import DeviceLimits, DeviceMemory, Driver, Module, compile_kernels
 from cembed.runtime.scoring.kernels import Numbers, Pages, Scores, checked_query
-from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.storage import STORAGE, by_exactness
 
 SOURCES = Path(__file__).parents[1] / "native" / "cuda"
-STORED = ("f16", "u8")
+STORED = tuple(name for name in by_exactness() if STORAGE[name].on_gpu)
 FILES = ("maxsim.cu", "maxsim.h", "warp.cuh")
 _WARPS, _RING, _STEP, _SORTED = 8, 1 << 16, 64, 2048  # of native/cuda/maxsim.h
 _ALIGNED = 16  # bytes, to which rows are filled up
@@ -181,7 +181,7 @@ class GpuPages:
             raise CembedError(f"pages in {stored.storage} on a GPU: there are kernels for {', '.join(STORED)}")
         device = gpu() if device is None else device
         offsets = np.concatenate([[0], np.cumsum(stored.rows, dtype=np.int64)])
-        arrays = [_matrix(stored, int(offsets[-1])), offsets, *([stored.scales] if stored.storage == "u8" else [])]
+        arrays = [_matrix(stored, int(offsets[-1])), offsets, *([stored.scales] if stored.kind.has_scale else [])]
         memory = [device.driver.upload(array) for array in arrays]
         shape = len(stored), int(offsets[-1])
         return cls(device, stored.storage, stored.dim, shape, [part.address for part in memory], memory)
@@ -281,7 +281,7 @@ def store(pages: Sequence[Vectors], storage: str) -> Pages:
 
 def _matrix(pages: Pages, rows: int) -> NDArray[np.uint8]:
     """Bytes [N, row_bytes] of pages that may lie anywhere; what fills up a row meets zeros of the query."""
-    size = STORAGE[pages.storage].vector_bytes(pages.dim)
+    size = pages.kind.vector_bytes(pages.dim)
     matrix, row = np.zeros((rows, _row_bytes(pages.storage, pages.dim)), np.uint8), 0
     for start, count in zip(pages.starts.tolist(), pages.rows.tolist(), strict=True):
         matrix[row : row + count, :size] = pages.data[start : start + count * size].reshape(count, size)

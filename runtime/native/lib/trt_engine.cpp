@@ -12,14 +12,15 @@
 #include <utility>
 
 #include "error.h"
+#include "shared_tables.h"
 
 namespace cembed {
 namespace {
 
 namespace trt = nvinfer1;
 
-constexpr size_t MAX_CONTEXTS = 16;  // of an engine: the one that was used longest ago goes first
-const std::map<std::string, int64_t> BUCKETS = {{"sequence_length", 64}, {"num_vectors", 16}};  // filled up to multiples
+// Those of an engine and of its caches together: the one that was used longest ago goes first.
+constexpr size_t MAX_CONTEXTS = 2 * size_t(shared::MAX_CONTEXTS);
 
 Memory allocated(int64_t bytes, bool device) {
     const auto size = size_t(std::max<int64_t>(bytes, 1));
@@ -162,12 +163,13 @@ class TrtEngine : public Engine {
                               return tensor.name == name;
                           })->axes;
         for (size_t i = 0; i < axes.size(); ++i) {
-            const auto bucket = BUCKETS.find(axes[i]);
-            if (bucket == BUCKETS.end()) continue;
+            const auto named = [&](const shared::Bucket &known) { return known.axis == axes[i]; };
+            const auto *bucket = std::find_if(std::begin(shared::BUCKETS), std::end(shared::BUCKETS), named);
+            if (bucket == std::end(shared::BUCKETS)) continue;
             int64_t most = 0;
             for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile)
                 most = std::max<int64_t>(most, limit(name, profile, trt::OptProfileSelector::kMAX).d[i]);
-            const int64_t up = (shape.d[i] + bucket->second - 1) / bucket->second * bucket->second;
+            const int64_t up = (shape.d[i] + bucket->step - 1) / bucket->step * bucket->step;
             shape.d[i] = std::max<int64_t>(shape.d[i], std::min(up, most));
         }
     }
