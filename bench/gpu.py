@@ -47,7 +47,7 @@ class Random:
     """The random checkpoint: the page's inputs, and the graphs without the checks of an export."""
 
     def __init__(self, folder: Path, size: str, dtype: str) -> None:
-        from cembed.export.plan import ExportOptions, Plan
+        from cembed.export.plan import ExportOptions, ExportPlan
         from cembed.runtime.bundle.prompts import Prompter
         from cembed.runtime.embed.positions import patch_positions, window_index, window_restore
 
@@ -58,7 +58,7 @@ class Random:
             subprocess.run([*script, *flags], check=True)
         self.config = json.loads((self.checkpoint / "config.json").read_text())
         options = ExportOptions("qwen2.5-vl", str(self.checkpoint), num_vectors=NUM_VECTORS, dtype=dtype)
-        self.plan = Plan.make(options, self.checkpoint)
+        self.plan = ExportPlan.make(options, self.checkpoint)
         image = self.plan.backbone.image
         windows, patches = window_index(self.grid, image), self.grid[0] * self.grid[1]
         self.vision = {
@@ -196,7 +196,7 @@ def tensorrt_sessions(model: Random, dtype: str, batch: int) -> Callable[[str], 
     from cembed.runtime.bundle.manifest import Graph
     from cembed.runtime.engines.build import Build, BuildOptions, EngineCache, Library
     from cembed.runtime.engines.cuda import Cuda
-    from cembed.runtime.engines.memory import Limits
+    from cembed.runtime.engines.memory import EngineLimits
     from cembed.runtime.engines.tensorrt import Device, TrtSession
 
     library, cuda, paths, plan = Library.load(), Cuda(), model.graphs("tensorrt", dtype), model.plan
@@ -205,7 +205,7 @@ def tensorrt_sessions(model: Random, dtype: str, batch: int) -> Callable[[str], 
     sides = {"document": plan.document, "query": plan.query, "max_sequence_length": plan.backbone.decoder.max_positions}
     manifest = cast(Any, SimpleNamespace(graphs=specs, image=image, **sides))
     bundle = cast(Any, SimpleNamespace(root=paths["text"].parent, manifest=manifest, graph_path=paths.get))
-    options = BuildOptions(Limits.from_prompt(manifest, image, len(model.ids), batch))
+    options = BuildOptions(EngineLimits.from_prompt(manifest, image, len(model.ids), batch))
     cache, device = EngineCache(bundle, library, cuda.gpu()), Device(library.trt, cuda)
     cache.folder.mkdir(exist_ok=True)
 

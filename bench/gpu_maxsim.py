@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where cembed is not ins
 from cembed.runtime import CembedError
 from cembed.runtime.scoring import kernels
 from cembed.runtime.scoring.cuda_driver import Driver
-from cembed.runtime.scoring.gpu import SOURCES, Gpu, GpuPages, store
+from cembed.runtime.scoring.gpu import SOURCES, GpuKernels, GpuPages, store
 from cembed.runtime.scoring.storage import STORAGE
 
 Run = Callable[[], object]
@@ -82,23 +82,23 @@ def measure(shrink: int = 1) -> dict[str, Any]:
     return found | {"published": PUBLISHED}
 
 
-def open_device() -> Gpu:
+def open_device() -> GpuKernels:
     driver = Driver()
     try:
-        return Gpu(driver)
+        return GpuKernels(driver)
     except CembedError as reason:
         print(f"{reason}; nvcc is tried", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "maxsim.cubin"
         flags = ["-std=c++17", "-cubin", f"-arch=sm_{driver.limits.architecture}"]
         subprocess.run(["nvcc", *flags, str(SOURCES / "maxsim.cu"), "-o", str(made)], check=True)
-        return Gpu(driver, made.read_bytes())
+        return GpuKernels(driver, made.read_bytes())
 
 
 # Exactness -----------------------------------------------------------------------------------------------------------
 
 
-def errors(device: Gpu, most: int = 300) -> dict[str, Any]:
+def errors(device: GpuKernels, most: int = 300) -> dict[str, Any]:
     """Ragged pages of up to `most` vectors. Of half floats the largest difference to float64 for each query vector; of
     levels how many scores differ from the CPU's in any bit; of both whether search() and a page alone agree."""
     found: dict[str, Any] = {"f16": 0.0, "u8": 0, "other_pages": 0, "search": 0}
@@ -175,7 +175,7 @@ def copy_bandwidth() -> float:
     return 2 * COPIED / seconds(lambda: target.copy_(source))
 
 
-def times(device: Gpu, case: Case, bandwidth: float) -> dict[str, Any]:
+def times(device: GpuKernels, case: Case, bandwidth: float) -> dict[str, Any]:
     count = case.pages * case.vectors
     found = dict[str, Any]()
     if case.storage == "f16":

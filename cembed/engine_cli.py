@@ -14,7 +14,7 @@ from cembed.runtime.errors import CembedError
 if TYPE_CHECKING:
     from cembed.runtime.bundle.manifest import Manifest
     from cembed.runtime.engines.build import Library
-    from cembed.runtime.engines.cuda import Gpu
+    from cembed.runtime.engines.cuda import GpuInfo
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8", "int4", "w8a8")
 
@@ -45,12 +45,12 @@ def build_engine(
     """Build TensorRT engines beside a bundle, for this device, after a look at its memory."""
     from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.engines.build import BuildOptions, EngineCache, Library, build_engines, needed_graphs
-    from cembed.runtime.engines.memory import Fit, Limits, Model
+    from cembed.runtime.engines.memory import EngineLimits, Fit, Model
 
     opened, library = Bundle(bundle), Library.load()
     library.check(opened.manifest)
     options = BuildOptions(
-        Limits.of(opened, max_batch, max_visual_tokens), workspace, is_tf32(opened.manifest, precision)
+        EngineLimits.of(opened, max_batch, max_visual_tokens), workspace, is_tf32(opened.manifest, precision)
     )
     gpu, free = find_gpu(library)
     graphs = needed_graphs(opened.manifest, loop)
@@ -77,7 +77,7 @@ def is_tf32(manifest: Manifest, precision: str | None) -> bool:
     )
 
 
-def find_gpu(library: Library) -> tuple[Gpu | None, int | None]:
+def find_gpu(library: Library) -> tuple[GpuInfo | None, int | None]:
     """The device and its free bytes. TensorRT for RTX builds without one, too."""
     from cembed.runtime.engines.cuda import Cuda
     from cembed.runtime.engines.memory import available_memory

@@ -15,7 +15,7 @@ from cembed.export.checkpoint import require_finite, resolve
 from cembed.export.graph import WeightFile, choose_dialect, trace, write_graph
 from cembed.export.layers import DTYPES, Dialect
 from cembed.export.parity import check_parity, parity_inputs
-from cembed.export.plan import ExportOptions, Plan
+from cembed.export.plan import ExportOptions, ExportPlan
 from cembed.runtime.bundle.manifest import EmbeddingTable, Graph, Manifest, Parity
 from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
@@ -33,7 +33,7 @@ def export(
     check_replaceable(out, force)
     dialect = choose_dialect(options.target, options.opset)
     root, commit = resolve(options.model, options.revision)
-    plan = Plan.make(options, root)
+    plan = ExportPlan.make(options, root)
     with directory(out.resolve()) as partial:
         graphs, parity = write_graphs(plan, dialect, partial, progress)
         progress("writing the embedding tables")
@@ -45,7 +45,7 @@ def export(
 
 
 def write_graphs(
-    plan: Plan, dialect: Dialect, root: Path, progress: Progress
+    plan: ExportPlan, dialect: Dialect, root: Path, progress: Progress
 ) -> tuple[dict[str, Graph], tuple[Parity, ...]]:
     """Traces, writes and checks each graph; graphs with the same data file share their weights."""
     graphs, parity = {}, []
@@ -64,19 +64,19 @@ def write_graphs(
     return graphs, tuple(parity)
 
 
-def write_embeddings(plan: Plan, root: Path) -> EmbeddingTable:
+def write_embeddings(plan: ExportPlan, root: Path) -> EmbeddingTable:
     """The token table in float32 (fp16 bundles: float16), scaled as the backbone scales it, a slice at a time."""
     dtype = torch.float16 if plan.options.dtype == "fp16" else torch.float32
     return write_table(plan, root / "token_embeddings.bin", [plan.checkpoint.embeddings_name], dtype)
 
 
-def write_slot_rows(plan: Plan, root: Path) -> EmbeddingTable | None:
+def write_slot_rows(plan: ExportPlan, root: Path) -> EmbeddingTable | None:
     """The learned rows of both sides in float32, the document's first; scaled like the embeddings they stand beside."""
     names = plan.slot_tables
     return write_table(plan, root / "slot_embeddings.bin", names, torch.float32) if names else None
 
 
-def write_table(plan: Plan, path: Path, names: Sequence[str], dtype: torch.dtype) -> EmbeddingTable:
+def write_table(plan: ExportPlan, path: Path, names: Sequence[str], dtype: torch.dtype) -> EmbeddingTable:
     count = 0
     with path.open("wb") as file:
         for name in names:

@@ -92,7 +92,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """Everything decided before the first graph is traced."""
 
     options: ExportOptions
@@ -106,7 +106,7 @@ class Plan:
     graphs: tuple[GraphSpec, ...]
 
     @classmethod
-    def make(cls, options: ExportOptions, root: Path) -> Plan:
+    def make(cls, options: ExportOptions, root: Path) -> ExportPlan:
         checkpoint = Checkpoint.open(root, options.adapter, options.head_weights)
         backbone = load_backbone(options.backbone, root, options.adapter)
         backbone = replace(backbone, image=backbone.image.limited(options.max_visual_tokens))

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from cembed.export.settings import Settings, one_line, read_json
+from cembed.export.settings import Settings, read_json
 from cembed.runtime.bundle.manifest import Side
-from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
+from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, panics_named
 from cembed.runtime.errors import CembedError
 
 TOKENIZER, ROLES, LEGACY = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 MAX_BYTES = 1 << 28
-
-
-@contextmanager
-def failures_named(what: object) -> Iterator[None]:
-    """Whatever the tokenizers library raises as a CembedError; a panic of its Rust code is no Exception."""
-    try:
-        yield
-    except CembedError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CembedError(f"{what} is not a tokenizer that can be used: {one_line(error)}") from error
 
 
 def read_tokenizer(places: Sequence[Path]) -> Tokenizer:
@@ -51,27 +36,17 @@ def open_tokenizer(root: Path, places: Sequence[Path]) -> Tokenizer:
     """The first tokenizer.json from `root` on, with the added tokens of `root`."""
     files = [place / TOKENIZER for place in places[places.index(root) :]]
     path = next((path for path in files if path.exists()), files[-1])
-    check_model(path, read_json(path, MAX_BYTES))
-    with failures_named(path):
-        tokenizer = load_tokenizer(path)
+    if not isinstance(read_json(path, MAX_BYTES).get("model"), dict):
+        raise CembedError(f"{path} has no model: save the checkpoint with a fast tokenizer")
+    tokenizer = load_tokenizer(path)
     add_tokens(tokenizer, root, path)
     return tokenizer
-
-
-def check_model(path: Path, content: Mapping[str, Any]) -> None:
-    """Raises CembedError for what makes the tokenizers library end the process, or draw lots."""
-    model = content.get("model")
-    if not isinstance(model, dict):
-        raise CembedError(f"{path} has no model: save the checkpoint with a fast tokenizer")
-    for name in ("continuing_subword_prefix", "dropout"):
-        if model.get(name):
-            raise CembedError(f"{path}: a model with {name} {model[name]!r:.80} is not supported")
 
 
 def add_tokens(tokenizer: Tokenizer, root: Path, path: Path) -> None:
     """Adds what `root` names beside the tokenizer in `path`, as transformers does: tokens, and other flags of them."""
     declared, known = declared_tokens(root), tokenizer.get_added_tokens_decoder()
-    with failures_named(path):
+    with panics_named(f"{path} is not a tokenizer that can be used"):
         tokenizer.add_tokens([token for place, token in declared.items() if repr(known.get(place)) != repr(token)])
     for place, token in declared.items():
         if (found := tokenizer.token_to_id(token.content)) != place:
@@ -122,7 +97,7 @@ def check_prompts(tokenizer: Tokenizer, image_token_id: int, sides: tuple[Side, 
     if image_token_id not in tokenizer.get_added_tokens_decoder():
         raise CembedError(f"the config's image token {image_token_id} is no added token of the tokenizer")
     prompter = Prompter(tokenizer, image_token_id)
-    with failures_named(f"{TOKENIZER} of the checkpoint"):
+    with panics_named(f"{TOKENIZER} of the checkpoint is not one that can be used"):
         page, query = prompter.document(sides[0].prompt, 1), prompter.query(sides[1].prompt, "x")
     if (page == image_token_id).sum() != 1:
         raise CembedError(f"the tokenizer does not find one image token in the prompt {sides[0].prompt!r:.200}")

@@ -113,14 +113,14 @@ class Embedded:
     def of(
         cls, embedder: Embedder, calibration: CalibrationSet, progress: Callable[[int], None] = lambda number: None
     ) -> Embedded:
-        prompts, looked = look(embedder, calibration, progress)
+        prompts, vision = embed_vision(embedder, calibration, progress)
         embedder.release("vision")
-        pages, decoded = decode(embedder, prompts, progress)
+        pages, text = embed_text(embedder, prompts, progress)
         queries = embedder.embed_queries(calibration.queries.values())
-        return cls(pages, queries, float(np.median(np.add(looked, decoded))) * 1000)
+        return cls(pages, queries, float(np.median(np.add(vision, text))) * 1000)
 
 
-def look(
+def embed_vision(
     embedder: Embedder, calibration: CalibrationSet, progress: Callable[[int], None]
 ) -> tuple[list[Prompt], list[float]]:
     """The prompts of all pages, and seconds: the vision graph's part. One graph at a time halves the memory."""
@@ -133,7 +133,7 @@ def look(
     return prompts, seconds
 
 
-def decode(
+def embed_text(
     embedder: Embedder, prompts: list[Prompt], progress: Callable[[int], None], budget: Budget = FULL
 ) -> tuple[list[Vectors], list[float]]:
     """Vectors of all prompts, and seconds: the text graph's part."""
@@ -157,10 +157,10 @@ def observe(
     embedder = Embedder(bundle, EngineSettings(threads=threads, prepack=False))
     embedder.replace_sessions(watchers)
     count = len(calibration.pages)
-    prompts, _ = look(embedder, calibration, lambda number: progress(f"observing page {number} of {count}"))
+    prompts, _ = embed_vision(embedder, calibration, lambda number: progress(f"observing page {number} of {count}"))
     watchers["vision"].close()
     budget = Budget(decode="single-pass" if bundle.manifest.document.num_vectors else None)
-    decode(embedder, prompts, lambda number: progress(f"observing the text of page {number} of {count}"), budget)
+    embed_text(embedder, prompts, lambda number: progress(f"observing the text of page {number} of {count}"), budget)
     embedder.embed_queries(calibration.queries.values())
     watchers["text"].close()
 

@@ -28,7 +28,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Limits:
+class LossLimits:
     """What a quantised bundle may lose: the lowest cosine of a vector, and the fall of nDCG@5 if pages are judged."""
 
     min_cosine: float
@@ -36,10 +36,10 @@ class Limits:
 
 
 LIMITS = {
-    "fp16": Limits(0.999, 0.002),
-    "int8": Limits(0.995, 0.002),
-    "int4": Limits(0.95, 0.01),
-    "w8a8": Limits(0.95, 0.005),
+    "fp16": LossLimits(0.999, 0.002),
+    "int8": LossLimits(0.995, 0.002),
+    "int4": LossLimits(0.95, 0.01),
+    "w8a8": LossLimits(0.95, 0.005),
 }
 
 
@@ -61,11 +61,11 @@ class QuantiseOptions:
     accept_loss: bool = False
     threads: int | None = None
 
-    def limits(self, judged: bool) -> Limits:
+    def limits(self, judged: bool) -> LossLimits:
         """Where pages are judged, nDCG says more than the worst of many cosines, whose limit must be asked for then."""
         usual = LIMITS[self.weights]
         lowest = -1.0 if judged else usual.min_cosine
-        return Limits(
+        return LossLimits(
             lowest if self.min_cosine is None else self.min_cosine,
             usual.max_ndcg_drop if self.max_ndcg_drop is None else self.max_ndcg_drop,
         )

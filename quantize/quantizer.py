@@ -15,7 +15,7 @@ import onnx
 
 from cembed.quantize.calibration import CalibrationSet, Embedded, compare
 from cembed.quantize.graph import DataFile
-from cembed.quantize.plan import HALF, Limits, QuantiseOptions, QuantisePlan
+from cembed.quantize.plan import HALF, LossLimits, QuantiseOptions, QuantisePlan
 from cembed.quantize.sensitivity import draw, rank_layers
 from cembed.quantize.weights import FLOAT, Floats, nonzero
 from cembed.runtime.bundle.bundle import Bundle
@@ -193,7 +193,7 @@ def unchanged(bundle: Bundle) -> list[str]:
     return [name for name in m.files if name not in made | {m.token_embeddings.file, m.token_embeddings.scales}]
 
 
-def describe_loss(found: Comparison, limits: Limits) -> str:
+def describe_loss(found: Comparison, limits: LossLimits) -> str:
     """What was lost beyond the limits; empty if nothing was."""
     if found.min_cosine < limits.min_cosine:
         return f"nothing was written: the lowest cosine is {found.min_cosine:.4f}, under {limits.min_cosine}"

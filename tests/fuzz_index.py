@@ -212,7 +212,7 @@ def mend(folder: Path) -> None:
 
 
 def fuzz(seconds: float, seed: int, most: int | None = None) -> Counter[str]:
-    segments._RETRY_SECONDS = 0
+    segments.RETRY_SECONDS = 0
     counts, end, number = Counter[str](), time.monotonic() + seconds, 0
     while time.monotonic() < end and number != most:
         data = f"{seed}/{number}".encode()

@@ -31,7 +31,7 @@ from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl import Qwen2VLModel
 
 from cembed.export.exporter import export
-from cembed.export.plan import ExportOptions, Plan
+from cembed.export.plan import ExportOptions, ExportPlan
 from cembed.runtime import Embedder
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.manifest import ImageProcessing, Positions, Side, SlotPositions
@@ -314,7 +314,7 @@ class Zoo:
         options = ExportOptions(
             backbone, str(root), head=head, head_weights=weights, num_vectors=num_vectors, query_vectors=num_vectors
         )
-        plan = Plan.make(options, root)
+        plan = ExportPlan.make(options, root)
         return plan.document, plan.query
 
     def under(self, backbone: str, head: str, num_vectors: int | None = None) -> Model:

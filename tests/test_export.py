@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cembed.export.checkpoint import canonical_name
 from cembed.export.exporter import export
-from cembed.export.plan import ExportOptions, Plan
+from cembed.export.plan import ExportOptions, ExportPlan
 from cembed.runtime import Bundle, CembedError, Embedder
 
 QWEN = ExportOptions("qwen2.5-vl", str(GOLDEN / "causalqwen2_5"), num_vectors=8, query_vectors=4)
@@ -30,8 +30,8 @@ def copy(name: str, to: Path) -> Path:
     return to
 
 
-def plan(options: ExportOptions, root: Path) -> Plan:
-    return Plan.make(replace(options, model=str(root)), root)
+def plan(options: ExportOptions, root: Path) -> ExportPlan:
+    return ExportPlan.make(replace(options, model=str(root)), root)
 
 
 def edit(root: Path, change: Any) -> None:
@@ -249,7 +249,7 @@ def test_adapters_that_change_more_than_lora_does(tmp_path: Path, settings: dict
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | settings))
     with pytest.raises(CembedError, match=next(iter(settings))):
-        Plan.make(replace(COLQWEN, adapter=tmp_path / "adapter"), GOLDEN / "colqwen2")
+        ExportPlan.make(replace(COLQWEN, adapter=tmp_path / "adapter"), GOLDEN / "colqwen2")
 
 
 def test_public_configurations(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ RSLORA = {"use_rslora": True, "alpha_pattern": {"q_proj": 3}, "rank_pattern": {"
 @pytest.mark.parametrize("config", [{"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 8, **RSLORA}])
 def test_an_adapter_is_merged_as_peft_does(tmp_path: Path, config: dict[str, Any]) -> None:
     expected = lora(tmp_path / "adapter", config)
-    merged = Plan.make(replace(COLQWEN, adapter=tmp_path / "adapter"), GOLDEN / "colqwen2").checkpoint
+    merged = ExportPlan.make(replace(COLQWEN, adapter=tmp_path / "adapter"), GOLDEN / "colqwen2").checkpoint
     for key, value in expected.items():
         torch.testing.assert_close(merged.load(canonical_name(key)), value, rtol=0, atol=1e-6)
     base = load_file(GOLDEN / "colqwen2" / "model.safetensors")
@@ -378,10 +378,10 @@ def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     options = replace(COLQWEN, adapter=tmp_path / "adapter")
     with pytest.raises(CembedError, match="use_dora"):
-        Plan.make(options, GOLDEN / "colqwen2")
+        ExportPlan.make(options, GOLDEN / "colqwen2")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CembedError, match=r"custom_text_proj\.bias only"):  # this one has no projection
-        Plan.make(replace(QWEN, adapter=tmp_path / "adapter"), GOLDEN / "causalqwen2_5")
+        ExportPlan.make(replace(QWEN, adapter=tmp_path / "adapter"), GOLDEN / "causalqwen2_5")
     with pytest.raises(CembedError, match="LoRA adapter"):
         export(replace(COLQWEN, model=str(tmp_path / "adapter")), tmp_path / "bundle")
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from cembed.runtime import CembedError
 from cembed.runtime.scoring import cuda_driver, gpu, kernels
-from cembed.runtime.scoring.cuda_driver import Driver, Limits
-from cembed.runtime.scoring.gpu import Gpu, GpuPages, Plan
+from cembed.runtime.scoring.cuda_driver import DeviceLimits, Driver
+from cembed.runtime.scoring.gpu import GpuKernels, GpuPages, LaunchPlan
 from cembed.runtime.scoring.storage import STORAGE
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +49,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module")
-def device(library: ctypes.CDLL) -> Gpu:
-    return Gpu(Driver(library), b"the kernels are in the library")
+def device(library: ctypes.CDLL) -> GpuKernels:
+    return GpuKernels(Driver(library), b"the kernels are in the library")
 
 
 def unit(seed: int, rows: int, dim: int) -> Floats:
@@ -74,7 +74,7 @@ def exact(query: Floats, pages: kernels.Pages) -> NDArray[np.float64]:
 def units(pages: int) -> Iterator[None]:
     """A warp takes so many pages at once; few pages are planned one by one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "unit", lambda plan, *sizes: pages)
+        patch.setattr(LaunchPlan, "unit", lambda plan, *sizes: pages)
         yield
 
 
@@ -84,7 +84,7 @@ ROWS = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 70), st.sampled_from
 
 @settings(max_examples=15, deadline=None)
 @given(num=st.integers(1, 40), dim=st.integers(1, 150), rows=ROWS, pages_at_once=UNITS)
-def test_half_floats_equal_float64(device: Gpu, num: int, dim: int, rows: list[int], pages_at_once: int) -> None:
+def test_half_floats_equal_float64(device: GpuKernels, num: int, dim: int, rows: list[int], pages_at_once: int) -> None:
     query, pages = unit(0, num, dim), stored("f16", rows, dim)
     with GpuPages.upload(pages, device=device) as there, units(pages_at_once):
         np.testing.assert_allclose(there.score(query), exact(query, pages), rtol=0, atol=2e-6 * num)
@@ -92,7 +92,9 @@ def test_half_floats_equal_float64(device: Gpu, num: int, dim: int, rows: list[i
 
 @settings(max_examples=15, deadline=None)
 @given(num=st.integers(1, 64), dim=st.integers(1, 150), rows=ROWS, pages_at_once=UNITS)
-def test_levels_equal_the_cpu_bit_for_bit(device: Gpu, num: int, dim: int, rows: list[int], pages_at_once: int) -> None:
+def test_levels_equal_the_cpu_bit_for_bit(
+    device: GpuKernels, num: int, dim: int, rows: list[int], pages_at_once: int
+) -> None:
     query, pages = unit(0, num, dim), stored("u8", rows, dim)
     with GpuPages.upload(pages, device=device) as there, units(pages_at_once):
         assert np.array_equal(there.score(query), kernels.score(query, pages))
@@ -102,7 +104,7 @@ def test_levels_equal_the_cpu_bit_for_bit(device: Gpu, num: int, dim: int, rows:
     ("num", "dim", "rows"), [(16, 2048, [5, 40]), (5, 4096, [33]), (130, 64, [3, 40]), (1024, 64, [9])]
 )
 @pytest.mark.parametrize("storage", gpu.STORED)
-def test_large_shapes(device: Gpu, storage: str, num: int, dim: int, rows: list[int]) -> None:
+def test_large_shapes(device: GpuKernels, storage: str, num: int, dim: int, rows: list[int]) -> None:
     """Long rows, and queries that take several passes; the largest do not fit into shared memory."""
     query, pages = unit(0, num, dim), stored(storage, rows, dim)
     needed = exact(query, pages) if storage == "f16" else kernels.score(query, pages)
@@ -111,7 +113,7 @@ def test_large_shapes(device: Gpu, storage: str, num: int, dim: int, rows: list[
 
 
 @pytest.mark.parametrize("storage", gpu.STORED)
-def test_a_score_depends_on_nothing_else(device: Gpu, storage: str) -> None:
+def test_a_score_depends_on_nothing_else(device: GpuKernels, storage: str) -> None:
     query, rows = unit(0, 20, 96), [3, 32, 40, 1, 1, 7, 100, 32]
     vectors = [unit(i, count, 96) for i, count in enumerate(rows)]
     with GpuPages.upload(vectors, storage, device) as together, units(5):
@@ -122,7 +124,7 @@ def test_a_score_depends_on_nothing_else(device: Gpu, storage: str) -> None:
 
 
 @pytest.mark.parametrize("pages_at_once", [1, 2, 6])
-def test_pages_without_vectors(device: Gpu, pages_at_once: int) -> None:
+def test_pages_without_vectors(device: GpuKernels, pages_at_once: int) -> None:
     """At the start, between others, at the end, and nothing else in a unit: minus infinity, also without any rows."""
     rows, query = [0, 0, 3, 0, 40, 0], unit(0, 5, 64)
     vectors = np.concatenate([unit(i, count, 64) for i, count in enumerate(rows)]).astype(np.float16)
@@ -140,7 +142,7 @@ def test_pages_without_vectors(device: Gpu, pages_at_once: int) -> None:
 
 
 @pytest.mark.parametrize("storage", gpu.STORED)
-def test_rows_are_counted_in_64_bits(device: Gpu, storage: str) -> None:
+def test_rows_are_counted_in_64_bits(device: GpuKernels, storage: str) -> None:
     """As the last of many pages: only they are there, the row before them would be number 2^33 - 1."""
     query, rows, first = unit(0, 5, 128), [3, 40, 1, 32], 1 << 33
     pages = stored(storage, rows, 128)
@@ -154,14 +156,14 @@ def test_rows_are_counted_in_64_bits(device: Gpu, storage: str) -> None:
         np.testing.assert_allclose(there.score(query), needed, rtol=2e-6)
 
 
-def test_similarities_that_are_all_negative(device: Gpu) -> None:
+def test_similarities_that_are_all_negative(device: GpuKernels) -> None:
     """Neither filled-up rows nor filled-up components nor filled-up query vectors take part."""
     for storage in gpu.STORED:
         with GpuPages.upload([-np.ones((k, 24), np.float32) for k in (1, 5, 33)], storage, device) as there:
             np.testing.assert_allclose(there.score(np.ones((3, 24), np.float32)), -72, rtol=1e-6)
 
 
-def test_queries_beyond_half_floats(device: Gpu) -> None:
+def test_queries_beyond_half_floats(device: GpuKernels) -> None:
     vectors = [unit(1, 4, 32)]
     with GpuPages.upload(vectors, device=device) as there:
         scores = [there.score(unit(0, 3, 32) * np.float32(2.0**power)) for power in (-100, 0, 100)]
@@ -170,7 +172,7 @@ def test_queries_beyond_half_floats(device: Gpu) -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(data=st.data(), k=st.integers(1, 12))
-def test_search_is_the_sorted_scores(device: Gpu, data: st.DataObject, k: int) -> None:
+def test_search_is_the_sorted_scores(device: GpuKernels, data: st.DataObject, k: int) -> None:
     """Ties too: pages come several times."""
     kinds = [unit(i, 2, 16) for i in range(3)]
     pages = [kinds[i] for i in data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=20))]
@@ -182,7 +184,7 @@ def test_search_is_the_sorted_scores(device: Gpu, data: st.DataObject, k: int) -
     assert (numbers.dtype, found.dtype) == (np.int64, np.float32)
 
 
-def test_search_among_many(device: Gpu) -> None:
+def test_search_among_many(device: GpuKernels) -> None:
     """Three rounds of blocks."""
     query, pages = unit(0, 1, 16), [unit(i, 1, 16) for i in range(5000)]
     with GpuPages.upload(pages, "u8", device) as there:
@@ -193,12 +195,12 @@ def test_search_among_many(device: Gpu) -> None:
     assert np.array_equal(found, scores[numbers])
 
 
-def test_nothing_to_search(device: Gpu) -> None:
+def test_nothing_to_search(device: GpuKernels) -> None:
     with GpuPages.upload([], device=device) as there:
         assert len(there) == len(there.score(unit(0, 1, 1))) == len(there.search(unit(0, 1, 1), 3)[0]) == 0
 
 
-def test_threads_share_a_device(device: Gpu) -> None:
+def test_threads_share_a_device(device: GpuKernels) -> None:
     query, found = unit(0, 3, 32), dict[int, Floats]()
     with GpuPages.upload([unit(i, 5, 32) for i in range(20)], "u8", device) as there:
         needed = there.score(query)
@@ -211,14 +213,14 @@ def test_threads_share_a_device(device: Gpu) -> None:
     assert len(found) == 4
 
 
-def test_order_of_launches(device: Gpu, library: ctypes.CDLL) -> None:
+def test_order_of_launches(device: GpuKernels, library: ctypes.CDLL) -> None:
     before = len(library.launched())
     with GpuPages.upload([unit(0, 2, 16)], "u8", device) as there:
         there.search(unit(0, 40, 16), 1)
     assert library.launched()[before:].split() == [b"maxsim_prepare_u8", b"maxsim_u8_4", b"maxsim_top"]
 
 
-def test_memory_is_given_back(device: Gpu, library: ctypes.CDLL) -> None:
+def test_memory_is_given_back(device: GpuKernels, library: ctypes.CDLL) -> None:
     before = library.allocations()
     with GpuPages.upload([unit(0, 2, 16)], "u8", device):
         assert library.allocations() == before + 3
@@ -233,7 +235,7 @@ def test_memory_is_given_back(device: Gpu, library: ctypes.CDLL) -> None:
 @given(num=st.integers(1, 1024), row=st.integers(1, 512), pages=st.integers(1, 10**7), rows=st.integers(1, 10**9))
 def test_plans(num: int, row: int, pages: int, rows: int) -> None:
     """A launch asks for no more than there is, and leaves no query vector out."""
-    plan = Plan("f16", num, row * 16, 101_376)
+    plan = LaunchPlan("f16", num, row * 16, 101_376)
     assert plan.shared <= plan.most_shared
     assert plan.blocks * 16 >= num
     assert plan.blocks % plan.at_once == 0
@@ -252,7 +254,9 @@ def test_the_structs_and_numbers_are_those_of_the_kernels(library: ctypes.CDLL) 
 
 @pytest.mark.parametrize("levels", [False, True])
 @pytest.mark.parametrize(("num", "dim"), [(1, 16), (20, 128), (50, 64), (70, 1024)])
-def test_what_the_tensorrt_plugin_launches(device: Gpu, library: ctypes.CDLL, levels: bool, num: int, dim: int) -> None:
+def test_what_the_tensorrt_plugin_launches(
+    device: GpuKernels, library: ctypes.CDLL, levels: bool, num: int, dim: int
+) -> None:
     """Its query is in half floats, its levels have zero point 0; the same sums follow."""
     rows, query = [3, 0, 40, 1, 32, 7], unit(0, num, dim).astype(np.float16)
     vectors = [unit(i, count, dim) for i, count in enumerate(rows, 1) if count]
@@ -289,21 +293,21 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cuda_driver, "_compilers", lambda cuda: [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(CembedError, match="need NVRTC of CUDA 13: install cembed's extra 'gpu', or CUDA"):
-        gpu.cubin(Limits("a GPU", 13, 90, 1, 1, 1))
+        gpu.cubin(DeviceLimits("a GPU", 13, 90, 1, 1, 1))
 
 
 def test_a_device_that_is_too_old() -> None:
     with pytest.raises(CembedError, match="Tesla T4 is sm_75: the kernels need sm_80"):
-        gpu.cubin(Limits("Tesla T4", 13, 75, 1, 1, 1))
+        gpu.cubin(DeviceLimits("Tesla T4", 13, 75, 1, 1, 1))
 
 
-def test_too_little_memory(device: Gpu) -> None:
+def test_too_little_memory(device: GpuKernels) -> None:
     with pytest.raises(CembedError, match="cannot do cuMemAlloc_v2: out of memory"):
         device.driver.allocate(1 << 31)
 
 
 @pytest.mark.parametrize("storage", ["f32", "bits", "f8"])
-def test_storage_without_kernels(device: Gpu, storage: str) -> None:
+def test_storage_without_kernels(device: GpuKernels, storage: str) -> None:
     with pytest.raises(CembedError, match="there are kernels for f16, u8"):
         GpuPages.upload([unit(0, 2, 16)], storage, device)
     if storage in STORAGE:
@@ -313,7 +317,7 @@ def test_storage_without_kernels(device: Gpu, storage: str) -> None:
             GpuPages.upload(kernels.Pages(storage, 16, *arrays), device=device)
 
 
-def test_queries_and_numbers_that_cannot_be_searched(device: Gpu) -> None:
+def test_queries_and_numbers_that_cannot_be_searched(device: GpuKernels) -> None:
     with GpuPages.upload([unit(0, 2, 16)], device=device) as there:
         for query, words in ((unit(0, 2, 8), "dim 8"), (np.full((1, 16), np.nan, np.float32), "NaN")):
             with pytest.raises(CembedError, match=words):
@@ -330,7 +334,7 @@ def test_queries_and_numbers_that_cannot_be_searched(device: Gpu) -> None:
 
 def test_nvrtc_compiles_the_kernels_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From their text, without headers of CUDA."""
-    limits = Limits("a GPU", 13, 90, 1, 1, 1)
+    limits = DeviceLimits("a GPU", 13, 90, 1, 1, 1)
     try:
         cuda_driver._load(cuda_driver._compilers(13), "")
     except CembedError:
@@ -360,7 +364,7 @@ def test_nvcc_compiles_the_kernels_without_spilling(tmp_path: Path) -> None:
     assert {*spills} == {"0"}
 
 
-def test_the_benchmark_finds_the_kernels_exact(device: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_finds_the_kernels_exact(device: GpuKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     import gpu_maxsim

@@ -23,7 +23,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from cembed.export import exporter
 from cembed.export.heads import HEADS, HeadSide, read_head
-from cembed.export.plan import ExportOptions, Plan
+from cembed.export.plan import ExportOptions, ExportPlan
 from cembed.runtime import CembedError, Embedder, maxsim
 from cembed.runtime.bundle.manifest import Pooling, Side, SlotKind, SlotPositions
 from cembed.runtime.embed.pooling import pool_tokens
@@ -343,9 +343,9 @@ def test_budgets_beyond_the_learned_rows(zoo: Zoo) -> None:
 # Where heads come from
 
 
-def plan(zoo: Zoo, backbone: str = "qwen2-vl", model: Path | None = None, **options: Any) -> Plan:
+def plan(zoo: Zoo, backbone: str = "qwen2-vl", model: Path | None = None, **options: Any) -> ExportPlan:
     root = model or zoo.checkpoint(backbone)
-    return Plan.make(ExportOptions(backbone, str(root), **options), root)
+    return ExportPlan.make(ExportOptions(backbone, str(root), **options), root)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -785,7 +785,7 @@ def damage(path: Path, place: int, size: int = 1) -> None:
 
 @pytest.mark.parametrize("tier", ["f16", "u8", "bits"])
 def test_damaged_vectors_are_named(small: Index, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(segments, "RETRY_SECONDS", 0)
     small.close()
     whole = Index.open(small.folder)
     start = int(whole._snapshot()[0].columns.starts[whole.tiers.index(tier)][7])
@@ -807,7 +807,7 @@ def test_damaged_vectors_are_named(small: Index, tier: str, monkeypatch: pytest.
 
 
 def test_a_damaged_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(segments, "RETRY_SECONDS", 0)
     with make(tmp_path / "index", PAGES[:10]) as made:
         end = made.stats().bytes["log"]
         made.add(PAGES[10:20], bundle=BUNDLE)
@@ -855,7 +855,7 @@ def test_logs_with_holes_that_no_disk_has_room_for(small: Index, size: int) -> N
 
 def test_what_looks_like_records_is_not_read_without_end(small: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers in the tail of a log, with good CRCs, each of which asks for a large payload to be compared."""
-    monkeypatch.setattr(records, "_FRAGMENT_BYTES", 5 << 20)
+    monkeypatch.setattr(records, "FRAGMENT_BYTES", 5 << 20)
     small.close()
     log, seed = small.folder / "00000001.log", records.seed_of(small._current.index, 1)
     content = bytearray(log.read_bytes()) + bytes(64)

@@ -27,8 +27,8 @@ from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.engines.build import EngineCache, profiles
 from cembed.runtime.engines.build import Library as TensorRt
-from cembed.runtime.engines.cuda import Gpu
-from cembed.runtime.engines.memory import Limits
+from cembed.runtime.engines.cuda import GpuInfo
+from cembed.runtime.engines.memory import EngineLimits
 
 SOURCES = [libcembed.ROOT / "runtime" / "native" / "lib" / name for name in ("tensorrt.cpp", "trt_engine.cpp")]
 FAKE = Path(__file__).parent / "native"
@@ -64,7 +64,7 @@ def tensorrt(fake: Path, onnxruntime_library: Path) -> Library:
 
 def cache_of(bundle: Bundle) -> EngineCache:
     library = TensorRt(SimpleNamespace(__version__="10.16.0.72"), "tensorrt")
-    return EngineCache(bundle, library, Gpu("Fake GPU", (8, 7), False))
+    return EngineCache(bundle, library, GpuInfo("Fake GPU", (8, 7), False))
 
 
 def build_engines(root: Path, aliased: bool = True, without: str = "") -> EngineCache:
@@ -78,7 +78,7 @@ def build_engines(root: Path, aliased: bool = True, without: str = "") -> Engine
             "model": str(bundle.graph_path(name)),
             "aliased": aliased,
             "group": bundle.manifest.image.merge_size**2,
-            "profiles": profiles(name, Limits.of(bundle), bundle.manifest),
+            "profiles": profiles(name, EngineLimits.of(bundle), bundle.manifest),
             "inputs": [{**asdict(tensor), "output": False} for tensor in graph.inputs],
             "outputs": [{**asdict(tensor), "output": True} for tensor in graph.outputs],
         }

@@ -18,7 +18,7 @@ from mutations import mutations
 from safetensors.torch import load_file, save_file
 
 from cembed.export.exporter import write_embeddings, write_slot_rows
-from cembed.export.plan import ExportOptions, Plan
+from cembed.export.plan import ExportOptions, ExportPlan
 from cembed.export.tokens import read_tokenizer
 from cembed.runtime import CembedError
 
@@ -42,8 +42,8 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def plan(root: Path, name: str, **options: Any) -> Plan:
-    return Plan.make(ExportOptions(BACKBONE_OF[name], str(root), **options), root)
+def plan(root: Path, name: str, **options: Any) -> ExportPlan:
+    return ExportPlan.make(ExportOptions(BACKBONE_OF[name], str(root), **options), root)
 
 
 def refused(words: str, make: Callable[[], object]) -> None:
@@ -329,7 +329,7 @@ def adapter(root: Path, config: Json | None = None, tensors: dict[str, torch.Ten
     return root
 
 
-def merged(root: Path) -> Plan:
+def merged(root: Path) -> ExportPlan:
     return plan(GOLDEN / "colqwen2", "colqwen2", adapter=root)
 
 
@@ -594,7 +594,7 @@ ROWS = {"slot_embeddings.document": torch.ones(64, 96), "slot_embeddings.query":
 D, QUERY = ROWS
 
 
-def with_head(path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> Plan:
+def with_head(path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> ExportPlan:
     save_file(tensors, path)
     options = {"head": "metaembed"} | options
     return plan(GOLDEN / "causalqwen2_5", "causalqwen2_5", head_weights=path, **options)
@@ -686,4 +686,4 @@ def test_a_prompt_with_the_image_token_in_it(tmp_path: Path) -> None:
     spec = {"document": CONSTANT | {"prompt": "<|image_pad|>{image}"}, "query": CONSTANT}
     write(tmp_path / "spec.json", spec)
     options = replace(ExportOptions("qwen2.5-vl", str(GOLDEN / "causalqwen2_5")), head_spec=tmp_path / "spec.json")
-    refused("one image token", lambda: Plan.make(options, GOLDEN / "causalqwen2_5"))
+    refused("one image token", lambda: ExportPlan.make(options, GOLDEN / "causalqwen2_5"))

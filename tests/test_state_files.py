@@ -173,7 +173,7 @@ def test_the_hash_covers_what_a_state_is_of(embedder: Embedder, zoo: Zoo, tmp_pa
     state.extend(2)
     state.save(tmp_path / "page.safetensors")
     refused(pali, forge(tmp_path / "page.safetensors", tmp_path / "query.safetensors", say(side="query"), rehash=False))
-    assert pali.resume(tmp_path / "page.safetensors").name == "document"
+    assert pali.resume(tmp_path / "page.safetensors").loop.name == "document"
 
 
 def test_any_page_is_taken_back(embedder: Embedder, tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ from cembed.runtime.engines.build import (
     tensor_range,
     use_timings,
 )
-from cembed.runtime.engines.cuda import Gpu
-from cembed.runtime.engines.memory import Fit, Limits, Model, longest_row, max_windows
+from cembed.runtime.engines.cuda import GpuInfo
+from cembed.runtime.engines.memory import EngineLimits, Fit, Model, longest_row, max_windows
 from cembed.runtime.engines.session import Array, EngineSettings, Session, StepSession
 
 NAMES = ("causalqwen2_5", "causalpali", "colqwen2")  # one of each backbone
@@ -60,7 +60,7 @@ def library() -> Library:
 
 def build_all(library: Library, root: Path, but: Collection[str] = ()) -> None:
     bundle = Bundle(root)
-    cache, options = EngineCache(bundle, library, None), BuildOptions(Limits.of(bundle, batch=2))
+    cache, options = EngineCache(bundle, library, None), BuildOptions(EngineLimits.of(bundle, batch=2))
     cache.folder.mkdir(exist_ok=True)
     for graph in bundle.manifest.graphs.keys() - but:
         assert Build(cache, graph, options).run().nbytes > (root / bundle.manifest.graphs[graph].file).stat().st_size
@@ -110,7 +110,7 @@ def test_the_command_builds_once_for_a_device(library: Library, tensorrt_bundle_
     assert about["limits"]["visual_tokens"] == 64
     assert len(cache.read("text")) == about["bytes"]
     with pytest.raises(CembedError, match=r"no engine of text for .*-Orin-sm87"):
-        replace(cache, gpu=Gpu("Orin", (8, 7), True)).read("text")
+        replace(cache, gpu=GpuInfo("Orin", (8, 7), True)).read("text")
 
 
 @pytest.mark.parametrize(("content", "used"), [(b"", b""), (b"mine", b"mine"), (b"old", b""), (b"damaged", b"")])
@@ -171,7 +171,7 @@ def takes(ranges: Mapping[str, Range], graph: Graph, shapes: Mapping[str, tuple[
 @pytest.mark.parametrize("name", NAMES)
 def test_what_pages_and_queries_need_is_within_the_profiles(name: str, tensorrt_bundle_of: BundleMaker) -> None:
     bundle = Bundle(tensorrt_bundle_of(name))
-    embedder, limits = Embedder.load(bundle.root), Limits.of(bundle, batch=2)
+    embedder, limits = Embedder.load(bundle.root), EngineLimits.of(bundle, batch=2)
     watched = {graph: Watch(embedder.session(graph)) for graph in ("vision", "text")}
     embedder.replace_sessions(watched)
     embedder.embed_images([Image.new("RGB", size) for size in ((2000, 1500), (30, 30), (2000, 50))])
@@ -202,7 +202,7 @@ def test_opsets_that_no_tensorrt_reads_well_are_refused(opset: int) -> None:
 def test_memory_is_counted_and_refused(tensorrt_bundle_of: BundleMaker) -> None:
     bundle = Bundle(tensorrt_bundle_of("causalqwen2_5"))
     manifest = bundle.manifest
-    small, large = Limits.of(bundle, 1, 16), Limits.of(bundle, 4)
+    small, large = EngineLimits.of(bundle, 1, 16), EngineLimits.of(bundle, 4)
     model = Model.of(manifest, needed_graphs(manifest, loop=True))
     assert model.weights["text"] == manifest.files["text.data"].size
     cache = Embedder(bundle, EngineSettings()).start_query("one").nbytes

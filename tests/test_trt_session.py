@@ -19,7 +19,7 @@ from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.engines.build import EngineCache, Library, profiles
 from cembed.runtime.engines.cuda import Cuda
-from cembed.runtime.engines.memory import Limits
+from cembed.runtime.engines.memory import EngineLimits
 
 TOLERANCE = 1e-5
 LOOP = Budget(8, decode="loop")
@@ -56,7 +56,7 @@ def rig_of(tensorrt_bundle_of: BundleMaker, monkeypatch: pytest.MonkeyPatch) -> 
         cache.folder.mkdir(exist_ok=True)
         for graph, spec in bundle.manifest.graphs.items():
             cache.write(graph, str(bundle.root / spec.file).encode(), {})
-            trt.profiles[graph] = profiles(graph, Limits.of(bundle), bundle.manifest)
+            trt.profiles[graph] = profiles(graph, EngineLimits.of(bundle), bundle.manifest)
         monkeypatch.setattr(Library, "load", lambda: cache.library)
         monkeypatch.setattr("cembed.runtime.engines.cuda.load_api", lambda: cuda)
         return Rig(bundle.root, cuda, trt)
@@ -82,9 +82,11 @@ def test_a_graph_is_captured_once_for_a_shape(rig_of: Callable[..., Rig]) -> Non
     for image in (wide, wide, tall, wide, tall, wide, tall):
         embedder.embed_image(image)
     assert len({tuple(run.items()) for run in rig.trt.engines["vision"].runs}) == 2
-    lanes = len({tuple(run.items()) for name in ("vision", "text") for run in rig.trt.engines[name].runs})
-    assert rig.cuda.log.count("instantiate") == lanes
-    assert rig.cuda.log.count("engine") == rig.cuda.log.count("capture engine") == lanes  # once by hand, once recorded
+    contexts = len({tuple(run.items()) for name in ("vision", "text") for run in rig.trt.engines[name].runs})
+    assert rig.cuda.log.count("instantiate") == contexts
+    assert (
+        rig.cuda.log.count("engine") == rig.cuda.log.count("capture engine") == contexts
+    )  # once by hand, once recorded
     assert sum(len(rig.trt.engines[name].runs) for name in ("vision", "text")) == 14
 
 

@@ -23,6 +23,7 @@ MAX_MANIFEST = 1 << 24  # bytes; it is some kilobytes, with hundreds of quantise
 MAX_TOKENIZER = 1 << 28
 MAX_ASPECT_RATIO = 200  # of an image that is resized smartly, as the Qwen2-VL processor has it
 MAX_VECTOR = (1 << 31) - 1  # components, of states that are put side by side too
+LEAST_ROOM = 64  # vectors that a cache has room for at least, unless the caller says how many
 
 SideName = Literal["document", "query"]
 FileName = Annotated[
@@ -111,7 +112,7 @@ class Side:
     @property
     def room(self) -> int:
         """Vectors that a cache has room for unless the caller says how many."""
-        return self.max_vectors or max(64, 2 * (self.num_vectors or 0))
+        return self.max_vectors or max(LEAST_ROOM, 2 * (self.num_vectors or 0))
 
     def num_slots(self, num_vectors: int) -> int:
         return num_vectors - (self.first_vector == "prompt_end")

@@ -11,29 +11,54 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from cembed.runtime.bundle.schema import parse
 from cembed.runtime.errors import CembedError
 
 QUERY_POSITIONS = 512
 """What engines of fixed shapes leave room for in the prompt of a query; a page's prompt is known."""
 
 
+_REFUSED = ("continuing_subword_prefix", "dropout")
+_PERHAPS_REFUSED = re.compile(rb'"(?:%s)"(?!\s*:\s*null)|\\u00[2-7]' % "|".join(_REFUSED).encode())
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises CembedError if `path` is not a tokenizer as the `tokenizers` library writes it."""
+    """Raises CembedError if `path` is not a tokenizer as the `tokenizers` library writes it, or one of a kind that is
+    refused."""
     with panics_named(f"{path} is not a tokenizer"):
-        tokenizer = Tokenizer.from_file(str(path))
+        content = path.read_bytes()
+        check_model(path, content)
+        tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_truncation()  # settings left over from training, which transformers resets as well
     tokenizer.no_padding()
     return tokenizer
 
 
+def check_model(path: Path, content: bytes) -> None:
+    """Raises CembedError for what makes the `tokenizers` library end the process, or draw lots.
+
+    Parsing takes longer than all the rest of loading: only what may have such a model is parsed. An escape of an ASCII
+    character, which nobody writes, could hide a name.
+    """
+    if _PERHAPS_REFUSED.search(content) is None:
+        return
+    parsed = parse(content.decode("utf-8"), str(path))
+    model = parsed.get("model", {}) if isinstance(parsed, dict) else {}
+    for name in _REFUSED:
+        if isinstance(model, dict) and model.get(name):
+            raise CembedError(f"{path}: a model with {name} {model[name]!r:.80} is not supported")
+
+
 @contextlib.contextmanager
 def panics_named(what: str) -> Iterator[None]:
-    """What `tokenizers` raises becomes a CembedError: Exception itself, or a panic, which is none.
+    """What `tokenizers` raises becomes a CembedError: Exception itself, or a panic of its Rust code, which is none.
 
     The CembedError's cause is what was raised.
     """
     try:
         yield
+    except CembedError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -63,7 +63,7 @@ class Header:
 
 
 def read_safetensors(
-    path: Path, expected: Mapping[str, tuple[str, Shape]], limit: int
+    path: Path, expected: Mapping[str, tuple[str, Shape]], limit: int, most_header: int = MAX_HEADER
 ) -> tuple[dict[str, NDArray[Any]], Mapping[str, str]]:
     """The arrays of a file, and its metadata. `expected` has the dtype, as numpy calls it, and the shape of each array.
 
@@ -71,17 +71,20 @@ def read_safetensors(
     dtype or shape. Only what `expected` allows is allocated.
     """
     with open_plain(path, limit) as (file, size):
-        header = read_header(path, file, size)
+        header = read_header(path, file, size, most_header)
         check_arrays(path, header, expected)
         arrays = {name: _read_array(path, file, header, stored) for name, stored in header.arrays.items()}
     return arrays, header.metadata
 
 
-def read_header(path: Path, file: BinaryIO, size: int) -> Header:
-    """The header of an open file of `size` bytes; `path` is for messages. Raises CembedError: damaged."""
+def read_header(path: Path, file: BinaryIO, size: int, most: int = MAX_HEADER) -> Header:
+    """The header, of at most `most` bytes, of an open file of `size`; `path` is for messages.
+
+    Raises CembedError: damaged.
+    """
     raw = _read(path, file, 0, min(size, _LENGTH.size))
     length = _LENGTH.unpack(raw)[0] if len(raw) == _LENGTH.size else 0
-    if not 2 <= length <= min(MAX_HEADER, size - _LENGTH.size):
+    if not 2 <= length <= min(most, size - _LENGTH.size):
         raise CembedError(f"{path} is no safetensors file, or cut off: its header is said to have {length} bytes")
     try:
         raw = parse(_read(path, file, _LENGTH.size, length).decode("utf-8"), "its header")

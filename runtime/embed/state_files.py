@@ -15,31 +15,34 @@ from __future__ import annotations
 
 import hashlib
 import math
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from cembed.runtime.bundle.array_files import Parts, write_safetensors
 from cembed.runtime.bundle.manifest import Manifest, Side, SideName
+from cembed.runtime.bundle.tensor_files import DTYPES, Header, read_header, read_safetensors
 from cembed.runtime.bundle.vectors import write_whole
 from cembed.runtime.engines.session import Array
 from cembed.runtime.errors import CembedError
+from cembed.runtime.plain_files import open_plain
 
 Signature = dict[str, tuple[str, tuple[int, ...]]]
 """Type and shape of each tensor, by name."""
 VERSION = "2"
-MAX_HEADER = 1 << 20
+MAX_HEADER, MAX_FILE = 1 << 20, 1 << 40
 _CODES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 
 
 class UnfitError(Exception):
     """What a file has that no state of the bundle has."""
+
+
+class ForeignError(CembedError):
+    """A state, but one of another bundle or version."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,9 @@ class StateSchema:
 
 @dataclass(frozen=True, eq=False)
 class StateFile:
-    """An open file whose header fits the bundle: `positions` of cache, and `vectors` that were made."""
+    """A file whose header fits the bundle: `positions` of cache, and `vectors` that were made."""
 
     path: Path
-    file: Any
     schema: StateSchema
     side: SideName
     positions: int
@@ -105,9 +107,11 @@ class StateFile:
 
     def read(self) -> dict[str, Array]:
         """Its tensors by name. Raises CembedError: they are not those of its hash, or of no state of the bundle."""
+        signature = self.schema.signature(self.positions, self.vectors)
+        expected = {name: (DTYPES[code], shape) for name, (code, shape) in signature.items()}
         with refusals_named(self.path):
-            arrays = {name: self.file.get_tensor(name) for name in self.schema.signature(self.positions, self.vectors)}
-            if self.file.metadata()["sha256"] != digest(arrays, metadata(self.schema.bundle, self.side)):
+            arrays, given = read_safetensors(self.path, expected, MAX_FILE, MAX_HEADER)
+            if given.get("sha256") != digest(arrays, metadata(self.schema.bundle, self.side)):
                 raise UnfitError("its content has another hash")
             if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
                 raise UnfitError(f"{broken[0]} has NaN or infinity")
@@ -125,34 +129,27 @@ class StateFile:
 def open_state(path: Path, schema: StateSchema) -> StateFile:
     """A saved state, ready to be read. Raises CembedError: no file, damaged, no state, of another bundle or version."""
     with refusals_named(path):
-        check_header(path)
-        file: Any = safe_open(str(path), framework="numpy")
-        given = file.metadata() or {}
-        check_origin(path, given, schema.bundle)
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        found: Signature = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        side: SideName = "document" if given["side"] == "document" else "query"
+        header = header_of(path)
+        check_origin(path, header.metadata, schema.bundle)
+        found: Signature = {name: (stored.dtype, stored.shape) for name, stored in header.arrays.items()}
+        side: SideName = "document" if header.metadata["side"] == "document" else "query"
         positions, vectors = count(found, schema)
         schema.check_counts(side, positions, vectors)
-    return StateFile(path, file, schema, side, positions, vectors)
+    return StateFile(path, schema, side, positions, vectors)
 
 
-def check_header(path: Path) -> None:
-    """Raises UnfitError for what is no file, or has a header that would be large to parse."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise UnfitError("it is no file")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if status.st_size < 8 or length > min(MAX_HEADER, status.st_size - 8):
-        raise UnfitError(f"its header has {length} bytes")
+def header_of(path: Path) -> Header:
+    """Raises CembedError: no file, or its header is damaged, or would be large to parse."""
+    with open_plain(path, MAX_FILE) as (file, size):
+        return read_header(path, file, size, MAX_HEADER)
 
 
 def check_origin(path: Path, given: Mapping[str, str], bundle: str) -> None:
+    """Raises ForeignError: of another bundle or version; UnfitError: no state's."""
     if {"bundle", "side"} <= given.keys() and given.get("version") != VERSION:
-        raise CembedError(f"{path} is a state of another version of cembed: start again")
+        raise ForeignError(f"{path} is a state of another version of cembed: start again")
     if given.get("bundle") != bundle:
-        raise CembedError(f"{path} is not a state of this bundle: use the one that made it, or start again")
+        raise ForeignError(f"{path} is not a state of this bundle: use the one that made it, or start again")
     if given.keys() != {*metadata(bundle, "query"), "sha256"} or given["side"] not in ("document", "query"):
         raise UnfitError(f"its metadata are {', '.join(sorted(given))}")
 
@@ -167,8 +164,8 @@ def count(found: Signature, schema: StateSchema) -> tuple[int, int]:
     expected = schema.signature(positions, vectors)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            given, wanted = described(found, name, "missing"), described(expected, name, "left out")
-            raise UnfitError(f"{name:.80} is {given}, and should be {wanted}")
+            given, right = described(found, name, "missing"), described(expected, name, "left out")
+            raise UnfitError(f"{name:.80} is {given}, and should be {right}")
     return positions, vectors
 
 
@@ -202,5 +199,7 @@ def refusals_named(path: Path) -> Iterator[None]:
         yield
     except UnfitError as error:
         raise CembedError(f"{path} is a damaged state: {error}; start again") from error
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CembedError(f"{path} cannot be read as a state: {' '.join(str(error).split())}") from error
+    except ForeignError:
+        raise
+    except CembedError as error:
+        raise CembedError(f"no state can be read: {error}") from error

@@ -18,8 +18,8 @@ from typing import Any
 from cembed.runtime.bundle.bundle import Bundle, sha256
 from cembed.runtime.bundle.manifest import Graph, Manifest
 from cembed.runtime.bundle.vectors import write_whole
-from cembed.runtime.engines.cuda import Gpu
-from cembed.runtime.engines.memory import Limits, usual_windows
+from cembed.runtime.engines.cuda import GpuInfo
+from cembed.runtime.engines.memory import EngineLimits, usual_windows
 from cembed.runtime.errors import CembedError
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")  # the latter is TensorRT for RTX, which builds without a GPU
@@ -78,7 +78,7 @@ class EngineCache:
 
     bundle: Bundle
     library: Library
-    gpu: Gpu | None
+    gpu: GpuInfo | None
 
     @property
     def folder(self) -> Path:
@@ -137,7 +137,7 @@ class EngineCache:
 class BuildOptions:
     """`workspace` in MiB; `tf32` lets float32 products round their inputs to 10 bits."""
 
-    limits: Limits
+    limits: EngineLimits
     workspace: int | None = None
     tf32: bool = False
 
@@ -236,7 +236,7 @@ def tensor_range(shape: tuple[int | str, ...], axes: Mapping[str, Range]) -> lis
     return [tuple(sizes) for sizes in zip(*ranges, strict=True)]
 
 
-def profiles(graph: str, limits: Limits, manifest: Manifest) -> list[dict[str, Range]]:
+def profiles(graph: str, limits: EngineLimits, manifest: Manifest) -> list[dict[str, Range]]:
     """Ranges of a graph's axes, the narrow profile first: queries before pages. A step is tuned for one slot."""
     if graph == "vision":
         batch, group = (1, limits.batch, limits.batch), manifest.image.merge_size**2
@@ -249,7 +249,7 @@ def profiles(graph: str, limits: Limits, manifest: Manifest) -> list[dict[str, R
     return [text_profile(limits, SHORT, SHORT // 2, 1), pages] if limits.positions > SHORT else [pages]
 
 
-def text_profile(limits: Limits, most: int, usual: int, batch: int) -> dict[str, Range]:
+def text_profile(limits: EngineLimits, most: int, usual: int, batch: int) -> dict[str, Range]:
     vectors, usual = min(limits.vectors, most), min(usual, most)
     return {
         "batch_size": (1, batch, batch),

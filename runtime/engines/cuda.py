@@ -21,7 +21,7 @@ MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # the latter in cuda-python 
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuInfo:
     """A device. One that is `integrated` shares the memory of the processor."""
 
     name: str
@@ -55,10 +55,10 @@ class Cuda:
             raise CembedError(f"CUDA cannot do {name}: {describe(self.api, status)}")
         return values[0] if len(values) == 1 else tuple(values)
 
-    def gpu(self) -> Gpu:
+    def gpu(self) -> GpuInfo:
         found = self.call("GetDeviceProperties", 0)
         name = found.name.decode() if isinstance(found.name, bytes) else found.name
-        return Gpu(name.strip("\0 "), (found.major, found.minor), bool(found.integrated))
+        return GpuInfo(name.strip("\0 "), (found.major, found.minor), bool(found.integrated))
 
     def free_memory(self) -> int:
         """Bytes that can still be allocated."""

@@ -24,7 +24,7 @@ RESERVE = 512 << 20  # for CUDA and TensorRT themselves: an allowance
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What engines take at most: B inputs at once, positions of prompt and slots, vectors, patches, windows.
 
     `prompt` is the length of the largest page's prompt, which engines are tuned for.
@@ -40,7 +40,7 @@ class Limits:
     capacity: int
 
     @classmethod
-    def of(cls, bundle: Bundle, batch: int = 1, max_visual_tokens: int | None = None) -> Limits:
+    def of(cls, bundle: Bundle, batch: int = 1, max_visual_tokens: int | None = None) -> EngineLimits:
         """Raises CembedError for visual tokens that the bundle does not take."""
         manifest = bundle.manifest
         image = manifest.image.limited(max_visual_tokens, manifest.image.max_visual_tokens)
@@ -49,7 +49,7 @@ class Limits:
         return cls.from_prompt(manifest, image, prompt, batch)
 
     @classmethod
-    def from_prompt(cls, manifest: Manifest, image: ImageProcessing, prompt: int, batch: int) -> Limits:
+    def from_prompt(cls, manifest: Manifest, image: ImageProcessing, prompt: int, batch: int) -> EngineLimits:
         sides = ((prompt, manifest.document), (QUERY_POSITIONS, manifest.query))
         room = {side: 0 if side.num_vectors is None else side.room for _, side in sides}
         positions = min(max(length + room[side] for length, side in sides), manifest.max_sequence_length)
@@ -109,7 +109,7 @@ class Model:
         value = 2 if manifest.dtype == "fp16" else 4
         return cls(manifest.hidden_size, weights, sum(sizes), value, manifest.opset < 23)
 
-    def activations(self, graph: str, limits: Limits) -> int:
+    def activations(self, graph: str, limits: EngineLimits) -> int:
         """An estimate of what an engine's layers hold at once."""
         rows = limits.patches if graph == "vision" else limits.positions
         batch = 1 if graph == "text_step" else limits.batch
@@ -117,7 +117,7 @@ class Model:
         scores = 2 * NUM_HEADS * rows * seen * self.value if self.decomposed else 0
         return batch * (rows * ROW_WIDTHS * self.hidden_size * self.value + scores)
 
-    def needs(self, limits: Limits) -> dict[str, int]:
+    def needs(self, limits: EngineLimits) -> dict[str, int]:
         """Bytes while pages are embedded, by what they are for."""
         needs: dict[str, int] = {}
         for graph, size in self.weights.items():
@@ -126,7 +126,7 @@ class Model:
             needs["cache"] = self.cache * (2 if self.decomposed else 1)
         return needs | {"CUDA and TensorRT": RESERVE}
 
-    def build(self, limits: Limits, integrated: bool) -> int:
+    def build(self, limits: EngineLimits, integrated: bool) -> int:
         """Bytes of the device while the largest engine is built; where memory is shared, the host's are its too."""
         copies = BUILD_COPIES if integrated else 1
         return max(copies * size + self.activations(graph, limits) for graph, size in self.weights.items()) + RESERVE

@@ -1,7 +1,7 @@
 """TensorRT engines behind the `Session` protocol: one stream, pinned buffers, caches that stay on the device.
 
-Inputs of the same shapes share a `Lane`: an execution context with its buffers. Its first run is put into the stream
-call by call, its second is captured as a CUDA graph, and from then on one launch does all of it.
+Inputs of the same shapes share a `ShapeContext`: an execution context with its buffers. Its first run is put into the
+stream call by call, its second is captured as a CUDA graph, and from then on one launch does all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cembed.runtime.engines.session import Array
 from cembed.runtime.errors import CembedError
 
 BUCKETS = {"sequence_length": 64, "num_vectors": 16}  # inputs are filled up to multiples of these
-MAX_LANES = 8  # of a session or a cache: the one that was used longest ago goes first
+MAX_CONTEXTS = 8  # of a session or a cache: the one that was used longest ago goes first
 Key = tuple[tuple[str, tuple[int, ...], bytes], ...]
 
 
@@ -40,12 +40,12 @@ class Device:
         return engine
 
 
-class Slot:
-    """A cache on the device and the lanes that are bound to it; used again by the next state once one is done."""
+class DeviceCache:
+    """A cache on the device and the contexts that are bound to it; used again by the next state once one is done."""
 
     def __init__(self, cuda: Cuda, cache: Mapping[str, Array]) -> None:
         self.buffers = {name: cuda.device_buffer(array.nbytes) for name, array in cache.items()}
-        self.lanes: OrderedDict[Key, Lane] = OrderedDict()
+        self.contexts: OrderedDict[Key, ShapeContext] = OrderedDict()
 
 
 class TrtSession:
@@ -64,14 +64,14 @@ class TrtSession:
         self.on_host = {n for n in names if engine.get_tensor_location(n) == trt.TensorLocation.HOST}
         self.types = {tensor.name: np.dtype(tensor.dtype) for tensor in (*graph.inputs, *graph.outputs)}
         self.scratch = device.cuda.device_buffer(engine.device_memory_size_v2)
-        self._lanes: OrderedDict[Key, Lane] = OrderedDict()
-        self._free: list[Slot] = []
+        self._contexts: OrderedDict[Key, ShapeContext] = OrderedDict()
+        self._free: list[DeviceCache] = []
 
     def run(self, feeds: Mapping[str, Array]) -> Array:
         axes = {axis: size for t in self.graph.inputs for axis, size in zip(t.shape, feeds[t.name].shape, strict=True)}
         filled = {tensor.name: self._fill(tensor.shape, feeds[tensor.name]) for tensor in self.graph.inputs}
         with self.device.lock:
-            output = self.lane(filled, self._lanes, {}).run(filled)[self.graph.outputs[0].name]
+            output = self.context_for(filled, self._contexts, {}).run(filled)[self.graph.outputs[0].name]
         rows = axes.get("num_vectors", output.shape[1])
         return output[:, :rows]
 
@@ -95,27 +95,27 @@ class TrtSession:
     def bind(self, cache: Mapping[str, Array]) -> TrtStep:
         return TrtStep(self, cache)
 
-    def take(self, cache: Mapping[str, Array]) -> Slot:
+    def take(self, cache: Mapping[str, Array]) -> DeviceCache:
         """A cleared cache on the device, shaped as the arrays are: engines have one shape of it."""
-        slot = self._free.pop() if self._free else Slot(self.device.cuda, cache)
-        for buffer in slot.buffers.values():
+        held = self._free.pop() if self._free else DeviceCache(self.device.cuda, cache)
+        for buffer in held.buffers.values():
             self.device.cuda.clear(buffer)
-        return slot
+        return held
 
-    def give_back(self, slot: Slot) -> None:
-        self._free.append(slot)
+    def give_back(self, held: DeviceCache) -> None:
+        self._free.append(held)
 
-    def lane(
-        self, feeds: Mapping[str, Array], lanes: OrderedDict[Key, Lane], cache: Mapping[str, DeviceBuffer]
-    ) -> Lane:
-        """The lane for these shapes, and for these values of inputs that shapes depend on."""
+    def context_for(
+        self, feeds: Mapping[str, Array], contexts: OrderedDict[Key, ShapeContext], cache: Mapping[str, DeviceBuffer]
+    ) -> ShapeContext:
+        """The context for these shapes, and for these values of inputs that shapes depend on."""
         key = tuple((n, f.shape, f.tobytes() if n in self.on_host else b"") for n, f in sorted(feeds.items()))
-        if key not in lanes:
-            if len(lanes) == MAX_LANES:
-                lanes.popitem(last=False)
-            lanes[key] = Lane(self, feeds, cache)
-        lanes.move_to_end(key)
-        return lanes[key]
+        if key not in contexts:
+            if len(contexts) == MAX_CONTEXTS:
+                contexts.popitem(last=False)
+            contexts[key] = ShapeContext(self, feeds, cache)
+        contexts.move_to_end(key)
+        return contexts[key]
 
     def profile_for(self, feeds: Mapping[str, Array]) -> int:
         """The first profile that takes the shapes. Raises CembedError that names the input none takes."""
@@ -136,7 +136,7 @@ class TrtSession:
         return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
 
 
-class Lane:
+class ShapeContext:
     """An execution context for inputs of one shape, its buffers, and, once it has run, its CUDA graph."""
 
     def __init__(self, session: TrtSession, feeds: Mapping[str, Array], cache: Mapping[str, DeviceBuffer]) -> None:
@@ -233,12 +233,12 @@ class TrtStep:
     def __init__(self, session: TrtSession, cache: Mapping[str, Array]) -> None:
         self._session, self._arrays = session, cache
         with session.device.lock:
-            self._slot = session.take(cache)
-        weakref.finalize(self, session.give_back, self._slot)
+            self._held = session.take(cache)
+        weakref.finalize(self, session.give_back, self._held)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with self._session.device.lock:
-            return self._session.lane(feeds, self._slot.lanes, self._slot.buffers).run(feeds)
+            return self._session.context_for(feeds, self._held.contexts, self._held.buffers).run(feeds)
 
     def pull(self) -> None:
         self._copy("DeviceToHost")
@@ -250,7 +250,7 @@ class TrtStep:
         cuda = self._session.device.cuda
         with self._session.device.lock:
             for name, array in self._arrays.items():
-                ends = (array.ctypes.data, self._slot.buffers[name].address)
+                ends = (array.ctypes.data, self._held.buffers[name].address)
                 target, source = ends if way == "DeviceToHost" else ends[::-1]
                 cuda.copy(target, source, array.nbytes, way)
             cuda.synchronize()

@@ -23,15 +23,16 @@ from typing import Any
 
 from cembed.runtime.disk import Disk, open_to_read
 from cembed.runtime.errors import CembedError
-from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.storage import STORAGE, by_exactness, check_dim
 
 CURRENT, LOCK, NEXT = "CURRENT", "LOCK", "CURRENT.new"
 FORMAT = "cembed index"
 VERSION, PLACED_VERSION = 1, 2  # the latter may have PLACED records; an index is one when it gets its first
 MAX_DIM = 1 << 14
 MAX_SEGMENTS = 1 << 16
+MAX_SEGMENT = 99_999_999  # the number of one
+MAX_CURRENT = 1 << 21  # bytes
 
-_MAX_BYTES = 1 << 21
 _SEGMENT_FILE = re.compile(rf"(\d{{8}})\.(log|{'|'.join(STORAGE)})")
 
 
@@ -64,11 +65,13 @@ class Current:
             raise CembedError("a name is no text")
         if not 1 <= self.dim <= MAX_DIM:
             raise CembedError(f"dim is {self.dim}: 1 to {MAX_DIM} are possible")
-        if list(self.tiers) != [name for name in STORAGE if name in self.tiers] or not self.tiers:
-            raise CembedError(f"storage types {self.tiers!r}: cembed has {', '.join(STORAGE)}")
+        if not self.tiers or self.tiers != by_exactness(self.tiers):
+            raise CembedError(f"storage types {self.tiers!r}: cembed has {', '.join(by_exactness())}")
+        for tier in self.tiers:
+            check_dim(tier, self.dim)
         if len(self.segments) > MAX_SEGMENTS or len(set(self.segments)) != len(self.segments):
             raise CembedError("its list of segments is impossible")
-        if not max(self.segments, default=0) < self.next_segment <= 99_999_999:
+        if not max(self.segments, default=0) < self.next_segment <= MAX_SEGMENT:
             raise CembedError("its next segment is one that is there")
 
     def encode(self) -> bytes:
@@ -113,7 +116,7 @@ def read_current(folder: Path) -> Current:
     except OSError as error:
         raise CembedError(f"{folder} is no index: cannot read {CURRENT} ({error.strerror})") from error
     try:
-        raw = os.read(handle, _MAX_BYTES)
+        raw = os.read(handle, MAX_CURRENT)
     finally:
         os.close(handle)
     try:

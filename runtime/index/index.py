@@ -39,7 +39,7 @@ from cembed.runtime.index.new_pages import Batch, Gathering, NewPage
 from cembed.runtime.index.reader import IndexReader
 from cembed.runtime.index.segments import Segment
 from cembed.runtime.index.writer import SegmentWriter, StoredPage, add_segment
-from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.storage import by_exactness, storage_of
 
 DEFAULT_STORE = ("f16", "u8", "bits")
 SEGMENT_BYTES = 2 << 30
@@ -86,12 +86,9 @@ class Index(IndexReader):
         Raises CembedError: something else is there, an unknown storage type, no room.
         """
         folder, disk = Path(path), disk or Disk()
-        tiers = tuple(name for name in STORAGE if name in store)
-        if unknown := [name for name in store if name not in STORAGE] or [""] * (not store):
-            raise CembedError(f"unknown storage {unknown[0]!r}: cembed has {', '.join(STORAGE)}")
-        if "bits" in tiers and dim % 8:
-            raise CembedError(f"bits need a dim that is a multiple of 8, this is {dim}: leave them out of the store")
-        current = Current(secrets.token_hex(8), dim, tiers, bundle, (), 1, 0)
+        for name in store or ("",):
+            storage_of(name)
+        current = Current(secrets.token_hex(8), dim, by_exactness(store), bundle, (), 1, 0)
         if os.path.lexists(folder / CURRENT):
             raise CembedError(f"{folder} is an index already: open it, or choose another place")
         with writing_to(folder):

@@ -23,8 +23,6 @@ from cembed.runtime.scoring.storage import STORAGE
 BATCH_PAGES = 2048
 BATCH_BYTES = 32 << 20
 
-_LARGEST_HALF = float(np.finfo(np.float16).max)
-
 
 @dataclass(frozen=True, eq=False)
 class NewPage:
@@ -79,7 +77,7 @@ class Draft:
 
 def encode(vectors: Vectors, tiers: Sequence[str]) -> StoredVectors:
     encoded = {tier: STORAGE[tier].encode(vectors) for tier in tiers}
-    scale = encoded["u8"][1] if "u8" in encoded else 1.0
+    scale = next((scale for tier, (_, scale) in encoded.items() if STORAGE[tier].has_scale), 1.0)
     stored = {tier: data for tier, (data, _) in encoded.items()}
     return StoredVectors(len(vectors), scale, stored, {tier: zlib.crc32(data.data) for tier, data in stored.items()})
 
@@ -98,8 +96,8 @@ def check_vectors(page: NewPage, dim: int, tiers: Sequence[str]) -> Vectors:
     largest = max(float(vectors.max()), -float(vectors.min()))
     if not largest < np.inf:
         raise not_finite(f"page {page.id!r}", np.asarray(page.vectors))
-    if largest > _LARGEST_HALF and "f16" in tiers:
-        raise CembedError(f"page {page.id!r} contains values that f16 cannot hold: normalise its vectors")
+    if too_small := [tier for tier in tiers if largest > STORAGE[tier].largest]:
+        raise CembedError(f"page {page.id!r} contains values that {too_small[0]} cannot hold: normalise its vectors")
     return vectors
 
 

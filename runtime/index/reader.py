@@ -21,7 +21,7 @@ from cembed.runtime.index.segments import Segment
 from cembed.runtime.index.views import PageInfo, View
 from cembed.runtime.scoring.storage import STORAGE
 
-_ATTEMPTS = 5
+ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class IndexReader:
 
     def _load(self) -> None:
         """Reads CURRENT and its segments; again, if a compaction took them away meanwhile."""
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             current = read_current(self.folder)
             try:
                 segments = self._open_segments(current)
                 break
             except CembedError:
-                if attempt == _ATTEMPTS - 1 or read_current(self.folder) == current:
+                if attempt == ATTEMPTS - 1 or read_current(self.folder) == current:
                     raise
         self._current, self._segments = current, segments
         self._views = self._known = None

@@ -40,12 +40,23 @@ MAX_PAYLOAD = 1 << 28
 MAX_NUMBER = 1 << 60  # above serials, numbers of records and offsets: one more is a number too
 MAX_GAPS = 64  # a log with more has nothing left to read
 MAX_LOG = 1 << 32  # a segment ends at half of that
+FRAGMENT_BYTES = 1 << 29  # of what looks like a record and is none: more of it is no accident
+MAGIC = b"\x8ecembed\n"
+HEADER = {
+    "magic": "8s",
+    "kind": "I",
+    "pages": "I",
+    "removed": "I",
+    "crc": "I",
+    "sequence": "Q",
+    "length": "Q",
+    "zeros": "20s",
+}
+"""What stands before the header's own CRC, as `struct` has it."""
 
-_MAGIC = b"\x8ecembed\n"
-_HEADER = struct.Struct("<8sIIIIQQ20s")
+_HEADER = struct.Struct("<" + "".join(HEADER.values()))
 _CRC = struct.Struct("<I")
 _CHUNK = 1 << 20
-_FRAGMENT_BYTES = 1 << 29  # of what looks like a record and is none: more of it is no accident
 
 
 class MalformedError(Exception):
@@ -162,7 +173,7 @@ def encode_record(seed: int, sequence: int, kind: int, pages: int = 0, removed: 
         )
     padded = payload.ljust(aligned(len(payload)), b"\0")
     crc = zlib.crc32(padded, seed)
-    header = _HEADER.pack(_MAGIC, kind, pages, removed, crc, sequence, len(payload), bytes(20))
+    header = _HEADER.pack(MAGIC, kind, pages, removed, crc, sequence, len(payload), bytes(20))
     return header + _CRC.pack(zlib.crc32(header, seed)) + padded
 
 
@@ -273,7 +284,7 @@ def _read_header(handle: int, seed: int, offset: int, size: int) -> Header | Non
     if len(raw) != ALIGNMENT or _CRC.unpack(raw[-4:])[0] != zlib.crc32(raw[:-4], seed):
         return None
     magic, kind, pages, removed, crc, sequence, length, zeros = _HEADER.unpack(raw[:-4])
-    known = magic == _MAGIC and kind in (COMMIT, CLOSE, PLACED) and zeros == bytes(20)
+    known = magic == MAGIC and kind in (COMMIT, CLOSE, PLACED) and zeros == bytes(20)
     possible = sequence < MAX_NUMBER and length <= MAX_PAYLOAD
     return Header(kind, pages, removed, crc, sequence, length) if known and possible else None
 
@@ -313,13 +324,13 @@ class _Fragments:
     def add(self, size: int) -> None:
         """Raises MalformedError: there are too many."""
         self._count, self._bytes = self._count + 1, self._bytes + size
-        if self._count > MAX_GAPS or self._bytes > _FRAGMENT_BYTES:
+        if self._count > MAX_GAPS or self._bytes > FRAGMENT_BYTES:
             raise MalformedError(f"{self._count} fragments of records are in it, of {self._bytes} bytes")
 
 
 def _find_record(handle: int, seed: int, offset: int, size: int, sequence: int, fragments: _Fragments) -> Record | None:
     """The first whole record after `offset` and `sequence`. Raises MalformedError: there are too many fragments."""
-    magic = np.frombuffer(_MAGIC, np.uint64)[0]
+    magic = np.frombuffer(MAGIC, np.uint64)[0]
     while (start := _skip_hole(handle, offset, size)) < size:
         chunk, offset = os.pread(handle, min(_CHUNK, size - start), start), start + _CHUNK
         words = np.frombuffer(chunk, np.uint64, len(chunk) // ALIGNMENT * ALIGNMENT // 8)[:: ALIGNMENT // 8]

@@ -23,10 +23,11 @@ from cembed.runtime.index.metadata import parse_metadata
 from cembed.runtime.index.records import Commit
 from cembed.runtime.index.views import View
 from cembed.runtime.scoring import kernels
+from cembed.runtime.scoring.storage import STORAGE
 
 EXACT_BYTES = 64 << 20  # an exact tier of this size is scanned about as fast as stages would be
-CANDIDATES = 1000
-LAST_CANDIDATES = 100
+CANDIDATES, CANDIDATES_EACH = 1000, 20  # pages the first stage keeps, and for each page that is asked for
+LAST_CANDIDATES, LAST_EACH, LAST_SHARE = 100, 5, 10  # the same of later ones; at least a tenth of the first's
 
 Numbers = NDArray[np.int64]
 
@@ -82,10 +83,10 @@ def make_plan(tiers: Sequence[str], exact_bytes: int, top: int, candidates: int 
     exact = Stage(tiers[0], top)
     if exact_bytes <= EXACT_BYTES and candidates is None:
         return (exact,)
-    first = max(CANDIDATES, 20 * top) if candidates is None else max(candidates, top)
-    last = min(first, max(LAST_CANDIDATES, 5 * top, first // 10))
-    coarse = [tier for tier in ("bits", "u8") if tier in tiers[1:]]
-    keeps = [first, last][: len(coarse)]
+    first = max(CANDIDATES, CANDIDATES_EACH * top) if candidates is None else max(candidates, top)
+    last = min(first, max(LAST_CANDIDATES, LAST_EACH * top, first // LAST_SHARE))
+    coarse = [tier for tier in reversed(tiers[1:]) if STORAGE[tier].screens]
+    keeps = [first, *[last] * len(coarse)][: len(coarse)]
     return (*(Stage(tier, keep) for tier, keep in zip(coarse, keeps, strict=True)), exact)
 
 

@@ -34,9 +34,9 @@ from cembed.runtime.index.records import (
 )
 
 MAX_ROWS = 1 << 20
+RETRY_SECONDS = 0.05
 Numbers = NDArray[np.int64]
 
-_RETRY_SECONDS = 0.05
 _HELD_BYTES = 32 << 20  # of records that are decoded together
 
 
@@ -120,7 +120,7 @@ class Segment:
                     elif last_look:
                         self._lost(item)
                     else:
-                        time.sleep(_RETRY_SECONDS)
+                        time.sleep(RETRY_SECONDS)
                         break
                 else:
                     return

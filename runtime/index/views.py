@@ -87,11 +87,11 @@ class View:
 
     @cached_property
     def _pages(self) -> Mapping[str, Pages]:
-        ones, columns = np.ones(len(self), np.float32), self.columns
-        return {
-            tier: Pages(tier, self.dim, data, columns.starts[i], columns.rows, columns.scales if tier == "u8" else ones)
-            for i, (tier, data) in enumerate((tier, mapping.data) for tier, mapping in self.maps.items())
-        }
+        ones, columns, pages = np.ones(len(self), np.float32), self.columns, dict[str, Pages]()
+        for (tier, mapping), starts in zip(self.maps.items(), self.columns.starts, strict=True):
+            scales = columns.scales if STORAGE[tier].has_scale else ones
+            pages[tier] = Pages(tier, self.dim, mapping.data, starts, columns.rows, scales)
+        return pages
 
     def pages(self, tier: str, which: NDArray[np.int64] | None) -> Pages:
         """The pages as the kernels take them, once the CRCs of `which` (None: all) were compared.

@@ -1,13 +1,15 @@
 /* MaxSim over stored pages, and over arrays where they lie: score(q, d) = sum over query vectors of the largest dot
  * product with a vector of the page.
  *
- * What a page's bytes mean is said in runtime/scoring/storage.py. Nothing is checked here but what is said: the caller knows
- * that the pages lie inside of their data and that the numbers are those of pages. Scores depend neither on the number
- * of threads nor on what else is scored. Functions return -1 when there was no memory. */
+ * What a page's bytes mean is said in runtime/scoring/storage.py. Nothing is checked here but what is said: the caller
+ * knows that the pages lie inside of their data and that the numbers are those of pages. Scores depend neither on the
+ * number of threads nor on what else is scored. Functions return -1 when there was no memory. */
 #ifndef CEMBED_MAXSIM_H
 #define CEMBED_MAXSIM_H
 
 #include <stdint.h>
+
+#include "storage.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -19,15 +21,13 @@ extern "C" {
 #define MAXSIM_API
 #endif
 
-enum maxsim_storage { MAXSIM_F32, MAXSIM_F16, MAXSIM_U8, MAXSIM_BITS, MAXSIM_F64 }; /* F64: of arrays only */
-
 typedef struct {
-    int32_t storage;
-    int32_t dim; /* a multiple of 8 for bits */
+    int32_t storage; /* a maxsim_storage */
+    int32_t dim;     /* a multiple of 8 for bits */
     const uint8_t *data;
     const int64_t *starts; /* first byte of each page */
     const int32_t *rows;   /* vectors of each page, at least one */
-    const float *scales;   /* what levels of u8 are multiplied with; ones for the other types */
+    const float *scales;   /* what levels are multiplied with; ones where a type has no scale */
 } maxsim_pages;
 
 /* scores[i] of the query [num, dim] and page which[i]. */
@@ -44,8 +44,6 @@ typedef struct {
     int64_t rows, row_step, step;
     int32_t type; /* MAXSIM_F32, MAXSIM_F16 or MAXSIM_F64, which is rounded to float32 */
 } maxsim_array;
-
-enum { MAXSIM_MOST_ROWS = 1 << 30 }; /* of an array */
 
 /* scores[q * count + i] of query q and array i, at least one query. Components must be finite as float32 has them:
  * returns count, or the index of the first array that is not so, or -2 - q of the first such query; scores are complete

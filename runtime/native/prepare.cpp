@@ -136,11 +136,12 @@ Query prepare(const float *from, int num, int32_t storage, int dim, const Kernel
     query.num = num;
     query.dim = dim;
     query.padded = round_up(dim, floats ? 16 : 64);
+    const int limit = floats ? 0 : row_of(STORAGE, storage).query_limit;
     if (floats) {
         query.scales.assign(num, 1.0f);
         pack(from, query.dim, query.dim, kernels.floats, query);
     } else if (storage == MAXSIM_U8) {
-        const Buffer rows = quantised(from, 127, query);
+        const Buffer rows = quantised(from, limit, query);
         pack(rows.as<int8_t>(), query.padded, query.padded, kernels.levels, query);
         query.zeros.assign(round_up(num, LANES), 0);
         for (int q = 0; q < num; ++q) {
@@ -148,7 +149,7 @@ Query prepare(const float *from, int num, int32_t storage, int dim, const Kernel
             query.zeros[q] = 128 * std::accumulate(row, row + query.dim, 0);
         }
     } else {
-        const Buffer rows = quantised(from, 31, query);
+        const Buffer rows = quantised(from, limit, query);
         query.packed = (kernels.tables ? sign_tables : tiled)(rows.as<int8_t>(), query);
     }
     return query;

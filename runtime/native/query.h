@@ -48,7 +48,7 @@ struct Packing {
     bool grouped;  // else group is one
 };
 
-constexpr int LANES = 16;        // most groups; query vectors of a tile; terms of a score are added in as many lanes
+// LANES are also the most groups, and the query vectors of a tile.
 constexpr int TABLE_ZERO = 124;  // added to table entries: four components of at most 31 each
 
 inline bool holds_floats(int32_t storage) {
@@ -74,9 +74,9 @@ using Kernel = void (*)(const Query &, const char *page, int rows, char *scratch
 
 struct Kernels {
     const char *name;
-    Kernel f32, f16, u8, bits, f64;  // as maxsim_storage has them
+    Kernel f32, f16, u8, bits, f64;
     Packing floats, levels;
-    bool tables;                   // bits wants the sums, see Query; else components
+    bool tables;                   // bits needs the sums, see Query; else components
     void (*begin)(const Query &);  // called by each thread before and after its pages, if there
     void (*end)();
 };
@@ -94,12 +94,29 @@ Query prepare(const float *from, int num, int32_t storage, int dim, const Kernel
 // The score, but for what the page's components are multiplied with: the largest products times the scales.
 float total(const Query &query, const void *best);
 
+// What there is for a storage type, or for float64: its kernel in each set, and the products that are worth a thread's
+// start. That takes as long as some millions of them, more of faster kernels.
+struct Work {
+    int code;
+    Kernel Kernels::*kernel;
+    int64_t worth;
+};
+
+inline constexpr Work WORK[] = {
+    {MAXSIM_F32, &Kernels::f32, 8'000'000},    {MAXSIM_F16, &Kernels::f16, 8'000'000},
+    {MAXSIM_U8, &Kernels::u8, 12'000'000},     {MAXSIM_BITS, &Kernels::bits, 20'000'000},
+    {MAXSIM_F64, &Kernels::f64, 8'000'000},
+};
+
+// The row of a table that has a code, which must be there.
+template <class Row> const Row &row_of(const Row *row, int32_t code) {
+    while (row->code != code) ++row;
+    return *row;
+}
+
 // The set that is in use, and its kernel.
 const Kernels &chosen();
-inline Kernel kernel_of(const Kernels &kernels, int32_t storage) {
-    const Kernel table[] = {kernels.f32, kernels.f16, kernels.u8, kernels.bits, kernels.f64};
-    return table[storage];
-}
+inline Kernel kernel_of(const Kernels &kernels, int32_t storage) { return kernels.*row_of(WORK, storage).kernel; }
 
 float half_to_float(uint16_t bits);
 

@@ -35,10 +35,9 @@ class Shares {
     std::atomic<int64_t> next_{0};
 };
 
-// No more threads than are worth their start, which takes as long as some millions of products, more of faster kernels.
+// No more threads than are worth their start.
 inline int enough(int threads, int64_t products, int32_t storage) {
-    constexpr int64_t WORTH[] = {8'000'000, 8'000'000, 12'000'000, 20'000'000, 8'000'000};
-    return int(std::max<int64_t>(1, std::min<int64_t>(threads, products / WORTH[storage])));
+    return int(std::max<int64_t>(1, std::min<int64_t>(threads, products / row_of(WORK, storage).worth)));
 }
 
 // Calls run(0) to run(threads - 1), all but the first in other threads. Where no more are to be had, those that run do

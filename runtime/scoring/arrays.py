@@ -19,13 +19,18 @@ from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
 from cembed.runtime.finite import finite, not_finite
 from cembed.runtime.scoring.kernels import load, sum_of, thread_count
+from cembed.runtime.scoring.storage import DOUBLE, STORAGE
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Table: TypeAlias = NDArray[np.void]
 ARRAY = np.dtype(  # maxsim_array of native/maxsim.h
     [("data", np.int64), ("rows", np.int64), ("row_step", np.int64), ("step", np.int64), ("type", np.int32)], align=True
 )
-TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.float64): 4}  # maxsim_storage
+TYPES = {
+    np.dtype(np.float32): STORAGE["f32"].code,
+    np.dtype(np.float16): STORAGE["f16"].code,
+    np.dtype(np.float64): DOUBLE,
+}
 MOST_ROWS = 1 << 30  # MAXSIM_MOST_ROWS
 _PYTHON = ("PyList_GetItem", "PyObject_GetBuffer", "PyBuffer_Release", "PyErr_Clear")
 

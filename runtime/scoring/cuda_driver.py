@@ -50,7 +50,7 @@ _SIGNATURES: Mapping[str, Sequence[Any]] = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class DeviceLimits:
     """What launches are planned with."""
 
     name: str
@@ -85,7 +85,7 @@ class Driver:
         self._call("cuCtxSetCurrent", self._context)
         self._call(name, *arguments)
 
-    def _limits(self, device: c_int) -> Limits:
+    def _limits(self, device: c_int) -> DeviceLimits:
         name, version, found = ctypes.create_string_buffer(256), c_int(), dict[int, int]()
         self._call("cuDeviceGetName", name, len(name), device)
         self._call("cuDriverGetVersion", byref(version))
@@ -95,7 +95,7 @@ class Driver:
             found[attribute] = value.value
         architecture = 10 * found[_MAJOR] + found[_MINOR]
         rest = (found[key] for key in (_PROCESSORS, _SHARED_OF_BLOCK, _SHARED_OF_PROCESSOR))
-        return Limits(name.value.decode(), version.value // 1000, architecture, *rest)
+        return DeviceLimits(name.value.decode(), version.value // 1000, architecture, *rest)
 
     def allocate(self, nbytes: int) -> DeviceMemory:
         address = _ADDRESS()

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
-from cembed.runtime.scoring.cuda_driver import DeviceMemory, Driver, Limits, Module, compile_kernels
+from cembed.runtime.scoring.cuda_driver import DeviceLimits, DeviceMemory, Driver, Module, compile_kernels
 from cembed.runtime.scoring.kernels import Numbers, Pages, Scores, checked_query
-from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.storage import STORAGE, by_exactness
 
 SOURCES = Path(__file__).parents[1] / "native" / "cuda"
-STORED = ("f16", "u8")
+STORED = tuple(name for name in by_exactness() if STORAGE[name].on_gpu)
 FILES = ("maxsim.cu", "maxsim.h", "warp.cuh")
 _WARPS, _RING, _STEP, _SORTED = 8, 1 << 16, 64, 2048  # of native/cuda/maxsim.h
 _ALIGNED = 16  # bytes, to which rows are filled up
@@ -66,7 +66,7 @@ class _Query(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """How a query of `num` vectors runs over pages of `row_bytes` a row."""
 
     storage: str
@@ -106,7 +106,7 @@ class Plan:
         return max(1, min(_UNIT // passes * pages // max(nbytes, 1), pages // (4 * warps)))
 
 
-class Gpu:
+class GpuKernels:
     """The first device with the kernels on it, and memory that calls share. Raises CembedError where there is none."""
 
     def __init__(self, driver: Driver | None = None, image: bytes | None = None) -> None:
@@ -124,11 +124,11 @@ class Gpu:
 
 
 @cache
-def gpu() -> Gpu:
-    return Gpu()
+def gpu() -> GpuKernels:
+    return GpuKernels()
 
 
-def cubin(limits: Limits) -> bytes:
+def cubin(limits: DeviceLimits) -> bytes:
     """The kernels for a device of sm_80 or later, compiled once on a machine. Raises CembedError as compile_kernels."""
     if limits.architecture < 80:
         raise CembedError(f"{limits.name} is sm_{limits.architecture}: the kernels need sm_80 or later")
@@ -156,7 +156,7 @@ class GpuPages:
 
     def __init__(
         self,
-        device: Gpu,
+        device: GpuKernels,
         storage: str,
         dim: int,
         shape: tuple[int, int],  # P pages, N rows altogether
@@ -169,7 +169,9 @@ class GpuPages:
         assert shape[0] < 1 << 32, f"{shape = }"
 
     @classmethod
-    def upload(cls, pages: Pages | Sequence[Vectors], storage: str = "f16", device: Gpu | None = None) -> GpuPages:
+    def upload(
+        cls, pages: Pages | Sequence[Vectors], storage: str = "f16", device: GpuKernels | None = None
+    ) -> GpuPages:
         """Stored pages as they are, or vectors [K, D] of each page to be stored as f16 or u8.
 
         Raises CembedError: a storage type without kernels, no GPU, or too little memory on it.
@@ -179,7 +181,7 @@ class GpuPages:
             raise CembedError(f"pages in {stored.storage} on a GPU: there are kernels for {', '.join(STORED)}")
         device = gpu() if device is None else device
         offsets = np.concatenate([[0], np.cumsum(stored.rows, dtype=np.int64)])
-        arrays = [_matrix(stored, int(offsets[-1])), offsets, *([stored.scales] if stored.storage == "u8" else [])]
+        arrays = [_matrix(stored, int(offsets[-1])), offsets, *([stored.scales] if stored.kind.has_scale else [])]
         memory = [device.driver.upload(array) for array in arrays]
         shape = len(stored), int(offsets[-1])
         return cls(device, stored.storage, stored.dim, shape, [part.address for part in memory], memory)
@@ -243,8 +245,8 @@ class GpuPages:
         self._gpu.module.launch(plan.kernel, grid, _WARPS * 32, plan.shared, *arguments)
         return scores
 
-    def _plan(self, num: int) -> Plan:
-        return Plan(self.storage, num, self._row_bytes, self._gpu.driver.limits.shared_of_block)
+    def _plan(self, num: int) -> LaunchPlan:
+        return LaunchPlan(self.storage, num, self._row_bytes, self._gpu.driver.limits.shared_of_block)
 
     def _best(self, scores: DeviceMemory, k: int) -> DeviceMemory:
         """Keys of the k best: blocks keep theirs, until one block is left."""
@@ -279,7 +281,7 @@ def store(pages: Sequence[Vectors], storage: str) -> Pages:
 
 def _matrix(pages: Pages, rows: int) -> NDArray[np.uint8]:
     """Bytes [N, row_bytes] of pages that may lie anywhere; what fills up a row meets zeros of the query."""
-    size = STORAGE[pages.storage].vector_bytes(pages.dim)
+    size = pages.kind.vector_bytes(pages.dim)
     matrix, row = np.zeros((rows, _row_bytes(pages.storage, pages.dim)), np.uint8), 0
     for start, count in zip(pages.starts.tolist(), pages.rows.tolist(), strict=True):
         matrix[row : row + count, :size] = pages.data[start : start + count * size].reshape(count, size)

@@ -24,12 +24,11 @@ from numpy.typing import NDArray
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
 from cembed.runtime.finite import finite
-from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.storage import STORAGE, Storage, check_dim
 
 Numbers = NDArray[np.int64]
 Scores = NDArray[np.float32]
-_LANES = 16  # terms of a score are summed up in as many lanes
-_LIMITS = {"u8": 127, "bits": 31}  # of the integers that query vectors are rounded to
+LANES = 16  # terms of a score are summed up in as many lanes
 _EXACT = 1 << 24  # float32 holds all integers up to it
 
 
@@ -42,26 +41,27 @@ class Pages:
     data: NDArray[np.uint8]  # [bytes]; may be memory-mapped
     starts: NDArray[np.int64]  # [N] first byte of each page
     rows: NDArray[np.int32]  # [N] vectors of each page, at least one
-    scales: NDArray[np.float32]  # [N] what levels of u8 are multiplied with; ones for the other types
+    scales: NDArray[np.float32]  # [N] what levels are multiplied with; ones where a type has no scale
 
     def __post_init__(self) -> None:
-        if self.storage not in STORAGE:
-            raise CembedError(f"unknown storage {self.storage!r}: cembed has {', '.join(STORAGE)}")
-        if self.dim < 1 or (self.dim % 8 and self.storage == "bits"):
-            raise CembedError(f"pages of dim {self.dim}: at least 1 is wanted, and a multiple of 8 for bits")
+        check_dim(self.storage, self.dim)
         arrays = (self.data, self.starts, self.rows, self.scales)
         kinds = [array.dtype.name for array in arrays]
         assert kinds == ["uint8", "int64", "int32", "float32"], f"{kinds = }"
-        assert all(array.ndim == 1 and array.flags.c_contiguous for array in arrays), "flat arrays are wanted"
-        assert len(self.starts) == len(self.rows) == len(self.scales), "as many starts as rows and scales are wanted"
+        assert all(array.ndim == 1 and array.flags.c_contiguous for array in arrays), "flat arrays are needed"
+        assert len(self.starts) == len(self.rows) == len(self.scales), "as many starts as rows and scales are needed"
         if len(self) and not self._inside():
             raise CembedError("pages lie outside of their data, or are empty: the index or the file is damaged")
+
+    @property
+    def kind(self) -> Storage:
+        return STORAGE[self.storage]
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def _inside(self) -> bool:
-        ends = self.starts + STORAGE[self.storage].vector_bytes(self.dim) * self.rows.astype(np.int64)
+        ends = self.starts + self.kind.vector_bytes(self.dim) * self.rows.astype(np.int64)
         return bool(self.starts.min() >= 0 and self.rows.min() >= 1 and ends.max() <= len(self.data))
 
     def vectors(self, page: int) -> Vectors:
@@ -69,14 +69,14 @@ class Pages:
         return self._decoded(page, float(self.scales[page]))
 
     def integers(self, page: int) -> Vectors:
-        """Of u8 and bits: levels between -128 and 127, or signs -1 and 1, as float32 [K, D]."""
+        """Of types of integers: levels between -128 and 127, or signs -1 and 1, as float32 [K, D]."""
         vectors = self._decoded(page, 1.0)
-        return np.sign(vectors) if self.storage == "bits" else vectors
+        return np.sign(vectors) if self.kind.signs else vectors
 
     def _decoded(self, page: int, scale: float) -> Vectors:
-        storage, rows, start = STORAGE[self.storage], int(self.rows[page]), int(self.starts[page])
-        data = np.asarray(self.data[start : start + rows * storage.vector_bytes(self.dim)])
-        return storage.decode(data, rows, self.dim, scale)
+        rows, start = int(self.rows[page]), int(self.starts[page])
+        data = np.asarray(self.data[start : start + rows * self.kind.vector_bytes(self.dim)])
+        return self.kind.decode(data, rows, self.dim, scale)
 
 
 def score(query: Vectors, pages: Pages, which: Numbers | None = None, threads: int | None = None) -> Scores:
@@ -198,7 +198,7 @@ def use_kernels(name: str) -> None:
 def _arguments(query: Vectors, pages: Pages, which: Numbers) -> tuple[Any, ...]:
     """What both functions of the library begin with. The caller's arrays outlive the call."""
     arrays = (_pointer(array) for array in (pages.data, pages.starts, pages.rows, pages.scales))
-    described = _Pages(list(STORAGE).index(pages.storage), pages.dim, *arrays)
+    described = _Pages(pages.kind.code, pages.dim, *arrays)
     return _pointer(query), len(query), ctypes.byref(described), _pointer(which), len(which)
 
 
@@ -226,7 +226,7 @@ def _enough(result: int) -> None:
 def _score_with_numpy(query: Vectors, pages: Pages, which: Numbers) -> Scores:
     """One page at a time: products of matrices are rounded differently when the matrices are larger."""
     found = np.empty(len(which), np.float32)
-    unit = np.float32(1 / np.sqrt(np.float32(pages.dim)) if pages.storage == "bits" else 1)
+    unit = np.float32(1 / np.sqrt(np.float32(pages.dim)) if pages.kind.signs else 1)
     for index, page in enumerate(which):
         similarity, scales = _similarity(query, pages, page)
         found[index] = sum_of(similarity.max(axis=1).astype(np.float32) * scales) * (unit * pages.scales[page])
@@ -236,8 +236,8 @@ def _score_with_numpy(query: Vectors, pages: Pages, which: Numbers) -> Scores:
 def exact_scores(query: Vectors, pages: Pages, which: Numbers) -> NDArray[np.float64]:
     """What score() is an approximation of, by numpy in float64. For levels and signs the query is rounded as there."""
     found = np.empty(len(which))
-    unit = 1 / np.sqrt(pages.dim) if pages.storage == "bits" else 1.0
-    wide = query.astype(np.float64) if pages.storage not in _LIMITS else query
+    unit = 1 / np.sqrt(pages.dim) if pages.kind.signs else 1.0
+    wide = query.astype(np.float64) if pages.kind.query_limit is None else query
     for index, page in enumerate(which):
         similarity, scales = _similarity(wide, pages, page)
         found[index] = (similarity.max(axis=1) * scales.astype(np.float64)).sum() * unit * float(pages.scales[page])
@@ -246,7 +246,7 @@ def exact_scores(query: Vectors, pages: Pages, which: Numbers) -> NDArray[np.flo
 
 def _similarity(query: NDArray[np.floating[Any]], pages: Pages, page: int) -> tuple[NDArray[np.floating[Any]], Scores]:
     """Products [Q, K] of query vectors with a page's, and what each query vector's are multiplied with [Q]."""
-    limit = _LIMITS.get(pages.storage)
+    limit = pages.kind.query_limit
     if limit is None:
         return query @ pages.vectors(page).T, np.ones(len(query), np.float32)
     smallest = np.finfo(np.float32).tiny * np.float32(127)
@@ -258,9 +258,9 @@ def _similarity(query: NDArray[np.floating[Any]], pages: Pages, page: int) -> tu
 
 def sum_of(terms: Scores) -> np.float32:
     """The sum in the order of the library: 16 lanes, then halves of them."""
-    lanes = np.zeros(_LANES, np.float32)
-    for first in range(0, len(terms), _LANES):
-        part = terms[first : first + _LANES]
+    lanes = np.zeros(LANES, np.float32)
+    for first in range(0, len(terms), LANES):
+        part = terms[first : first + LANES]
         lanes[: len(part)] += part
     while len(lanes) > 1:
         lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]

@@ -5,13 +5,14 @@
     bits       a bit is set where a component is negative; blocks of 32 rows (the last one has those that are left), in
                a block every 4 components in turn, of these every row in turn: 4 bits, the lowest first
 
-A page of K vectors takes K * dim * (4, 2, 1 or 1/8) bytes: nothing is padded. A new type is a row of `STORAGE`, and a
-kernel in native/.
+A page of K vectors takes K * dim * (4, 2, 1 or 1/8) bytes: nothing is padded. A new type is a row of `STORAGE`, whose
+order means nothing, and a kernel in native/. `tests/native/shared_tables.py` writes the rows for C++.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,12 +28,30 @@ BLOCK = 32  # rows of a block of sign bits
 
 @dataclass(frozen=True)
 class Storage:
-    """`bits` of a component, `page_bytes` beside the vectors, and the way to bytes and back."""
+    """Everything about a type: the way to bytes and back, and what the parts of the runtime ask of it.
 
+    `code` is its number in C, `bits` those of a component. Of two types the one of greater `exactness` leaves more of
+    the vectors. With a `query_limit` scores are made of integers: query vectors are rounded to integers of at most that
+    size.
+    """
+
+    code: int
+    exactness: int
     bits: int
-    page_bytes: int
     encode: Callable[[Vectors], tuple[Bytes, float]]
     decode: Callable[[Bytes, int, int, float], Vectors]
+    has_scale: bool = False  # levels of a page are multiplied with its scale
+    signs: bool = False  # components are plus or minus one over the root of dim
+    dim_step: int = 1  # dims are multiples of it
+    largest: float = math.inf  # component that can be kept
+    query_limit: int | None = None
+    screens: bool = False  # large indexes are searched with it first
+    on_gpu: bool = False  # there are kernels in native/cuda
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page beside its vectors: a float32 if it has a scale."""
+        return 4 if self.has_scale else 0
 
     def vector_bytes(self, dim: int) -> int:
         return -(-dim * self.bits // 8)
@@ -86,8 +105,7 @@ def encode_signs(vectors: Vectors) -> tuple[Bytes, float]:
     (array([ 33, 128], dtype=uint8), 1.0)
     """
     rows, dim = vectors.shape
-    if dim % 8:
-        raise CembedError(f"sign bits of dim {dim}: a multiple of 8 is wanted")
+    check_dim("bits", dim)
     fours = (vectors < 0).reshape(rows, dim // 4, 4)
     blocks = [fours[first : first + BLOCK].swapaxes(0, 1).reshape(-1) for first in range(0, rows, BLOCK)]
     return np.packbits(np.concatenate(blocks), bitorder="little"), 1.0
@@ -108,8 +126,33 @@ def decode_signs(data: Bytes, rows: int, dim: int, scale: float) -> Vectors:
 
 
 STORAGE: Mapping[str, Storage] = {
-    "f32": Storage(32, 0, _encode_as("<f4"), _decode_as("<f4")),
-    "f16": Storage(16, 0, _encode_as("<f2"), _decode_as("<f2")),
-    "u8": Storage(8, 4, encode_levels, decode_levels),
-    "bits": Storage(1, 0, encode_signs, decode_signs),
+    "f32": Storage(0, 3, 32, _encode_as("<f4"), _decode_as("<f4")),
+    "f16": Storage(1, 2, 16, _encode_as("<f2"), _decode_as("<f2"), largest=65504.0, on_gpu=True),
+    "u8": Storage(2, 1, 8, encode_levels, decode_levels, True, query_limit=127, screens=True, on_gpu=True),
+    "bits": Storage(3, 0, 1, encode_signs, decode_signs, signs=True, dim_step=8, query_limit=31, screens=True),
 }
+DOUBLE = 4  # the code of float64, in which arrays may come and nothing is stored
+
+
+def by_exactness(names: Collection[object] = STORAGE) -> tuple[str, ...]:
+    """The storage types among `names`, each once, the most exact first.
+
+    >>> by_exactness(["bits", "f32", "u8", "f8", "u8"])
+    ('f32', 'u8', 'bits')
+    """
+    return tuple(sorted((name for name in STORAGE if name in names), key=lambda name: -STORAGE[name].exactness))
+
+
+def storage_of(name: str) -> Storage:
+    """The row of a type. Raises CembedError: there is none."""
+    if name not in STORAGE:
+        raise CembedError(f"unknown storage {name!r}: cembed has {', '.join(by_exactness())}")
+    return STORAGE[name]
+
+
+def check_dim(name: str, dim: int) -> None:
+    """Raises CembedError: vectors of this length cannot be kept in a type."""
+    step = storage_of(name).dim_step
+    if dim < 1 or dim % step:
+        needed = "at least 1 is needed" if step == 1 else f"a multiple of {step} is needed, or another storage type"
+        raise CembedError(f"vectors of dim {dim} as {name}: {needed}")

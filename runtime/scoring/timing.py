@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.errors import CembedError
 from cembed.runtime.scoring.kernels import Pages, exact_scores
 from cembed.runtime.scoring.maxsim import maxsim
-from cembed.runtime.scoring.storage import STORAGE
+from cembed.runtime.scoring.storage import STORAGE, storage_of
 
 Floats = NDArray[np.floating[Any]]
 Run = Callable[[], Floats]
@@ -134,8 +133,8 @@ class Timing:
 def try_out(shape: Shape, storage: Sequence[str], threads: int, rounds: int) -> list[Timing]:
     """f32 is a list of arrays, the other types are stored pages. Raises CembedError: an unknown storage type, a dim
     that it cannot have."""
-    if unknown := [name for name in storage if name not in STORAGE]:
-        raise CembedError(f"unknown storage {unknown[0]!r}: cembed has {', '.join(STORAGE)}")
+    for name in storage:
+        storage_of(name)
     case = Case.draw(shape)
     pages = {name: case.stored(name) for name in storage}
     runs: dict[str, Run] = {"numpy": fastest(numpy_ways(case))}

@@ -13,13 +13,13 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_checkpoint import COLUMNS, SIZES, tensor_shapes
 
-from cembed.runtime.engines.memory import Fit, Limits, Model
+from cembed.runtime.engines.memory import EngineLimits, Fit, Model
 
 Backbone = Literal["qwen2-vl", "qwen2.5-vl"]
 MODELS: dict[str, Backbone] = {"Qwen2-VL-2B": "qwen2-vl", "Qwen2.5-VL-3B": "qwen2.5-vl"}
 BYTES = {"fp16": 2.0, "W8A8, int8": 1.0, "int4": 0.5 + 4 / 32}  # of a weight; a float32 scale for 32 int4 ones
 VALUE = {"fp16": 2}  # of an activation; quantised bundles compute in float32
-LIMITS = Limits(
+LIMITS = EngineLimits(
     batch=1, visual_tokens=768, prompt=785, positions=849, vectors=64, patches=3072, windows=192, capacity=896
 )
 BOARDS = (8, 16, 32, 64)

@@ -39,7 +39,7 @@ class Operation:
 def make_small() -> None:
     """Batches of three pages and segments of a few, so that a short run has everything in it."""
     new_pages.BATCH_PAGES, index_module.SEGMENT_BYTES = 3, 3000
-    segments._RETRY_SECONDS = 0
+    segments.RETRY_SECONDS = 0
 
 
 def content_of(page: str, version: int) -> bytes:

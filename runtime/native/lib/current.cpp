@@ -7,16 +7,21 @@
 
 #include "error.h"
 #include "index.h"
+#include "shared_tables.h"
 
 namespace cembed {
 namespace {
 
 using Json = nlohmann::json;
 
-constexpr int64_t MAX_DIM = 1 << 14, MAX_SEGMENTS = 1 << 16, MAX_SEGMENT = 99'999'999, MAX_NUMBER = int64_t(1) << 60;
-const std::vector<std::string> STORAGE = {"f32", "f16", "u8", "bits"};
-const std::set<std::string> FIELDS = {"format", "version",  "index",        "dim",        "tiers",
-                                      "bundle", "segments", "next_segment", "next_serial"};
+using namespace shared;
+
+// Null if there is no such type.
+const maxsim::StorageType *find_storage(const std::string &name) {
+    const auto named = [&](const maxsim::StorageType &type) { return type.name == name; };
+    const auto *end = std::end(maxsim::STORAGE), *found = std::find_if(std::begin(maxsim::STORAGE), end, named);
+    return found == end ? nullptr : found;
+}
 
 void require(bool right, const std::string &otherwise) {
     if (!right) throw Error(INDEX, otherwise);
@@ -33,16 +38,19 @@ Json parse(const std::string &raw) {
     require(raw.substr(space + 1) == crc, "its CRC does not match");
     Json fields = Json::parse(text, nullptr, false);
     require(!fields.is_discarded(), "it is no JSON");
-    require(fields.is_object() && fields.value("format", Json()) == "cembed index", "it is of another format");
+    require(fields.is_object() && fields.value("format", Json()) == FORMAT, "it is of another format");
     const Json version = fields.value("version", Json());
-    require(version == 1 || version == 2, "it is of another version than 1 and 2: use a newer cembed");
+    require(version == VERSION || version == PLACED_VERSION,
+            "it is of another version than " + std::to_string(VERSION) + " and " + std::to_string(PLACED_VERSION) +
+                ": use a newer cembed");
     return fields;
 }
 
 void check_kinds(const Json &fields) {
     std::set<std::string> names;
     for (const auto &item : fields.items()) names.insert(item.key());
-    require(names == FIELDS, "its fields are not those of an index");
+    require(names == std::set<std::string>(std::begin(CURRENT_FIELDS), std::end(CURRENT_FIELDS)),
+            "its fields are not those of an index");
     require(fields["index"].is_string() && fields["bundle"].is_string(), "a name is no text");
     require(fields["tiers"].is_array() && fields["segments"].is_array(), "its fields are not those of an index");
     for (const char *name : {"dim", "next_segment", "next_serial"})
@@ -51,19 +59,30 @@ void check_kinds(const Json &fields) {
     for (const Json &tier : fields["tiers"]) require(tier.is_string(), "its fields are not those of an index");
 }
 
+// Known ones, at least one, the most exact first.
+void check_tiers(const Current &current) {
+    require(!current.tiers.empty(), "its storage types are unknown");
+    const maxsim::StorageType *before = nullptr;
+    for (const std::string &name : current.tiers) {
+        const maxsim::StorageType *type = find_storage(name);
+        require(type != nullptr && (before == nullptr || before->exactness > type->exactness),
+                "its storage types are unknown");
+        require(current.dim % type->dim_step == 0,
+                name + " of a dim that is no multiple of " + std::to_string(type->dim_step));
+        before = type;
+    }
+}
+
 }  // namespace
+
+const maxsim::StorageType &storage_of(const std::string &name) { return *find_storage(name); }
 
 Current Current::decode(const std::string &raw) {
     const Json fields = parse(raw);
     check_kinds(fields);
     const Current current{fields["index"], fields["bundle"], fields["dim"], fields["tiers"], fields["segments"]};
     require(current.dim >= 1 && current.dim <= MAX_DIM, "its dim is impossible");
-    std::vector<std::string> ordered;
-    for (const std::string &name : STORAGE) {
-        if (std::count(current.tiers.begin(), current.tiers.end(), name)) ordered.push_back(name);
-    }
-    require(!ordered.empty() && ordered == current.tiers, "its storage types are unknown");
-    require(current.tiers.back() != "bits" || current.dim % 8 == 0, "bits of a dim that is no multiple of 8");
+    check_tiers(current);
     const std::set<int64_t> segments(current.segments.begin(), current.segments.end());
     const bool possible =
         !segments.empty() && int64_t(segments.size()) <= MAX_SEGMENTS && segments.size() == current.segments.size();

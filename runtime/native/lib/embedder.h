@@ -18,13 +18,14 @@
 #include "image.h"
 #include "manifest.h"
 #include "prompts.h"
+#include "shared_tables.h"
 
 namespace cembed {
 
 struct Settings {
     EngineSettings engine;
     int64_t max_visual_tokens = 0;  // 0: the bundle's
-    int64_t state_memory = int64_t(1) << 30;
+    int64_t state_memory = shared::DEFAULT_STATE_MEMORY;
 };
 
 // What a caller may choose for each call; zeros are the bundle's.

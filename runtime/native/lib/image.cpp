@@ -5,11 +5,12 @@
 #include <string>
 
 #include "error.h"
+#include "shared_tables.h"
 
 namespace cembed {
 namespace {
 
-constexpr int64_t MAX_ASPECT_RATIO = 200;
+using shared::MAX_ASPECT_RATIO;
 constexpr int64_t MAX_SIDE = int64_t(1) << 24;    // Pillow holds sides in float32
 constexpr int64_t MAX_PIXELS = int64_t(1) << 30;  // of the resized image: what a bundle may ask for
 constexpr int64_t MAX_FACTOR = 4096;
@@ -131,7 +132,8 @@ void check(const ImageProcessing &spec) {
 
 Size smart_resize(int64_t height, int64_t width, const ImageProcessing &spec) {
     if (std::max(height, width) > MAX_ASPECT_RATIO * std::min(height, width)) {
-        throw Error(INVALID_ARGUMENT, sizes(height, width) + ": sides may differ by 200 times at most");
+        throw Error(INVALID_ARGUMENT, sizes(height, width) + ": sides may differ by " +
+                                          std::to_string(MAX_ASPECT_RATIO) + " times at most");
     }
     const int64_t factor = spec.factor();
     const auto h = double(height), w = double(width), step = double(factor);

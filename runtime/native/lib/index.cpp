@@ -4,33 +4,19 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <map>
 #include <numeric>
 #include <thread>
 #include <utility>
 
 #include "error.h"
+#include "shared_tables.h"
 
 namespace cembed {
 namespace {
 
-constexpr int ATTEMPTS = 5;
-constexpr auto RETRY = std::chrono::milliseconds(50);
-constexpr int64_t MAX_CURRENT = 1 << 21;
-constexpr int64_t EXACT_BYTES = 64 << 20;  // an exact tier of this size is scanned about as fast as stages would be
-constexpr int64_t CANDIDATES = 1000, LAST_CANDIDATES = 100;
-const std::string REPAIR = "take the file from a copy, or repair the index with `cembed index compact --drop-damaged`";
+using namespace shared;
 
-int64_t vector_bytes(int32_t storage, int64_t dim) {
-    static const int64_t bits[] = {32, 16, 8, 1};
-    return (dim * bits[storage] + 7) / 8;
-}
-
-int32_t storage_of(const std::string &tier) {
-    static const std::map<std::string, int32_t> kinds = {
-        {"f32", MAXSIM_F32}, {"f16", MAXSIM_F16}, {"u8", MAXSIM_U8}, {"bits", MAXSIM_BITS}};
-    return kinds.at(tier);
-}
+int64_t vector_bytes(const maxsim::StorageType &storage, int64_t dim) { return (dim * storage.bits + 7) / 8; }
 
 std::string path_of(const std::string &folder, int64_t segment, const std::string &suffix) {
     char name[16];
@@ -39,7 +25,7 @@ std::string path_of(const std::string &folder, int64_t segment, const std::strin
 }
 
 Current read_current(const std::string &folder) {
-    const std::string path = folder + "/CURRENT";
+    const std::string path = folder + "/" + CURRENT;
     std::string raw;
     try {
         raw = File(path, INDEX).read(MAX_CURRENT);
@@ -69,7 +55,7 @@ Segment::Segment(const std::string &folder, const Current &current, int64_t numb
     for (const std::string &tier : current.tiers) {
         tiers_.emplace_back();
         tiers_.back().path = path_of(folder, number, tier);
-        tiers_.back().storage = storage_of(tier);
+        tiers_.back().storage = &storage_of(tier);
     }
     Log log = read_log(path_, current, number);
     if (!last && !log.closed) throw Error(INDEX, path_ + " lacks its end: " + REPAIR);
@@ -116,7 +102,7 @@ void Segment::open_tiers() {
 }
 
 int64_t Segment::page_size(const Tier &tier, int64_t page) const {
-    return rows_[size_t(page)] * vector_bytes(tier.storage, dim_);
+    return rows_[size_t(page)] * vector_bytes(*tier.storage, dim_);
 }
 
 int64_t Segment::vectors() const { return std::accumulate(rows_.begin(), rows_.end(), int64_t(0)); }
@@ -166,8 +152,8 @@ maxsim_pages Segment::pages(size_t which_tier, const std::vector<int64_t> &which
                                    " on: the vectors of '" + id(page) + "'; " + REPAIR);
         tier.checked[i] = true;
     }
-    const float *scales = tier.storage == MAXSIM_U8 ? scales_.data() : ones_.data();
-    return {tier.storage, int32_t(dim_), tier.map.data(), tier.starts.data(), rows_.data(), scales};
+    const float *scales = tier.storage->has_scale ? scales_.data() : ones_.data();
+    return {tier.storage->code, int32_t(dim_), tier.map.data(), tier.starts.data(), rows_.data(), scales};
 }
 
 std::string Segment::id(int64_t page) const {
@@ -193,7 +179,7 @@ Index::Index(std::string folder) : folder_(std::move(folder)) {
         } catch (const Error &) {  // unless a writer has just replaced a torn record, or a compaction the segments
             const bool again = attempt == 1 || !(read_current(folder_) == current_);
             if (!again || attempt == ATTEMPTS) throw;
-            std::this_thread::sleep_for(RETRY);
+            std::this_thread::sleep_for(std::chrono::milliseconds(RETRY_MS));
         }
     }
 }
@@ -222,16 +208,15 @@ std::vector<Index::Stage> Index::make_plan(int64_t top, int64_t pages) const {
         all += segment->size();
     }
     const double chosen = double(vectors) * double(pages) / double(std::max<int64_t>(1, all));
-    if (std::floor(chosen) * double(vector_bytes(storage_of(current_.tiers[0]), current_.dim)) <= double(EXACT_BYTES))
+    if (std::floor(chosen) * double(vector_bytes(current_.storage(0), current_.dim)) <= double(EXACT_BYTES))
         return {{0, top}};
-    const int64_t first = std::max(CANDIDATES, 20 * top);
+    const int64_t first = std::max(CANDIDATES, CANDIDATES_EACH * top);
     int64_t keep = first;
     std::vector<Stage> plan;
-    for (const char *name : {"bits", "u8"}) {
-        const auto found = std::find(current_.tiers.begin() + 1, current_.tiers.end(), name);
-        if (found == current_.tiers.end()) continue;
-        plan.push_back({size_t(found - current_.tiers.begin()), keep});
-        keep = std::min(first, std::max({LAST_CANDIDATES, 5 * top, first / 10}));
+    for (size_t tier = current_.tiers.size() - 1; tier > 0; --tier) {  // the least exact first
+        if (!current_.storage(tier).screens) continue;
+        plan.push_back({tier, keep});
+        keep = std::min(first, std::max({LAST_CANDIDATES, LAST_EACH * top, first / LAST_SHARE}));
     }
     plan.push_back({0, top});
     return plan;

@@ -14,6 +14,9 @@
 
 namespace cembed {
 
+// The row of a storage type, which must be known.
+const maxsim::StorageType &storage_of(const std::string &name);
+
 // What CURRENT says: storage types (tiers), the most exact first.
 struct Current {
     std::string index, bundle;
@@ -23,6 +26,7 @@ struct Current {
 
     // Throws Error(INDEX): damaged, of a later version, not of an index.
     static Current decode(const std::string &raw);
+    const maxsim::StorageType &storage(size_t tier) const { return storage_of(tiers[tier]); }
     bool operator==(const Current &other) const;
 };
 
@@ -60,7 +64,7 @@ class Segment {
 
     struct Tier {
         std::string path;
-        int32_t storage;
+        const maxsim::StorageType *storage = nullptr;
         int64_t end = 0;
         Mapping map;
         std::vector<int64_t> starts;

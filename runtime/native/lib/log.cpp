@@ -16,17 +16,9 @@
 namespace cembed {
 namespace {
 
-constexpr std::string_view MAGIC(
-    "\x8e"
-    "cembed\n",
-    8);
-constexpr uint32_t COMMIT = 1, CLOSE = 2, PLACED = 3;
-constexpr uint64_t MAX_PAYLOAD = 1 << 28;
-constexpr int64_t MAX_LOG = int64_t(1) << 32, CHUNK = 1 << 20;
-constexpr size_t CONTENT_BYTES = 16;
-constexpr int64_t MAX_NUMBER = int64_t(1) << 60;
-constexpr int MAX_FRAGMENTS = 64;
-constexpr int64_t FRAGMENT_BYTES = 1 << 29;  // of what looks like a record and is none: more of it is no accident
+using namespace shared;
+
+constexpr int64_t CHUNK = 1 << 20;
 
 [[noreturn]] void damaged(const std::string &why) { throw Error(INDEX, why); }
 
@@ -65,16 +57,23 @@ struct Record : Header {
 std::optional<Header> header_at(const File &log, int64_t offset, uint32_t seed) {
     const std::string raw = bytes_at(log, offset, ALIGNMENT);
     const std::string_view header = raw;
-    if (int64_t(raw.size()) != ALIGNMENT || at<uint32_t>(header, 60) != crc32(header.substr(0, 60), seed))
+    if (int64_t(raw.size()) != ALIGNMENT ||
+        at<uint32_t>(header, AT_OWN_CRC) != crc32(header.substr(0, AT_OWN_CRC), seed))
         return std::nullopt;
-    const auto length = at<uint64_t>(header, 32), sequence = at<uint64_t>(header, 24);
-    const auto kind = at<uint32_t>(header, 8);
-    const bool known = header.substr(0, 8) == MAGIC && (kind == COMMIT || kind == CLOSE || kind == PLACED) &&
-                       header.substr(40, 20) == std::string(20, '\0') && length <= MAX_PAYLOAD &&
+    const auto length = at<uint64_t>(header, AT_LENGTH), sequence = at<uint64_t>(header, AT_SEQUENCE);
+    const auto kind = at<uint32_t>(header, AT_KIND);
+    const std::string_view zeros = header.substr(AT_ZEROS, AT_OWN_CRC - AT_ZEROS);
+    const bool known = header.substr(AT_MAGIC, MAGIC.size()) == MAGIC &&
+                       (kind == COMMIT || kind == CLOSE || kind == PLACED) &&
+                       zeros.find_first_not_of('\0') == zeros.npos && length <= uint64_t(MAX_PAYLOAD) &&
                        sequence < uint64_t(MAX_NUMBER);
     if (!known) return std::nullopt;
-    return Header{kind,     at<uint32_t>(header, 12), at<uint32_t>(header, 16), at<uint32_t>(header, 20),
-                  sequence, int64_t(length)};
+    return Header{kind,
+                  at<uint32_t>(header, AT_PAGES),
+                  at<uint32_t>(header, AT_REMOVED),
+                  at<uint32_t>(header, AT_CRC),
+                  sequence,
+                  int64_t(length)};
 }
 
 // The record at `offset`; none if there is no whole one with good CRCs.
@@ -97,10 +96,10 @@ bool goes_on(const File &log, int64_t offset, uint32_t seed, uint64_t sequence) 
         if (data >= 0) offset = std::max(offset, int64_t(data) / ALIGNMENT * ALIGNMENT);
         const std::string chunk = bytes_at(log, offset, CHUNK);
         for (size_t i = 0; i + ALIGNMENT <= chunk.size(); i += ALIGNMENT) {
-            if (std::string_view(chunk).substr(i, 8) != MAGIC) continue;
+            if (std::string_view(chunk).substr(i, MAGIC.size()) != MAGIC) continue;
             const auto header = header_at(log, offset + int64_t(i), seed);
             looked_at += header ? header->length : ALIGNMENT;
-            if (++fragments > MAX_FRAGMENTS || looked_at > FRAGMENT_BYTES) return true;
+            if (++fragments > MAX_GAPS || looked_at > FRAGMENT_BYTES) return true;
             const auto record = record_at(log, offset + int64_t(i), seed);
             if (record && record->sequence > sequence) return true;
         }
@@ -159,7 +158,7 @@ void check(const Commit &commit) {
     const bool named = commit.ids.size() == commit.serials.size() && all_below(commit.source, commit.sources.size()) &&
                        all_below(commit.metadatum, commit.metadata.size());
     const bool sane =
-        std::all_of(commit.rows.begin(), commit.rows.end(), [](int32_t rows) { return rows > 0 && rows <= 1 << 20; }) &&
+        std::all_of(commit.rows.begin(), commit.rows.end(), [](int32_t rows) { return rows > 0 && rows <= MAX_ROWS; }) &&
         std::all_of(commit.serials.begin(), commit.serials.end(), in_range) &&
         std::all_of(commit.bases.begin(), commit.bases.end(), in_range) &&
         std::all_of(commit.starts.begin(), commit.starts.end(),

@@ -10,10 +10,11 @@
 #include <vector>
 
 #include "files.h"
+#include "shared_tables.h"
 
 namespace cembed {
 
-constexpr int64_t ALIGNMENT = 64;
+using shared::ALIGNMENT;
 inline int64_t aligned(int64_t size) { return (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 // Strings one after the other; those before `ends[i]` are the first i.

@@ -5,6 +5,7 @@
 
 #include "error.h"
 #include "positions.h"
+#include "shared_tables.h"
 
 namespace cembed {
 namespace {
@@ -82,7 +83,7 @@ Cache::Cache(const Graph &step, int64_t capacity, const Engine &engine) : capaci
 int64_t State::room(const Side &side, int64_t max_vectors) {
     if (!side.num_vectors)
         throw Error(INVALID_ARGUMENT, "this bundle makes one vector for every token: there are no slots to add");
-    if (max_vectors == 0) return side.max_vectors().value_or(std::max<int64_t>(64, 2 * *side.num_vectors));
+    if (max_vectors == 0) return side.max_vectors().value_or(std::max(shared::LEAST_ROOM, 2 * *side.num_vectors));
     side.check_budget(max_vectors);
     return max_vectors;
 }

@@ -24,12 +24,13 @@ Engines tensorrt_engines(Bundle &) {
 
 #include <nlohmann/json.hpp>
 
+#include "shared_tables.h"
 #include "trt_engine.h"
 
 namespace cembed {
 namespace {
 
-constexpr int32_t ATTENTION_SINCE = 101500;  // with it came the operators of opset 23 and later
+using shared::ATTENTION_SINCE;  // with it came the operators of opset 23 and later
 constexpr int64_t MAX_DESCRIPTION = 1 << 20;
 
 [[noreturn]] void failed(const std::string &what) { throw Error(ENGINE, what); }
@@ -43,7 +44,8 @@ void check_target(const Manifest &manifest) {
     if (manifest.target != "tensorrt")
         failed("this bundle is for " + manifest.target + ": export it with --target tensorrt");
     if (manifest.opset >= 23 && NV_TENSORRT_VERSION < ATTENTION_SINCE)
-        failed("opset " + std::to_string(manifest.opset) + " needs TensorRT 10.15: export the bundle with --opset 20");
+        failed("opset " + std::to_string(manifest.opset) + " needs TensorRT " + text_of(ATTENTION_SINCE) +
+               ": export the bundle with --opset 20");
 }
 
 struct EngineFiles {

@@ -1,5 +1,5 @@
-// Inputs of the same shapes share a lane: an execution context with its buffers. Its first run goes into the stream call
-// by call, its second is captured as a CUDA graph, later ones are one launch. Caches stay on the device.
+// Inputs of the same shapes share a ShapeContext: an execution context with its buffers. Its first run goes into the
+// stream call by call, its second is captured as a CUDA graph, later ones are one launch. Caches stay on the device.
 #ifdef CEMBED_TENSORRT
 
 #include "trt_engine.h"
@@ -12,14 +12,15 @@
 #include <utility>
 
 #include "error.h"
+#include "shared_tables.h"
 
 namespace cembed {
 namespace {
 
 namespace trt = nvinfer1;
 
-constexpr size_t MAX_LANES = 16;  // of an engine: the one that was used longest ago goes first
-const std::map<std::string, int64_t> BUCKETS = {{"sequence_length", 64}, {"num_vectors", 16}};  // filled up to multiples
+// Those of an engine and of its caches together: the one that was used longest ago goes first.
+constexpr size_t MAX_CONTEXTS = 2 * size_t(shared::MAX_CONTEXTS);
 
 Memory allocated(int64_t bytes, bool device) {
     const auto size = size_t(std::max<int64_t>(bytes, 1));
@@ -74,9 +75,9 @@ struct Port {
     void *past = nullptr;
 };
 
-struct Lane {
-    explicit Lane(std::string key) : key(std::move(key)) {}
-    ~Lane() {
+struct ShapeContext {
+    explicit ShapeContext(std::string key) : key(std::move(key)) {}
+    ~ShapeContext() {
         if (graph != nullptr) cudaGraphExecDestroy(graph);
     }
 
@@ -103,16 +104,16 @@ class TrtEngine : public Engine {
     void run(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs, Activations) const override {
         const std::lock_guard<std::mutex> guard(device_->lock);
         const std::vector<Feed> feeds = feeds_of(inputs);
-        Lane &lane = lane_for(feeds, outputs);
-        auto port = lane.inputs.begin();
+        ShapeContext &bound = context_for(feeds, outputs);
+        auto port = bound.inputs.begin();
         for (const Feed &feed : feeds) {
             if (!feed.tensor.resident) put(feed, (port++)->host.get());
         }
-        if (lane.graph == nullptr && lane.ran) capture(lane);
-        lane.graph == nullptr ? record(lane) : check(cudaGraphLaunch(lane.graph, device_->stream), "run a graph");
+        if (bound.graph == nullptr && bound.ran) capture(bound);
+        bound.graph == nullptr ? record(bound) : check(cudaGraphLaunch(bound.graph, device_->stream), "run a graph");
         check(cudaStreamSynchronize(device_->stream), "run the engine");
-        lane.ran = true;
-        port = lane.outputs.begin();
+        bound.ran = true;
+        port = bound.outputs.begin();
         for (const Tensor &output : outputs) {  // of one that was filled up the first rows
             if (output.resident) continue;
             done(output.bytes() <= port->bytes, "give all of " + output.name);
@@ -162,12 +163,13 @@ class TrtEngine : public Engine {
                               return tensor.name == name;
                           })->axes;
         for (size_t i = 0; i < axes.size(); ++i) {
-            const auto bucket = BUCKETS.find(axes[i]);
-            if (bucket == BUCKETS.end()) continue;
+            const auto named = [&](const shared::Bucket &known) { return known.axis == axes[i]; };
+            const auto *bucket = std::find_if(std::begin(shared::BUCKETS), std::end(shared::BUCKETS), named);
+            if (bucket == std::end(shared::BUCKETS)) continue;
             int64_t most = 0;
             for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile)
                 most = std::max<int64_t>(most, limit(name, profile, trt::OptProfileSelector::kMAX).d[i]);
-            const int64_t up = (shape.d[i] + bucket->second - 1) / bucket->second * bucket->second;
+            const int64_t up = (shape.d[i] + bucket->step - 1) / bucket->step * bucket->step;
             shape.d[i] = std::max<int64_t>(shape.d[i], std::min(up, most));
         }
     }
@@ -179,55 +181,55 @@ class TrtEngine : public Engine {
                size_of(tensor.type), static_cast<char *>(to));
     }
 
-    // The lane for these shapes, for the values of inputs that shapes depend on, and for a cache.
-    Lane &lane_for(const std::vector<Feed> &feeds, const std::vector<Tensor> &outputs) const {
+    // The context for these shapes, for the values of inputs that shapes depend on, and for a cache.
+    ShapeContext &context_for(const std::vector<Feed> &feeds, const std::vector<Tensor> &outputs) const {
         std::string key;
         for (const Feed &feed : feeds) {
             key += text_of(feed.room);
             if (feed.tensor.resident) key += std::to_string(reinterpret_cast<uintptr_t>(feed.tensor.data));
             if (feed.on_host) key.append(static_cast<const char *>(feed.tensor.data), size_t(feed.bytes));
         }
-        const auto same = [&](const Lane &lane) { return lane.key == key; };
-        const auto found = std::find_if(lanes_.begin(), lanes_.end(), same);
-        if (found != lanes_.end()) {
-            lanes_.splice(lanes_.begin(), lanes_, found);
+        const auto same = [&](const ShapeContext &bound) { return bound.key == key; };
+        const auto found = std::find_if(contexts_.begin(), contexts_.end(), same);
+        if (found != contexts_.end()) {
+            contexts_.splice(contexts_.begin(), contexts_, found);
         } else {
-            std::list<Lane> made;
+            std::list<ShapeContext> made;
             bind(made.emplace_front(key), feeds, outputs);
-            lanes_.splice(lanes_.begin(), made);
-            if (lanes_.size() > MAX_LANES) lanes_.pop_back();
+            contexts_.splice(contexts_.begin(), made);
+            if (contexts_.size() > MAX_CONTEXTS) contexts_.pop_back();
         }
-        return lanes_.front();
+        return contexts_.front();
     }
 
-    // Gives a lane its context, and every input and output a place.
-    void bind(Lane &lane, const std::vector<Feed> &feeds, const std::vector<Tensor> &outputs) const {
+    // Gives a ShapeContext its context, and every input and output a place.
+    void bind(ShapeContext &bound, const std::vector<Feed> &feeds, const std::vector<Tensor> &outputs) const {
         const int32_t profile = profile_for(feeds);
-        lane.context.reset(engine_->createExecutionContext(trt::ExecutionContextAllocationStrategy::kUSER_MANAGED));
-        done(lane.context != nullptr, "make a context");
-        lane.context->setDeviceMemoryV2(scratch_.get(), engine_->getDeviceMemorySizeV2());
-        done(lane.context->setOptimizationProfileAsync(profile, device_->stream), "take the profile");
+        bound.context.reset(engine_->createExecutionContext(trt::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+        done(bound.context != nullptr, "make a context");
+        bound.context->setDeviceMemoryV2(scratch_.get(), engine_->getDeviceMemorySizeV2());
+        done(bound.context->setOptimizationProfileAsync(profile, device_->stream), "take the profile");
         check(cudaStreamSynchronize(device_->stream), "take the profile");
         for (const Feed &feed : feeds) {
             const std::string &name = feed.tensor.name;
-            if (!feed.on_host) done(lane.context->setInputShape(name.c_str(), feed.room), "take the shape of " + name);
+            if (!feed.on_host) done(bound.context->setInputShape(name.c_str(), feed.room), "take the shape of " + name);
             void *place = feed.tensor.data;
             if (!feed.tensor.resident) {
-                lane.inputs.push_back(port(feed.bytes, !feed.on_host));
-                place = feed.on_host ? lane.inputs.back().host.get() : lane.inputs.back().device.get();
-                put(feed, lane.inputs.back().host.get());
+                bound.inputs.push_back(port(feed.bytes, !feed.on_host));
+                place = feed.on_host ? bound.inputs.back().host.get() : bound.inputs.back().device.get();
+                put(feed, bound.inputs.back().host.get());
             }
-            set(lane, name, place);
+            set(bound, name, place);
         }
         const char *missing = nullptr;
-        done(lane.context->inferShapes(1, &missing) == 0, "infer the shapes");
+        done(bound.context->inferShapes(1, &missing) == 0, "infer the shapes");
         for (const Tensor &output : outputs) {
             const char *name = output.name.c_str();
-            const int64_t bytes = bytes_of(output.type, lane.context->getTensorShape(name));
+            const int64_t bytes = bytes_of(output.type, bound.context->getTensorShape(name));
             const bool in_place = output.resident && aliased(*engine_, name, 0) != nullptr;
-            auto &ports = output.resident ? lane.presents : lane.outputs;
+            auto &ports = output.resident ? bound.presents : bound.outputs;
             if (!in_place) ports.push_back(port(bytes, true, output.resident ? output.data : nullptr));
-            set(lane, output.name, in_place ? output.data : ports.back().device.get());
+            set(bound, output.name, in_place ? output.data : ports.back().device.get());
         }
     }
 
@@ -236,8 +238,8 @@ class TrtEngine : public Engine {
                 device ? allocated(bytes, true) : Memory(nullptr, cudaFree), bytes, past};
     }
 
-    void set(const Lane &lane, const std::string &name, void *address) const {
-        done(lane.context->setTensorAddress(name.c_str(), address), "take the address of " + name);
+    void set(const ShapeContext &bound, const std::string &name, void *address) const {
+        done(bound.context->setTensorAddress(name.c_str(), address), "take the address of " + name);
     }
 
     // The first profile that takes the shapes.
@@ -267,32 +269,32 @@ class TrtEngine : public Engine {
     }
 
     // Puts a run into the stream: inputs up, the engine, outputs down.
-    void record(const Lane &lane) const {
+    void record(const ShapeContext &bound) const {
         const auto copy = [&](void *to, const void *from, const Port &port, cudaMemcpyKind way) {
             check(cudaMemcpyAsync(to, from, size_t(port.bytes), way, device_->stream), "copy");
         };
-        for (const Port &in : lane.inputs) {
+        for (const Port &in : bound.inputs) {
             if (in.device) copy(in.device.get(), in.host.get(), in, cudaMemcpyHostToDevice);
         }
-        done(lane.context->enqueueV3(device_->stream), "run the engine");
-        for (const Port &present : lane.presents)
+        done(bound.context->enqueueV3(device_->stream), "run the engine");
+        for (const Port &present : bound.presents)
             copy(present.past, present.device.get(), present, cudaMemcpyDeviceToDevice);
-        for (const Port &out : lane.outputs) copy(out.host.get(), out.device.get(), out, cudaMemcpyDeviceToHost);
+        for (const Port &out : bound.outputs) copy(out.host.get(), out.device.get(), out, cudaMemcpyDeviceToHost);
     }
 
     // The graph of a run, which is not executed yet.
-    void capture(Lane &lane) const {
+    void capture(ShapeContext &bound) const {
         cudaGraph_t graph = nullptr;
         check(cudaStreamBeginCapture(device_->stream, cudaStreamCaptureModeRelaxed), "capture a graph");
         try {
-            record(lane);
+            record(bound);
         } catch (...) {
             cudaStreamEndCapture(device_->stream, &graph);
             cudaGraphDestroy(graph);
             throw;
         }
         check(cudaStreamEndCapture(device_->stream, &graph), "capture a graph");
-        const cudaError_t made = cudaGraphInstantiateWithFlags(&lane.graph, graph, 0);
+        const cudaError_t made = cudaGraphInstantiateWithFlags(&bound.graph, graph, 0);
         cudaGraphDestroy(graph);
         check(made, "make a graph");
     }
@@ -303,7 +305,7 @@ class TrtEngine : public Engine {
     const bool padded_;
     const std::unique_ptr<trt::ICudaEngine> engine_;
     Memory scratch_;                 // of all contexts, which run one after the other
-    mutable std::list<Lane> lanes_;  // the last used first
+    mutable std::list<ShapeContext> contexts_;  // the last used first
 };
 
 }  // namespace
