@@ -16,10 +16,12 @@ from torch import nn
 
 from cembed.export.choices import BACKBONES, require_choice
 from cembed.export.decoder import DecoderConfig
+from cembed.export.encoder import EncoderConfig
 from cembed.export.image_settings import find_settings, warn_of_others
 from cembed.export.layers import Dialect
 from cembed.export.settings import Settings, is_number, one_line
-from cembed.runtime.bundle.manifest import ImageProcessing, Positions, PromptAttention, SlotPositions, Tensor
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import Positions, PromptAttention, SlotPositions, Tensor
 from cembed.runtime.errors import CembedError
 
 WRAPPERS = ("colpali", "colqwen2", "colqwen2_5")
@@ -36,7 +38,7 @@ class Backbone:
     """
 
     name: str
-    decoder: DecoderConfig
+    decoder: DecoderConfig | EncoderConfig
     image: ImageProcessing
     image_token_id: int
     positions: Positions

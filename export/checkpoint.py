@@ -3,7 +3,7 @@
 Keys come with many prefixes (`model.`, `language_model.`, `base_model.model.`, …); `canonical_name` strips them to
 
     layers.N.…  embed_tokens.weight  norm.weight      the text decoder
-    visual.…    vision_tower.…  multi_modal_projector.…   the image encoder
+    visual.…    vision_tower.…  multi_modal_projector.…  connector.…   the image encoder
     custom_text_proj.{weight,bias}                    a projection of the last hidden states, [dim, hidden] and [dim]
     slot_embeddings.{document,query}                  rows fed into latent slots, [slots, hidden]
 """

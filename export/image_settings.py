@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cembed.export.settings import Settings, is_number, read_json
-from cembed.runtime.bundle.manifest import ImageProcessing
+from cembed.runtime.bundle.image_processing import MAX_TILES, ImageProcessing, Tiles
+from cembed.runtime.embed.tiles import keep_ratio, whole_tiles
 from cembed.runtime.errors import CembedError
 
 NESTED, LEGACY = "processor_config.json", "preprocessor_config.json"
@@ -39,13 +40,25 @@ SIGLIP: dict[str, Any] = SHARED | {
     "do_center_crop": False,
     "do_pad": False,
 }
+IDEFICS3: dict[str, Any] = SHARED | {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 1,
+    "size": {"longest_edge": 4 * 364},
+    "max_image_size": {"longest_edge": 364},
+    "do_image_splitting": True,
+}
+RESAMPLE = {"smart": 3, "fixed": 3, "tiles": 1}
+"""Pillow's numbers of bicubic and Lanczos resampling."""
+IDEFICS3_EDGE = 4096
+"""What its processor makes of pages at most."""
 
 
 @dataclass(frozen=True)
 class Geometry:
     """What a backbone says of its images, as in `manifest.ImageProcessing`."""
 
-    resize: Literal["smart", "fixed"]
+    resize: Literal["smart", "fixed", "tiles"]
     patch_size: int
     merge_size: int
     window_size: int = 0
@@ -137,6 +150,36 @@ def square_size(processor: Settings) -> Settings:
     return found
 
 
+def tiled_image(given: Settings, geometry: Geometry, side: int) -> ImageProcessing:
+    """Settings of an Idefics3ImageProcessor, for a tower that sees tiles of `side` x `side` pixels."""
+    check_type(given, "Idefics3ImageProcessor")
+    processor = given.over(IDEFICS3)
+    for size in ("size", "max_image_size"):
+        if not given.has(size):
+            processor = Settings(given.where, {**processor.values, size: IDEFICS3[size]})
+    processor.require("do_image_splitting", True)
+    edges = edge_of(processor, "max_image_size"), edge_of(processor, "size")
+    if edges[0] != side:
+        processor.section("max_image_size").refuse("longest_edge", f"{side}, the image_size of the vision tower")
+    row = whole_tiles(*keep_ratio(1, 1, edges[1]), side)[0] // side  # a square page has the most
+    most = Tiles.count(row, row)
+    if most > MAX_TILES:
+        processor.section("size").refuse("longest_edge", f"a number that makes at most {MAX_TILES} tiles of {side}")
+    whole = "<fake_token_around_image><global-img>{image}<fake_token_around_image>"
+    tile = "<fake_token_around_image><row_{row}_col_{column}>{image}"
+    tiles = Tiles(*edges, tile=tile, row_end="\n", page="\n" + whole, alone=whole)
+    return replace(image_processing(processor, geometry, side**2, most * side**2), tiles=tiles)
+
+
+def edge_of(processor: Settings, name: str) -> int:
+    """The longest_edge of a size that says no more than that."""
+    size = processor.section(name)
+    for unknown in sorted(size.values.keys() - {"longest_edge"}):
+        if size.has(unknown):
+            size.refuse(unknown, "longest_edge alone")
+    return size.count("longest_edge", most=IDEFICS3_EDGE)
+
+
 def check_type(given: Settings, *known: str) -> None:
     """Raises CembedError for the settings of another image processor; each has had variants of its own name."""
     if given.has("image_processor_type"):
@@ -148,7 +191,7 @@ def check_type(given: Settings, *known: str) -> None:
 def image_processing(processor: Settings, geometry: Geometry, smallest: int, largest: int) -> ImageProcessing:
     for switch in ("do_resize", "do_rescale", "do_normalize"):
         processor.require(switch, True)
-    processor.require("resample", 3)
+    processor.require("resample", RESAMPLE[geometry.resize])
     if 0 in (std := channels(processor, "image_std")):
         processor.refuse("image_std", "numbers other than 0")
     return ImageProcessing(

@@ -248,10 +248,10 @@ class GemmaRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

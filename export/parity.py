@@ -15,7 +15,8 @@ from torch import nn
 from cembed.export.backbones import Backbone
 from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.layers import Arithmetic, Decomposed
-from cembed.runtime.bundle.manifest import ImageProcessing, Parity, Side
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import Parity, Side
 from cembed.runtime.embed.positions import (
     patch_positions,
     prompt_positions,
@@ -104,12 +105,15 @@ def vision_case(
 ) -> dict[str, Array]:
     """Random inputs of the vision graph, for an image of about `size` (height, width) pixels."""
     small = replace(image, min_pixels=1, max_pixels=min(image.max_pixels, 112 * 140))
-    height, width = resized_size(*size, image if image.resize == "fixed" else small)
+    height, width = resized_size(*size, small if image.resize == "smart" else image)
     grid = (height // image.patch_size, width // image.patch_size)
     num_patches = grid[0] * grid[1]
+    images = 1 if image.tiles is None else max(1, size[0] // 28 - 1)
     windows = window_index(grid, image) if image.window_size else np.empty((0, 0), np.int64)
     values: dict[str, Array] = {
-        "pixel_values": rng.standard_normal((1, num_patches, 3 * image.patch_size**2), np.float32),
+        "pixel_values": rng.standard_normal(
+            (images, image.input_patches or num_patches, 3 * image.patch_size**2), np.float32
+        ),
         "patch_positions": patch_positions(grid, image.merge_size),
         "window_index": windows,
         "window_restore": window_restore(windows, num_patches) if image.window_size else windows,

@@ -16,7 +16,8 @@ from cembed import __version__
 from cembed.export import choices
 from cembed.export.backbones import Backbone, load_backbone
 from cembed.export.checkpoint import Checkpoint, check_shape, parameter
-from cembed.export.decoder import Attending, SinglePass, Step
+from cembed.export.decoder import Attending, DecoderConfig, SinglePass, Step
+from cembed.export.encoder import Encoder, EncoderConfig
 from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.head_weights import (
     SLOT_TABLES,
@@ -41,7 +42,7 @@ from cembed.runtime.bundle.manifest import (
     SlotPositions,
     Tensor,
 )
-from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, check_prompt
+from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, check_prompt, longest_page
 from cembed.runtime.errors import CembedError
 
 MADE_WITH = ("torch", "transformers", "onnxruntime")
@@ -194,7 +195,8 @@ def limit_layers(backbone: Backbone, num_layers: int | None, checkpoint: Checkpo
     if not 1 <= num_layers <= most:
         raise CembedError(f"--num-layers {num_layers}: the decoder has 1 to {most}")
     checkpoint.drop(re.compile(rf"^layers\.({'|'.join(map(str, range(num_layers, most))) or 'none'})\."))
-    return replace(backbone, decoder=replace(backbone.decoder, num_layers=num_layers))
+    decoder: DecoderConfig | EncoderConfig = replace(backbone.decoder, num_layers=num_layers)
+    return replace(backbone, decoder=decoder)
 
 
 def check_weights(checkpoint: Checkpoint, specs: Sequence[GraphSpec], tables: Iterable[str]) -> None:
@@ -274,8 +276,8 @@ def cache_capacity(
     if options.target != "tensorrt":
         return "capacity"
     prompter = Prompter(tokenizer, backbone.image_token_id)
-    page = prompter.document(both[0].prompt, backbone.image.max_visual_tokens)
-    most = max(length + side.room for length, side in zip((len(page), QUERY_POSITIONS), both, strict=True))
+    page = longest_page(prompter, both[0].prompt, backbone.image)
+    most = max(length + side.room for length, side in zip((page, QUERY_POSITIONS), both, strict=True))
     return min(-(-most // 64) * 64, backbone.decoder.max_positions)
 
 
@@ -285,6 +287,7 @@ def graph_specs(
     """The image encoder; the single pass, unless every slot is fed back; the step, if there are any slots."""
     kinds: set[SlotKind] = {side.slots for side in both}
     attends = attending(options.prompt_attention or backbone.prompt_attention, kinds)
+    refuse_slots(backbone, options, kinds)
     text = text_spec(backbone, attends, projection)
     specs = [vision_spec(backbone)]
     if kinds != {"feedback"}:
@@ -292,6 +295,17 @@ def graph_specs(
     if kinds != {"all_tokens"}:
         specs.append(step_spec(backbone, attends, projection, options.dtype, capacity))
     return tuple(specs)
+
+
+def refuse_slots(backbone: Backbone, options: ExportOptions, kinds: set[SlotKind]) -> None:
+    """Raises CembedError for what an encoder does not have: slots behind the prompt, a mask."""
+    if isinstance(backbone.decoder, EncoderConfig) and (
+        kinds != {"all_tokens"} or options.prompt_attention == "causal"
+    ):
+        raise CembedError(
+            f"{backbone.name} is an encoder, where every position sees all others: it has no slots behind the prompt "
+            "and no causal mask; use --head colbert"
+        )
 
 
 def vision_spec(backbone: Backbone) -> GraphSpec:
@@ -312,6 +326,8 @@ def text_spec(backbone: Backbone, attends: Attending, projection: int | None) ->
     if attends == "bidirectional-prompt":
         inputs.append(Tensor("prompt_length", "int64", (1,)))
     output = Tensor("slot_states", "float32", ("batch_size", "num_vectors", projection or config.hidden_size))
+    if isinstance(config, EncoderConfig):
+        return GraphSpec("text", partial(Encoder, config, projection), "", tuple(inputs), (output,), "text.data")
     build = partial(SinglePass, config, attends, projection)
     return GraphSpec("text", build, "", tuple(inputs), (output,), "text.data")
 
@@ -320,6 +336,7 @@ def step_spec(
     backbone: Backbone, attends: Attending, projection: int | None, dtype: str, capacity: int | str
 ) -> GraphSpec:
     config, text = backbone.decoder, text_spec(backbone, attends, projection)
+    assert isinstance(config, DecoderConfig), "encoders have no slots"
     cache_type = str(DTYPES[dtype].compute).removeprefix("torch.")
     shape = ("batch_size", config.num_kv_heads, capacity, config.head_dim)
 

@@ -18,8 +18,15 @@ INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "a
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_WRAPPERS = re.compile(r"^(?:(?:base_model|model|language_model|vlm|module)\.)+")
-_SPELLINGS = (("embedding_proj_layer.", "custom_text_proj."), ("vision_tower.vision_model.", "vision_tower."))
+_WRAPPERS = re.compile(r"^(?:(?:base_model|model|language_model|text_model|vlm|module)\.)+")
+_SPELLINGS = (
+    ("embedding_proj_layer.", "custom_text_proj."),
+    ("linear.", "custom_text_proj."),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("vision_model.", "vision_tower."),
+    ("connector.modality_projection.proj.", "connector.modality_projection."),
+    ("embeddings.tok_embeddings.", "embed_tokens."),
+)
 
 
 def canonical_name(key: str) -> str:

@@ -28,6 +28,8 @@ BACKBONE_OF = {
     "colqwen2": "qwen2-vl",
     "colqwen2_5": "qwen2.5-vl",
     "colpali": "paligemma",
+    "colidefics3": "idefics3",
+    "colmodernvbert": "modernvbert",
 }
 CAUSAL = ("causalqwen2_5", "causalpali")
 BundleMaker = Callable[[str], Path]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.bundle.manifest import ImageProcessing
+from cembed.runtime.bundle.image_processing import ImageProcessing
 
 TESTS = Path(__file__).parent
 LIBRARY = TESTS.parent / "runtime" / "native" / "lib"

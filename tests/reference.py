@@ -34,7 +34,8 @@ from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions, ExportPlan
 from cembed.runtime import Embedder
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.manifest import ImageProcessing, Positions, Side, SlotPositions
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import Positions, Side, SlotPositions
 from cembed.runtime.embed.positions import prompt_positions, slot_positions
 from cembed.runtime.embed.preprocess import preprocess
 from cembed.runtime.engines.session import EngineSettings

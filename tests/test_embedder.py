@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cembed.runtime import Bundle, CembedError, Embedder, Index, NewPage
-from cembed.runtime.bundle.manifest import MANIFEST, ImageProcessing, Quantisation
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import MANIFEST, Quantisation
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import CPU, Budget
 from cembed.runtime.embed.pooling import normalise

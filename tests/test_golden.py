@@ -12,7 +12,8 @@ from PIL import Image
 
 from cembed.export.choices import BACKBONES
 from cembed.runtime import Embedder
-from cembed.runtime.bundle.manifest import ImageProcessing
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.prompts import page_prompt
 from cembed.runtime.embed.preprocess import preprocess
 
 IMAGES = ("page", "wide", "small")
@@ -29,6 +30,12 @@ def still_frame(pixel_values: NDArray[np.float32], spec: ImageProcessing) -> NDA
         side = image.shape[1] // spec.patch_size
         blocks = image.reshape(3, side, spec.patch_size, side, spec.patch_size)
         return blocks.transpose(1, 3, 0, 2, 4).reshape(side * side, -1)
+    if spec.tiles is not None:
+        side, factor, merge = spec.tiles.side, spec.factor, spec.merge_size
+        blocks = pixel_values.reshape(
+            -1, 3, side // factor, merge, spec.patch_size, side // factor, merge, spec.patch_size
+        )
+        return blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, 3 * spec.patch_size**2)
     frames = pixel_values.reshape(len(pixel_values), 3, 2, -1)
     assert np.array_equal(frames[:, :, 0], frames[:, :, 1])
     return frames[:, :, 0].reshape(len(pixel_values), -1)
@@ -55,9 +62,11 @@ def test_inputs_equal_the_reference(name: str, bundle_of: BundleMaker) -> None:
     manifest = embedder.manifest
     compared = 0
     for key in IMAGES:
-        pixel_values, _ = preprocess(Image.open(GOLDEN / name / f"{key}.png"), manifest.image)
-        tokens = len(pixel_values) // manifest.image.merge_size**2
-        ids = embedder.inputs.prompter.document(manifest.document.prompt, tokens)
+        image = Image.open(GOLDEN / name / f"{key}.png").convert("RGB")
+        pixel_values, grid = preprocess(image, manifest.image)
+        prompt = page_prompt(manifest.document.prompt, manifest.image, grid)
+        patches = manifest.image.input_patches or len(pixel_values)
+        ids = embedder.inputs.prompter.document(prompt, patches // manifest.image.merge_size**2)
         np.testing.assert_array_equal(ids, expected[f"{key}.input_ids"])
         if f"{key}.pixel_values" in expected:
             reference = still_frame(expected[f"{key}.pixel_values"], manifest.image)

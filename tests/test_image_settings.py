@@ -17,7 +17,7 @@ from PIL import Image
 
 from cembed.export.backbones import load_backbone
 from cembed.runtime import CembedError
-from cembed.runtime.bundle.manifest import ImageProcessing
+from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.embed.preprocess import preprocess
 
 NESTED, LEGACY = "processor_config.json", "preprocessor_config.json"

@@ -21,7 +21,8 @@ from texts import QWEN_SPECIAL, gemma, qwen, texts
 from tokenizers import Tokenizer
 
 from cembed.runtime import CembedError
-from cembed.runtime.bundle.manifest import ImageProcessing, Positions
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import Positions
 from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
 from cembed.runtime.embed import positions
 from cembed.runtime.embed.preprocess import preprocess, resized_size

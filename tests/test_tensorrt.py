@@ -28,7 +28,8 @@ from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.manifest import Graph, ImageProcessing
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import Graph
 from cembed.runtime.embed.positions import window_index
 from cembed.runtime.embed.preprocess import smart_resize
 from cembed.runtime.engines.build import (

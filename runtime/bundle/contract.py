@@ -12,16 +12,8 @@ from itertools import groupby
 from math import isqrt
 from operator import attrgetter
 
-from cembed.runtime.bundle.manifest import (
-    MAX_TOKENIZER,
-    MAX_VECTOR,
-    EmbeddingTable,
-    Graph,
-    ImageProcessing,
-    Manifest,
-    Side,
-    Tensor,
-)
+from cembed.runtime.bundle.image_processing import MAX_TILES, ImageProcessing, Tiles
+from cembed.runtime.bundle.manifest import MAX_TOKENIZER, MAX_VECTOR, EmbeddingTable, Graph, Manifest, Side, Tensor
 from cembed.runtime.bundle.schema import shown
 from cembed.runtime.errors import CembedError
 
@@ -135,6 +127,26 @@ def check_image(image: ImageProcessing) -> None:
         raise CembedError(f"image.window_size is {image.window_size}, no multiple of a visual token's {image.factor}")
     if image.resize == "fixed" and (side**2 != image.max_pixels or side % image.factor):
         raise CembedError(f"image.max_pixels is {image.max_pixels}, no square of visual tokens of {image.factor}")
+    if (image.resize == "tiles") != (image.tiles is not None):
+        raise CembedError(f"image.tiles is {'missing' if image.tiles is None else 'there'}, but resize {image.resize}")
+    if image.tiles is not None:
+        check_tiles(image, image.tiles)
+
+
+def check_tiles(image: ImageProcessing, tiles: Tiles) -> None:
+    if tiles.side % image.factor or tiles.side % 2:
+        raise CembedError(f"image.tiles.side is {tiles.side}, no even multiple of a visual token's {image.factor}")
+    if image.min_pixels != tiles.side**2 or image.max_pixels > MAX_TILES * tiles.side**2:
+        limits = f"min_pixels {image.min_pixels} and max_pixels {image.max_pixels}"
+        raise CembedError(f"image has {limits}: they are 1 to {MAX_TILES} tiles of side {tiles.side}")
+    for name, text, images in (
+        ("tile", tiles.tile, 1),
+        ("row_end", tiles.row_end, 0),
+        ("page", tiles.page, 1),
+        ("alone", tiles.alone, 1),
+    ):
+        if text.count("{image}") != images:
+            raise CembedError(f"image.tiles.{name} is {shown(text)}: it must contain {{image}} {images} times")
 
 
 def check_side(manifest: Manifest, name: str, side: Side, placeholder: str) -> None:
@@ -172,7 +184,7 @@ def axis_numbers(manifest: Manifest) -> dict[str, int]:
         "hidden_size": manifest.hidden_size,
         "dim": manifest.dim,
         "positions.axes": manifest.positions.axes,
-        "image.max_pixels": image.max_pixels // image.patch_size**2 if image.resize == "fixed" else 0,
+        "image.max_pixels": image.input_patches or 0,
         "image.patch_size": 3 * image.patch_size**2,
         "image.window_size": (image.window_size // image.factor * image.merge_size) ** 2,
     }

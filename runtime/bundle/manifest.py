@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Annotated, Literal
 
+from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.schema import Range, Text, decode, parse
 from cembed.runtime.errors import CembedError
 
@@ -21,7 +22,6 @@ SCHEMA_VERSION = 2
 OLDEST_SCHEMA = 1  # it has no digest of the manifest
 MAX_MANIFEST = 1 << 24  # bytes; it is some kilobytes, with hundreds of quantised layers some hundreds
 MAX_TOKENIZER = 1 << 28
-MAX_ASPECT_RATIO = 200  # of an image that is resized smartly, as the Qwen2-VL processor has it
 MAX_VECTOR = (1 << 31) - 1  # components, of states that are put side by side too
 LEAST_ROOM = 64  # vectors that a cache has room for at least, unless the caller says how many
 
@@ -36,16 +36,10 @@ Rows = Annotated[int, Range(1, 1 << 28)]
 RowNumber = Annotated[int, Range(0, 1 << 28)]
 Length = Annotated[int, Range(1, 1 << 24)]
 Opset = Annotated[int, Range(18, 64)]
-PatchSize = Annotated[int, Range(1, 256)]
-MergeSize = Annotated[int, Range(1, 16)]
-Pixels = Annotated[int, Range(1, 1 << 28)]
-WindowSize = Annotated[int, Range(0, 4096)]
 Position = Annotated[int, Range(0, 1 << 16)]
 Axis = Annotated[int, Range(1, 1 << 28)]
 Bytes = Annotated[int, Range(0, 1 << 50)]
 Count = Annotated[int, Range(0, 1 << 40)]
-Positive = Annotated[float, Range(1e-6, 1e3)]
-Level = Annotated[float, Range(-1e3, 1e3)]
 Tolerance = Annotated[float, Range(0.0, 0.1)]
 Cosine = Annotated[float, Range(-1.001, 1.001)]  # of float32 rows
 Share = Annotated[float, Range(0.0, 1.001)]
@@ -127,52 +121,6 @@ class Side:
     def vector_dim(self, dim: int, num_vectors: int | None = None) -> int:
         """Length of a vector at a budget, by default the full one, for states of length `dim`."""
         return dim * (num_vectors or self.num_vectors or 1) if self.pooling == "concat" else dim
-
-
-@dataclass(frozen=True)
-class ImageProcessing:
-    """From an RGB image to `pixel_values`.
-
-    `smart` resizing keeps the aspect ratio within `min_pixels`..`max_pixels` in steps of `patch_size * merge_size`
-    (Qwen2-VL, arXiv 2409.12191); `fixed` always gives `max_pixels`, square (SigLIP). A window of the vision tower is
-    `window_size` pixels wide; 0 means that there are none.
-    """
-
-    resize: Literal["smart", "fixed"]
-    patch_size: PatchSize
-    merge_size: MergeSize
-    min_pixels: Pixels
-    max_pixels: Pixels
-    rescale_factor: Positive
-    mean: tuple[Level, Level, Level]
-    std: tuple[Positive, Positive, Positive]
-    window_size: WindowSize = 0
-
-    @property
-    def factor(self) -> int:
-        """Side of the square of pixels that becomes one visual token."""
-        return self.patch_size * self.merge_size
-
-    @property
-    def max_visual_tokens(self) -> int:
-        return self.max_pixels // self.factor**2
-
-    def limited(self, tokens: int | None, most: int | None = None) -> ImageProcessing:
-        """With at most `tokens` visual tokens a page; None leaves it as it is.
-
-        Raises CembedError: pages of one size only, more than `most`, fewer than the smallest page takes.
-        """
-        if tokens is None:
-            return self
-        if self.resize == "fixed":
-            raise CembedError(f"max_visual_tokens is {tokens}: pages always take {self.max_visual_tokens} here")
-        smallest = -(-self.min_pixels // self.factor**2)
-        if tokens < smallest or (most is not None and tokens > most):
-            raise CembedError(
-                f"max_visual_tokens is {tokens}: the smallest page takes {smallest}"
-                + ("" if most is None else f", the largest {most}")
-            )
-        return replace(self, max_pixels=tokens * self.factor**2)
 
 
 @dataclass(frozen=True)
@@ -322,6 +270,8 @@ class Manifest:
         raw = asdict(self)
         if self.upgraded_from is None:
             del raw["upgraded_from"]
+        if self.image.tiles is None:
+            del raw["image"]["tiles"]
         return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod

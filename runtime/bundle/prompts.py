@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.schema import parse
 from cembed.runtime.errors import CembedError
 
@@ -87,7 +88,7 @@ class Prompter:
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def document(self, prompt: str, num_visual_tokens: int) -> NDArray[np.int64]:
-        """`input_ids` [S]: the prompt with its one `{image}` become `num_visual_tokens` image tokens."""
+        """`input_ids` [S]: the prompt with each `{image}` in it become `num_visual_tokens` image tokens."""
         ids = self._encode(prompt.replace("{image}", self._image_token))
         return np.repeat(ids, np.where(ids == self._image_token_id, num_visual_tokens, 1))
 
@@ -106,6 +107,23 @@ class Prompter:
         if found := self._special.search(text):
             raise CembedError(f"the query contains {found.group()!r}, a control token of the model: remove it")
         return self._encode(prompt.replace("{text}", text))
+
+
+def page_prompt(prompt: str, image: ImageProcessing, grid: tuple[int, int]) -> str:
+    """The prompt of a page of `grid` patches: where it comes in tiles, `{image}` is there for each, between markers."""
+    if image.tiles is None:
+        return prompt
+    side = image.tiles.side // image.patch_size
+    return prompt.replace("{image}", image.tiles.fill(grid[0] // side, grid[1] // side))
+
+
+def longest_page(prompter: Prompter, prompt: str, image: ImageProcessing) -> int:
+    """Positions of the longest prompt that a page can have."""
+    if image.tiles is None:
+        return len(prompter.document(prompt, image.max_visual_tokens))
+    area = image.tiles.side**2
+    prompts = [image.tiles.fill(*grid) for grid in image.tiles.grids(image.max_pixels // area)]
+    return max(len(prompter.document(prompt.replace("{image}", text), area // image.factor**2)) for text in prompts)
 
 
 def check_prompt(prompt: str, placeholder: str) -> str:

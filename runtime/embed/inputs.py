@@ -14,7 +14,7 @@ from PIL import Image
 
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.manifest import Manifest
-from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
+from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, page_prompt
 from cembed.runtime.embed.pooling import require_finite
 from cembed.runtime.embed.positions import (
     Grid,
@@ -62,13 +62,15 @@ class InputBuilder:
     def document(self, image: ImageLike) -> Prompt:
         pixel_values, grid = preprocess(to_rgb(image), self.image)
         num_visual_tokens = len(pixel_values) // self.image.merge_size**2
-        ids = self.prompter.document(self.manifest.document.prompt, num_visual_tokens)
-        check_length(self.manifest, len(ids))
+        images = len(pixel_values) // (self.image.input_patches or len(pixel_values))
+        prompt = page_prompt(self.manifest.document.prompt, self.image, grid)
+        ids = self.prompter.document(prompt, num_visual_tokens // images)
+        check_page(self.manifest, len(ids), images)
         if np.count_nonzero(ids == self.manifest.image_token_id) != num_visual_tokens:
             raise CembedError("the bundle's document prompt has image tokens beside {image}")
-        prompt = self._prompt(ids, grid)
-        prompt.embeds[ids == self.manifest.image_token_id] = self._image_features(pixel_values, grid)
-        return prompt
+        filled = self._prompt(ids, grid)
+        filled.embeds[ids == self.manifest.image_token_id] = self._image_features(pixel_values, grid)
+        return filled
 
     def query(self, text: str) -> Prompt:
         ids = self.prompter.query(self.manifest.query.prompt, text)
@@ -83,18 +85,30 @@ class InputBuilder:
     def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:
         """Features [V, H] of one image, from the inputs that the vision graph declares."""
         wanted = {tensor.name for tensor in self.manifest.graphs["vision"].inputs}
-        feeds: dict[str, Array] = {"pixel_values": pixel_values[None]}
+        patches = self.image.input_patches or len(pixel_values)
+        feeds: dict[str, Array] = {"pixel_values": pixel_values.reshape(-1, patches, pixel_values.shape[1])}
         if "patch_positions" in wanted:
             feeds["patch_positions"] = patch_positions(grid, self.image.merge_size)
         if "window_index" in wanted:
             feeds["window_index"] = window_index(grid, self.image)
             feeds["window_restore"] = window_restore(feeds["window_index"], len(pixel_values))
-        features: Array = self._session("vision").run(feeds)[0]
+        output: Array = self._session("vision").run(feeds)
+        features = output.reshape(-1, output.shape[-1])
         expected = (len(pixel_values) // self.image.merge_size**2, self.manifest.hidden_size)
         if features.shape != expected:
             raise CembedError(f"the vision graph gave {list(features.shape)}, by the manifest it is {list(expected)}")
         require_finite(features, "graph vision, of this image,")
         return features
+
+
+def check_page(manifest: Manifest, length: int, images: int) -> None:
+    """Raises CembedError for the prompt of a page that is longer than the model's context."""
+    if length > manifest.max_sequence_length and images > 1:
+        raise CembedError(
+            f"the page takes {length} positions in {images} tiles, the model has {manifest.max_sequence_length}: lower "
+            "max_visual_tokens"
+        )
+    check_length(manifest, length)
 
 
 def check_length(manifest: Manifest, length: int) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.bundle.manifest import ImageProcessing, Positions, SlotPositions
+from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import Positions, SlotPositions
 
 IntArray = NDArray[np.int64]
 Grid = tuple[int, int]

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cembed.runtime.bundle.manifest import MAX_ASPECT_RATIO, ImageProcessing
+from cembed.runtime.bundle.image_processing import MAX_ASPECT_RATIO, ImageProcessing
 from cembed.runtime.embed.positions import Grid
+from cembed.runtime.embed.tiles import cut_tiles, tile_sizes
 from cembed.runtime.errors import CembedError
 
 
@@ -48,6 +49,8 @@ def smart_resize(height: int, width: int, spec: ImageProcessing) -> tuple[int, i
 def resized_size(height: int, width: int, spec: ImageProcessing) -> tuple[int, int]:
     if spec.resize == "smart":
         return smart_resize(height, width, spec)
+    if spec.tiles is not None:
+        return tile_sizes(height, width, spec, spec.tiles)[1]
     side = math.isqrt(spec.max_pixels)
     return side, side
 
@@ -63,17 +66,27 @@ def _normalised_levels(spec: ImageProcessing) -> NDArray[np.float32]:
 def preprocess(image: Image.Image, spec: ImageProcessing) -> tuple[NDArray[np.float32], Grid]:
     """`pixel_values` float32 [P, C] and the grid of an RGB image.
 
-    Patches come in merge groups, row by row; within a patch the order is channel, row, column. Temporal copies of a
-    still image are left out: their weights were summed at export.
+    Patches come in merge groups, row by row; within a patch the order is channel, row, column. Tiles come one after the
+    other, the whole page last, which the grid does not count. Temporal copies of a still image are left out: their
+    weights were summed at export.
     """
+    if spec.tiles is not None:
+        parts, grid = cut_tiles(image, spec, spec.tiles)
+        side = spec.tiles.side // spec.patch_size
+        return np.concatenate([patches(part, spec) for part in parts]), (grid[0] * side, grid[1] * side)
     height, width = resized_size(image.height, image.width, spec)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # height, width, 3
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return patches(pixels, spec), (height // spec.patch_size, width // spec.patch_size)
+
+
+def patches(pixels: NDArray[np.uint8], spec: ImageProcessing) -> NDArray[np.float32]:
+    """The values [P, C] of pixels [height, width, 3]."""
     patch, merge = spec.patch_size, spec.merge_size
-    grid = (height // patch, width // patch)
-    blocks = pixels.reshape(grid[0] // merge, merge, patch, grid[1] // merge, merge, patch, 3)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid[0] * grid[1], 3, patch * patch)
+    rows, columns = (side // spec.factor for side in pixels.shape[:2])
+    blocks = pixels.reshape(rows, merge, patch, columns, merge, patch, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns * merge**2, 3, patch * patch)
     levels = _normalised_levels(spec)
     values = np.empty(blocks.shape, np.float32)
     for channel in range(3):
         np.take(levels[channel], blocks[:, channel], out=values[:, channel])
-    return values.reshape(len(values), -1), grid
+    return values.reshape(len(values), -1)

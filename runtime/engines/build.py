@@ -239,7 +239,8 @@ def tensor_range(shape: tuple[int | str, ...], axes: Mapping[str, Range]) -> lis
 def profiles(graph: str, limits: EngineLimits, manifest: Manifest) -> list[dict[str, Range]]:
     """Ranges of a graph's axes, the narrow profile first: queries before pages. A step is tuned for one slot."""
     if graph == "vision":
-        batch, group = (1, limits.batch, limits.batch), manifest.image.merge_size**2
+        images = limits.batch * (limits.patches // (manifest.image.input_patches or limits.patches))
+        batch, group = (1, images, images), manifest.image.merge_size**2
         windows = (1, max(1, usual_windows(manifest.image, limits.visual_tokens)), max(1, limits.windows))
         return [{"batch_size": batch, "num_patches": (group, limits.patches, limits.patches), "num_windows": windows}]
     if graph == "text_step":

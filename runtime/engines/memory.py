@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.manifest import MAX_ASPECT_RATIO, ImageProcessing, Manifest
-from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, load_tokenizer
+from cembed.runtime.bundle.image_processing import MAX_ASPECT_RATIO, ImageProcessing
+from cembed.runtime.bundle.manifest import Manifest
+from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, load_tokenizer, longest_page
 from cembed.runtime.errors import CembedError
 
 ROW_WIDTHS = 32  # values a layer holds for a row, in hidden sizes: Qwen2.5-VL-3B has 18, PaliGemma-3B 26
@@ -45,7 +46,7 @@ class EngineLimits:
         manifest = bundle.manifest
         image = manifest.image.limited(max_visual_tokens, manifest.image.max_visual_tokens)
         prompter = Prompter(load_tokenizer(bundle.path(manifest.tokenizer)), manifest.image_token_id)
-        prompt = len(prompter.document(manifest.document.prompt, image.max_visual_tokens))
+        prompt = longest_page(prompter, manifest.document.prompt, image)
         return cls.from_prompt(manifest, image, prompt, batch)
 
     @classmethod
@@ -70,7 +71,7 @@ class EngineLimits:
 def longest_row(image: ImageProcessing) -> int:
     """The most visual tokens: a strip that is one token high may be over the limit, if that is below 200."""
     most = image.max_visual_tokens
-    return most if image.resize == "fixed" else max(most, isqrt(MAX_ASPECT_RATIO * most) + 1)
+    return most if image.resize != "smart" else max(most, isqrt(MAX_ASPECT_RATIO * most) + 1)
 
 
 def max_windows(image: ImageProcessing) -> int:

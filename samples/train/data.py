@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cembed.runtime.bundle.manifest import ImageProcessing
+from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.prompts import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pages"))
