@@ -20,10 +20,20 @@ if TYPE_CHECKING:
 class ExportFlags:
     """The fields of `ExportOptions`, which imports torch."""
 
-    backbone: Annotated[str, typer.Option(metavar=one_of(choices.BACKBONES), help="Architecture of the checkpoint.")]
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar=one_of(list(choices.BACKBONES)), help="Architecture; what the checkpoint says by default."
+        ),
+    ] = None
     model: Annotated[
-        str, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint: safetensors, configuration, tokenizer.")
-    ]
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_HUB_ID",
+            help="Checkpoint: safetensors, configuration, tokenizer; or an adapter, which is merged into its base. By "
+            "default the released one that people use of the backbone.",
+        ),
+    ] = None
     head: Annotated[
         str | None,
         typer.Option(metavar=one_of(choices.HEADS), help="How vectors are made; found from the checkpoint by default."),
@@ -71,9 +81,13 @@ class ExportFlags:
             metavar=one_of(choices.DTYPES), help="fp16 computes in half; bf16 stores bfloat16, computes in float32."
         ),
     ] = "fp32"
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="LoRA adapter to merge into the checkpoint.")] = (
-        None
-    )
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="LoRA adapter to merge into the checkpoint.")
+    ] = None
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_HUB_ID", help="Model that --model, an adapter, is merged into; the one it names."),
+    ] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     target: Annotated[
         str,
@@ -89,8 +103,10 @@ class ExportFlags:
 
 @spread
 def export(
-    out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory to write.")],
     flags: ExportFlags,
+    out: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Directory to write; by default named as the checkpoint is.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(metavar=one_of(choices.WEIGHTS), help="Quantise as `cembed quantize --weights` does.")
     ] = None,
@@ -103,6 +119,7 @@ def export(
     from cembed.export.exporter import export as run
     from cembed.export.plan import ExportOptions
 
+    out = out or default_out(flags)
     with step_bar("reading the checkpoint") as tell:
         options = ExportOptions(**vars(flags))
         if weights is None:
@@ -114,6 +131,14 @@ def export(
                 lambda path: run(options, path, progress=tell), weights, out, force=force, progress=tell
             )
     show_manifest(out, manifest)
+
+
+def default_out(flags: ExportFlags) -> Path:
+    """Of a hub id its last part; beside a folder of the same name it would be in the way."""
+    from cembed.export.sources import usual_checkpoint
+
+    name = flags.model or usual_checkpoint(flags.backbone)
+    return Path(f"{Path(name).resolve().name}-bundle") if Path(name).is_dir() else Path(Path(name).name)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from cembed.export.weights import ADAPTER, Weights, canonical_name, refused_pick
 from cembed.runtime.errors import CembedError
 
 CONFIG = "adapter_config.json"
+UNKNOWN_BASE = "the model that it was trained on"
 Shape = tuple[int, ...]
 _PAIR = re.compile(r"^(.*)\.lora_(A|B)(?:\.default)?\.weight$")
 _SAVED_MODULE = re.compile(r"\.modules_to_save(?:\.default)?\.|\.base_layer\.")
@@ -44,20 +45,31 @@ _DEFAULTS: Mapping[str, Any] = {  # PEFT's
 _PLAIN_STARTS = (True, False, "gaussian", "eva")  # the others change the base weights
 
 
-def base_of(config: Settings) -> str:
-    """The model that an adapter was trained on, for a message: a hub id, a folder, or words."""
+def base_of(config: Settings) -> str | None:
+    """The model that an adapter says it was trained on: a hub id or a folder."""
     name = config.values.get("base_model_name_or_path")
-    return name if isinstance(name, str) and re.fullmatch(r"[\w./~-]+", name) else "the model that it was trained on"
+    return name if isinstance(name, str) and re.fullmatch(r"[\w./~-]+", name) else None
+
+
+def base_name(root: Path) -> str | None:
+    """`base_of` the adapter in `root`."""
+    return base_of(Settings.read(root / CONFIG))
+
+
+def is_adapter(root: Path) -> bool:
+    """Whether a folder holds an adapter and no model. Raises CembedError: both."""
+    if not (root / CONFIG).exists() or not any(root.glob("adapter_model.*")):
+        return False
+    if any(path.name != ADAPTER for path in root.glob("*.safetensors")):
+        raise CembedError(f"{root} holds a model and a LoRA adapter: merge it with --adapter {root}, or take it away")
+    return True
 
 
 def refuse_alone(root: Path) -> None:
     """Raises CembedError if `root` is given as a model and is, or holds, an adapter that nobody asked to merge."""
-    if not (root / CONFIG).exists() or not any(root.glob("adapter_model.*")):
-        return
-    if any(path.name != ADAPTER for path in root.glob("*.safetensors")):
-        raise CembedError(f"{root} holds a model and a LoRA adapter: merge it with --adapter {root}, or take it away")
-    base = base_of(Settings.read(root / CONFIG))
-    raise CembedError(f"{root} is a LoRA adapter: give --model {base} --adapter {root}")
+    if is_adapter(root):
+        base = base_name(root) or UNKNOWN_BASE
+        raise CembedError(f"{root} is a LoRA adapter: give --model {base} --adapter {root}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,7 @@ class Adapter:
         pickle = refused_pickle(root, "adapter_model.bin")
         if pickle and not (root / ADAPTER).exists():
             raise CembedError(f"{root} has no {ADAPTER}: {pickle}")
-        self.root, self.base = root, base_of(config)
+        self.root, self.base = root, base_of(config) or UNKNOWN_BASE
         self._weights = Weights([root / ADAPTER])
         halves, self.whole = sort_keys(root, self._weights)
         self.pairs = self._pair_up(halves, Scaling.of(config))

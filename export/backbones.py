@@ -1,6 +1,6 @@
 """What the exporter knows of a backbone, and how the configuration files of a checkpoint become it.
 
-A new backbone is one module with a `from_hf(config, processor) -> Backbone`, and one line in `choices.BACKBONES`.
+A new backbone is one module with a `from_hf(config, processor) -> Backbone`, and one row of `choices.BACKBONES`.
 """
 
 from __future__ import annotations
@@ -51,13 +51,17 @@ class Backbone:
     embedding_scale: float = 1.0
 
 
-def load_backbone(name: str, root: Path, adapter: Path | None = None) -> Backbone:
+def load_backbone(name: str | None, root: Path, adapter: Path | None = None) -> Backbone:
     """The backbone `name` as the configuration files in `root`, and the image settings of `adapter`, describe it.
 
+    Without a name it is the one that the configuration says.
     Raises CembedError: an unknown name, a checkpoint of another architecture, a configuration that is not supported.
     """
-    require_choice("backbone", name, BACKBONES)
-    config = read_config(name, root)
+    if name is not None:
+        require_choice("backbone", name, BACKBONES)
+    given = Settings.read(root / "config.json")
+    name = check_model_type(name, root, given)
+    config = read_config(name, given)
     from_hf = importlib.import_module(f"cembed.export.{module_name(name)}").from_hf
     images = find_settings([place for place in (adapter, root) if place is not None])
     warn_of_others(images, lambda settings: from_hf(config, settings).image)
@@ -70,14 +74,12 @@ def module_name(backbone: str) -> str:
     return backbone.replace("-", "_").replace(".", "_")
 
 
-def read_config(name: str, root: Path) -> Settings:
+def read_config(name: str, given: Settings) -> Settings:
     """The configuration of a checkpoint, with transformers' defaults for what it does not say."""
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    given = Settings.read(root / "config.json")
-    check_model_type(name, root, given)
     check_sizes(given.where, given.values)
     try:
         config = CONFIG_MAPPING[module_name(name)].from_dict(copy.deepcopy(dict(given.values))).to_dict()
@@ -86,18 +88,22 @@ def read_config(name: str, root: Path) -> Settings:
     return Settings(given.where, config)
 
 
-def check_model_type(name: str, root: Path, config: Settings) -> None:
-    """Raises CembedError for a checkpoint of another architecture than `name`."""
+def check_model_type(name: str | None, root: Path, config: Settings) -> str:
+    """The backbone of a checkpoint. Raises CembedError: there is none, or it is not the one that was named."""
     kind = config.text("model_type")
     if config.has("vlm_config") or kind in WRAPPERS:
         raise CembedError(
             f"{root} is a transformers {kind} wrapper, whose prompts differ from those of the original "
             "checkpoints: export the original one (colpali-engine's layout)"
         )
-    if kind != module_name(name):
-        known = [backbone for backbone in BACKBONES if module_name(backbone) == kind]
-        hint = f"use --backbone {known[0]}" if known else f"cembed has {', '.join(BACKBONES)}"
-        raise CembedError(f"{root} is a {kind:.80} checkpoint, not {name}: {hint}")
+    found = next((backbone for backbone in BACKBONES if module_name(backbone) == kind), None)
+    if found is None:
+        raise CembedError(
+            f"{root} is a {kind:.80} checkpoint, and cembed has {', '.join(BACKBONES)}: see docs/models.md"
+        )
+    if name not in (None, found):
+        raise CembedError(f"{root} is a {kind:.80} checkpoint, not {name}: use --backbone {found}, or leave it out")
+    return found
 
 
 def check_sizes(where: str, values: Mapping[str, Any]) -> None:

@@ -19,31 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from cembed.export.adapter import Adapter, Shape, refuse_alone
-from cembed.export.settings import one_line
 from cembed.export.weights import Weights, canonical_name, weight_files
 from cembed.runtime.errors import CembedError
 
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.jinja")
 _NOT_USED = re.compile(r"^lm_head\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
-
-
-def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
-    """The directory of a checkpoint and, for a hub id, the commit it was pinned to.
-
-    Only safetensors, JSON and tokenizer files are fetched. Raises CembedError where there is neither.
-    """
-    if Path(model).is_dir():
-        return Path(model), None
-    if Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise CembedError(f"no checkpoint at {model!r}: give a directory or a hub id such as Z1zs/CausalQwen2.5")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        root = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CembedError(f"{model!r} is no directory, and the hub did not give it: {one_line(error)}") from error
-    return root, root.name
 
 
 @dataclass

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cembed.runtime.errors import CembedError
 
-BACKBONES = ("qwen2-vl", "qwen2.5-vl", "paligemma", "idefics3", "modernvbert")
+
+@dataclass(frozen=True)
+class Known:
+    """What names a backbone outside of its module: the released checkpoint that people use, as a hub id."""
+
+    checkpoint: str
+
+
+BACKBONES = {
+    "qwen2-vl": Known("vidore/colqwen2-v1.0"),
+    "qwen2.5-vl": Known("vidore/colqwen2.5-v0.2"),
+    "paligemma": Known("vidore/colpali-v1.3"),
+    "idefics3": Known("vidore/colSmol-256M"),
+    "modernvbert": Known("ModernVBERT/colmodernvbert"),
+}
 """Module names are these with underscores, and are what checkpoints call their `model_type`."""
 HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
 POOLING = ("none", "mean", "last", "concat")

@@ -7,15 +7,17 @@ are checked against torch, a page and a query are embedded for the self-test, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from cembed.export.checkpoint import require_finite, resolve
+from cembed.export.checkpoint import require_finite
 from cembed.export.graph import WeightFile, choose_dialect, trace, write_graph
 from cembed.export.layers import DTYPES, Dialect
 from cembed.export.parity import check_parity, parity_inputs
 from cembed.export.plan import ExportOptions, ExportPlan
+from cembed.export.sources import find_source
 from cembed.runtime.bundle.manifest import EmbeddingTable, Graph, Manifest, Parity
 from cembed.runtime.writer import check_replaceable, directory, write_self_test
 
@@ -32,16 +34,17 @@ def export(
     """
     check_replaceable(out, force)
     dialect = choose_dialect(options.target, options.opset)
-    root, commit = resolve(options.model, options.revision)
-    plan = ExportPlan.make(options, root)
+    given = options.backbone, options.model, options.revision, options.adapter, options.base
+    source = find_source(*given, tell=progress)
+    adapter = source.adapter.root if source.adapter else None
+    plan = ExportPlan.make(replace(options, adapter=adapter), source.model.root)
     with directory(out.resolve()) as partial:
         graphs, parity = write_graphs(plan, dialect, partial, progress)
         progress("writing the embedding tables")
         tables = write_embeddings(plan, partial), write_slot_rows(plan, partial)
         plan.tokenizer.save(str(partial / "tokenizer.json"))
-        source = {"model": options.model if commit else root.name, **({"revision": commit} if commit else {})}
         progress("embedding the self-test page")
-        return write_self_test(partial, plan.manifest(graphs, parity, tables, source))
+        return write_self_test(partial, plan.manifest(graphs, parity, tables, source.about()))
 
 
 def write_graphs(

@@ -52,12 +52,16 @@ SELF_TEST_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "fp16": 2e-2}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The flags of `cembed export`; None means the checkpoint's, the head's or the backbone's own."""
+    """The flags of `cembed export`; None means the checkpoint's, the head's or the backbone's own.
 
-    backbone: str
-    model: str
+    `model`, `adapter` and `base` are folders or hub ids; see `sources.find_source`.
+    """
+
+    backbone: str | None = None
+    model: str | None = None
     revision: str | None = None
-    adapter: Path | None = None
+    adapter: str | Path | None = None
+    base: str | None = None
     head: str | None = None
     head_spec: Path | None = None
     head_weights: Path | None = None
@@ -108,12 +112,13 @@ class ExportPlan:
 
     @classmethod
     def make(cls, options: ExportOptions, root: Path) -> ExportPlan:
-        checkpoint = Checkpoint.open(root, options.adapter, options.head_weights)
-        backbone = load_backbone(options.backbone, root, options.adapter)
+        adapter = None if options.adapter is None else Path(options.adapter)
+        checkpoint = Checkpoint.open(root, adapter, options.head_weights)
+        backbone = load_backbone(options.backbone, root, adapter)
         backbone = replace(backbone, image=backbone.image.limited(options.max_visual_tokens))
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
-        tokenizer = read_tokenizer([place for place in (options.adapter, root) if place is not None])
+        tokenizer = read_tokenizer([place for place in (adapter, root) if place is not None])
         hidden = backbone.decoder.hidden_size
         tables = slot_tables(checkpoint, head, None if options.head_spec else name, hidden)
         document, query = sides(options, backbone, head, tables, tokenizer)
