@@ -8,6 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import BACKBONE_OF, GOLDEN
+
+from cembed.export.backbones import module_name
+from cembed.export.choices import BACKBONES
+from cembed.runtime.scoring.storage import STORAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
@@ -114,3 +119,31 @@ def test_no_module_is_imported_by_what_it_imports(known: bool) -> None:
     while left and (free := {a for a, _ in left} - {b for _, b in left}):
         left = {(a, b) for a, b in left if a not in free}
     assert (left == set()) == known, circle(left)
+
+
+def strings(path: Path) -> set[str]:
+    """The strings of a module, its docstrings too."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_touches_what_the_design_says(backbone: str) -> None:
+    """No other module has its name; what it needs of them is said in its own."""
+    own = f"cembed.export.{module_name(backbone)}"
+    naming = {name for name, path in modules().items() if strings(path) & {backbone, module_name(backbone)}}
+    assert naming == {own, "cembed.export.choices"}
+    assert backbone in BACKBONE_OF.values()
+    folders = {path.name for path in GOLDEN.iterdir() if path.is_dir()}
+    assert set(BACKBONE_OF) == folders
+    assert f"`{backbone}`" in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    adding = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Adding")[2]
+    assert all(
+        place in adding for place in ("export/NAME.py", "export/choices.py", "tests/golden", "tests/conftest.py")
+    )
+
+
+def test_storage_types_are_named_by_their_table_and_by_defaults() -> None:
+    naming = {name for name, path in modules().items() if strings(path) & (STORAGE.keys() - {"f16", "f32"})}
+    tags = {"cembed.runtime.pages.tiff.tags"}  # numpy's name of a type
+    assert naming - tags == {"cembed.runtime.scoring.storage", "cembed.runtime.index.index"}
