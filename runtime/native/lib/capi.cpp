@@ -2,13 +2,11 @@
 #include "../include/cembed.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <string>
 #include <thread>
 #include <utility>
@@ -17,6 +15,7 @@
 #include "../maxsim.h"
 #include "embedder.h"
 #include "error.h"
+#include "finite.h"
 #include "index.h"
 #include "manifest_schema.h"
 #include "state.h"
@@ -171,24 +170,30 @@ int threads_or_all(int32_t threads) {
 
 void check_query(const float *query, int32_t rows, int32_t dim) {
     require(query != nullptr && rows >= 1 && dim >= 1, "a query of at least one row and one component is wanted");
-    for (int64_t i = 0; i < int64_t(rows) * dim; ++i)
-        require(std::isfinite(query[i]), "the query contains NaN or infinity");
+    if (!all_finite(query, int64_t(rows) * dim))
+        throw Error(INVALID_ARGUMENT, not_finite("the query", query, dim));
 }
 
-void score(const float *query, int32_t rows, maxsim_pages pages, const int32_t *page_rows, size_t count, int threads,
-           float *scores) {
-    std::vector<int64_t> starts(count), which(count);
-    const std::vector<float> ones(count, 1);
-    int64_t at = 0;
+maxsim_array array_of(const float *vectors, int64_t rows, int32_t dim) {
+    return {vectors, rows, int64_t(dim) * 4, 4, MAXSIM_F32};
+}
+
+// The kernels say which page is the first that is not finite.
+void score(const float *query, int32_t rows, int32_t dim, const float *pages, const int32_t *page_rows, size_t count,
+           int threads, float *scores) {
+    std::vector<maxsim_array> arrays;
     for (size_t i = 0; i < count; ++i) {
         require(page_rows[i] >= 1, "a page has no vectors");
-        starts[i] = at;
-        at += int64_t(page_rows[i]) * pages.dim * 4;
+        require(page_rows[i] <= MAXSIM_MOST_ROWS, "a page has too many vectors");
+        arrays.push_back(array_of(pages, page_rows[i], dim));
+        pages += int64_t(page_rows[i]) * dim;
     }
-    std::iota(which.begin(), which.end(), 0);
-    pages.starts = starts.data();
-    pages.scales = ones.data();
-    if (maxsim_score(query, rows, &pages, which.data(), int64_t(count), threads, scores) < 0) throw std::bad_alloc();
+    const maxsim_array asked = array_of(query, rows, dim);
+    const int64_t wrong = maxsim_arrays(&asked, 1, dim, arrays.data(), int64_t(count), threads, scores);
+    if (wrong == -1) throw std::bad_alloc();
+    if (wrong == int64_t(count)) return;
+    const auto *from = static_cast<const float *>(arrays.at(size_t(wrong)).data);
+    throw Error(INVALID_ARGUMENT, not_finite("page " + std::to_string(wrong), from, dim));
 }
 
 }  // namespace
@@ -283,8 +288,7 @@ cembed_status cembed_maxsim(const float *query, int32_t rows, int32_t dim, const
         check_query(query, rows, dim);
         if (count == 0) return;
         require(pages != nullptr && page_rows != nullptr && scores != nullptr, "null where pages or scores are wanted");
-        const maxsim_pages all{MAXSIM_F32, dim, reinterpret_cast<const uint8_t *>(pages), nullptr, page_rows, nullptr};
-        score(query, rows, all, page_rows, count, threads_or_all(threads), scores);
+        score(query, rows, dim, pages, page_rows, count, threads_or_all(threads), scores);
     });
 }
 

@@ -164,7 +164,7 @@ std::vector<float> State::states(int64_t num_vectors) const {
 
 Vectors State::extend(int64_t num_vectors) {
     grow(num_vectors);
-    return embedder_.finish(side_, states(num_vectors), 0);
+    return embedder_.finish(side_, states(num_vectors), 0, "text_step");
 }
 
 }  // namespace cembed
