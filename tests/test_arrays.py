@@ -146,7 +146,7 @@ def test_what_numpy_makes_no_array_of(place: str, way: None) -> None:
 def test_what_is_no_number(bad: Floats, place: str, way: None) -> None:
     sides = {"query": [draw(0, 2, 3)], "document": [draw(1, 2, 3)]}
     sides[place].append(bad)
-    with pytest.raises(CembedError, match=f"{place} 1 is of type {bad.dtype}: floats are wanted"):
+    with pytest.raises(CembedError, match=f"{place} 1 is of type {bad.dtype}: floats are needed"):
         maxsim(sides["query"], sides["document"])
 
 

@@ -51,7 +51,7 @@ class DeviceCache:
 class TrtSession:
     """Runs one engine.
 
-    `padded`: shorter inputs may be filled up behind their last position, which causal attention does not see.
+    `padded`: shorter inputs may be filled up after their last position, which causal attention does not see.
     """
 
     def __init__(self, device: Device, engine: Any, graph: Graph, name: str, padded: bool) -> None:
@@ -76,11 +76,11 @@ class TrtSession:
         return output[:, :rows]
 
     def _fill(self, shape: tuple[int | str, ...], feed: Array) -> Array:
-        """With zeros behind, up to the next bucket that the engine still takes."""
+        """With zeros after it, up to the next bucket that the engine still takes."""
         if not self._buckets:
             return feed
-        wanted = [self._bucket(axis, size) for axis, size in zip(shape, feed.shape, strict=True)]
-        return np.pad(feed, [(0, more - size) for more, size in zip(wanted, feed.shape, strict=True)])
+        lengths = [self._bucket(axis, size) for axis, size in zip(shape, feed.shape, strict=True)]
+        return np.pad(feed, [(0, more - size) for more, size in zip(lengths, feed.shape, strict=True)])
 
     def _bucket(self, axis: int | str, size: int) -> int:
         step = self._buckets.get(axis, 1) if isinstance(axis, str) else 1

@@ -58,11 +58,11 @@ class Side:
         """Raises CembedError: not [num_vectors, dim] of numbers; where `dim` is None any will do."""
         item, what = self.item(index), f"{self.what} {index}"
         if item.ndim != 2 or 0 in item.shape:
-            raise CembedError(f"{what} has shape {item.shape}: [num_vectors, dim], neither zero, is wanted")
+            raise CembedError(f"{what} has shape {item.shape}: [num_vectors, dim], neither zero, is needed")
         if dim not in (None, item.shape[1]):
             raise CembedError(f"{what} has dim {item.shape[1]}, the others have {dim}")
         if not np.can_cast(item.dtype, np.float32, "same_kind"):
-            raise CembedError(f"{what} is of type {item.dtype}: floats are wanted, of 16, 32 or 64 bits")
+            raise CembedError(f"{what} is of type {item.dtype}: floats are needed, of 16, 32 or 64 bits")
         if len(item) > MOST_ROWS:
             raise CembedError(f"{what} has {len(item)} vectors: at most {MOST_ROWS} are possible")
         return item

@@ -63,9 +63,9 @@ def _lengths(what: str, given: Sequence[Floats] | Floats, lengths: Lengths | Non
         return np.full(len(given), np.shape(given)[1]) if stack else None
     if not stack:
         raise CembedError(f"{what}_lengths belong to one array [num, num_vectors, dim]: leave them out with a list")
-    wanted, most = np.asarray(lengths), np.shape(given)[1]
-    if wanted.shape != (len(given),) or wanted.dtype.kind not in "iu":
-        raise CembedError(f"{what}_lengths: one whole number for each of {len(given)} is wanted")
-    if wanted.size and not 1 <= wanted.min() <= wanted.max() <= most:
-        raise CembedError(f"{what}_lengths are {wanted.min()} to {wanted.max()}: 1 to {most} are there")
-    return wanted
+    counts, most = np.asarray(lengths), np.shape(given)[1]
+    if counts.shape != (len(given),) or counts.dtype.kind not in "iu":
+        raise CembedError(f"{what}_lengths: one whole number for each of {len(given)} is needed")
+    if counts.size and not 1 <= counts.min() <= counts.max() <= most:
+        raise CembedError(f"{what}_lengths are {counts.min()} to {counts.max()}: 1 to {most} are there")
+    return counts

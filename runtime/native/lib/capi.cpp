@@ -23,6 +23,11 @@
 
 using namespace cembed;
 
+static_assert(int(INVALID_ARGUMENT) == CEMBED_ARGUMENT && int(BUNDLE) == CEMBED_BUNDLE && int(ENGINE) == CEMBED_ENGINE &&
+                  int(INDEX) == CEMBED_INDEX && int(MEMORY) == CEMBED_MEMORY && int(CAPACITY) == CEMBED_CAPACITY &&
+                  int(INTERNAL) == CEMBED_INTERNAL,
+              "codes are those of cembed.h");
+
 struct cembed_bundle {
     std::shared_ptr<Embedder> embedder;
 };
@@ -132,7 +137,7 @@ void give(const Vectors &made, cembed_vectors *to) {
     const size_t size = made.values.size();
     if (to->data != nullptr && to->capacity < size && !to->owned)
         throw Error(CAPACITY,
-                    std::to_string(size) + " floats are wanted, the buffer has " + std::to_string(to->capacity));
+                    std::to_string(size) + " floats are needed, the buffer has " + std::to_string(to->capacity));
     if (to->data == nullptr || to->capacity < size) {
         auto *grown = static_cast<float *>(std::realloc(to->data, std::max<size_t>(size, 1) * sizeof(float)));
         if (grown == nullptr) throw std::bad_alloc();
@@ -146,7 +151,7 @@ void give(const Vectors &made, cembed_vectors *to) {
 template <class MakePrompt>
 void embed(cembed_bundle *bundle, bool query, const cembed_budget *budget, cembed_vectors *vectors,
            const MakePrompt &make) {
-    require(bundle != nullptr && vectors != nullptr, "null where a bundle or vectors are wanted");
+    require(bundle != nullptr && vectors != nullptr, "null where a bundle or vectors are needed");
     Embedder &embedder = *bundle->embedder;
     const Side &side = query ? embedder.manifest.query : embedder.manifest.document;
     embedder.check(side, budget_of(budget));
@@ -155,7 +160,7 @@ void embed(cembed_bundle *bundle, bool query, const cembed_budget *budget, cembe
 
 template <class MakePrompt>
 void start(cembed_bundle *bundle, bool query, int32_t max_vectors, cembed_state **state, const MakePrompt &make) {
-    require(bundle != nullptr && state != nullptr, "null where a bundle or a place for a state is wanted");
+    require(bundle != nullptr && state != nullptr, "null where a bundle or a place for a state is needed");
     *state = nullptr;
     const auto &embedder = bundle->embedder;
     const Side &side = query ? embedder->manifest.query : embedder->manifest.document;
@@ -169,7 +174,7 @@ int threads_or_all(int32_t threads) {
 }
 
 void check_query(const float *query, int32_t rows, int32_t dim) {
-    require(query != nullptr && rows >= 1 && dim >= 1, "a query of at least one row and one component is wanted");
+    require(query != nullptr && rows >= 1 && dim >= 1, "a query of at least one row and one component is needed");
     if (!all_finite(query, int64_t(rows) * dim))
         throw Error(INVALID_ARGUMENT, not_finite("the query", query, dim));
 }
@@ -201,7 +206,7 @@ void score(const float *query, int32_t rows, int32_t dim, const float *pages, co
 cembed_status cembed_open(const char *path, const cembed_options *options, cembed_bundle **bundle) {
     return guarded([&] {
         require(path != nullptr && options != nullptr && bundle != nullptr,
-                "null where path, options or bundle are wanted");
+                "null where path, options or bundle are needed");
         *bundle = nullptr;
         *bundle = new cembed_bundle{std::make_shared<Embedder>(path, settings_of(*options))};
     });
@@ -211,7 +216,7 @@ void cembed_close(cembed_bundle *bundle) { delete bundle; }
 
 cembed_status cembed_get_info(const cembed_bundle *bundle, cembed_info *info) {
     return guarded([&] {
-        require(bundle != nullptr && info != nullptr, "null where a bundle or an info is wanted");
+        require(bundle != nullptr && info != nullptr, "null where a bundle or an info is needed");
         const Manifest &m = bundle->embedder->manifest;
         const auto vectors = [](const Side &side) {
             return int32_t(side.num_vectors && side.pooling != Pooling::NONE ? 1 : side.num_vectors.value_or(0));
@@ -228,7 +233,7 @@ cembed_status cembed_get_info(const cembed_bundle *bundle, cembed_info *info) {
 
 cembed_status cembed_load(cembed_bundle *bundle, int32_t pages, int32_t queries) {
     return guarded([&] {
-        require(bundle != nullptr, "null where a bundle is wanted");
+        require(bundle != nullptr, "null where a bundle is needed");
         Embedder &embedder = *bundle->embedder;
         const Manifest &m = embedder.manifest;
         const auto text = [](const Side &side) { return side.slots == Slots::FEEDBACK ? "text_step" : "text"; };
@@ -275,7 +280,7 @@ cembed_status cembed_start_query(cembed_bundle *bundle, const char *text, size_t
 
 cembed_status cembed_extend(cembed_state *state, int32_t num_vectors, cembed_vectors *vectors) {
     return guarded([&] {
-        require(state != nullptr && vectors != nullptr, "null where a state or vectors are wanted");
+        require(state != nullptr && vectors != nullptr, "null where a state or vectors are needed");
         give(state->state.extend(num_vectors), vectors);
     });
 }
@@ -287,7 +292,7 @@ cembed_status cembed_maxsim(const float *query, int32_t rows, int32_t dim, const
     return guarded([&] {
         check_query(query, rows, dim);
         if (count == 0) return;
-        require(pages != nullptr && page_rows != nullptr && scores != nullptr, "null where pages or scores are wanted");
+        require(pages != nullptr && page_rows != nullptr && scores != nullptr, "null where pages or scores are needed");
         score(query, rows, dim, pages, page_rows, count, threads_or_all(threads), scores);
     });
 }
@@ -295,7 +300,7 @@ cembed_status cembed_maxsim(const float *query, int32_t rows, int32_t dim, const
 cembed_status cembed_index_open(uint32_t abi_version, const char *path, cembed_index **index) {
     return guarded([&] {
         require_version(abi_version);
-        require(path != nullptr && index != nullptr, "null where a path or a place for an index is wanted");
+        require(path != nullptr && index != nullptr, "null where a path or a place for an index is needed");
         *index = nullptr;
         *index = new cembed_index{Index(path)};
     });
@@ -305,7 +310,7 @@ void cembed_index_close(cembed_index *index) { delete index; }
 
 cembed_status cembed_index_get_info(const cembed_index *index, cembed_index_info *info) {
     return guarded([&] {
-        require(index != nullptr && info != nullptr, "null where an index or an info is wanted");
+        require(index != nullptr && info != nullptr, "null where an index or an info is needed");
         const Current &current = index->index.current();
         *info = {current.bundle.c_str(), index->index.size(), int32_t(current.dim)};
     });
@@ -320,7 +325,7 @@ cembed_status cembed_index_search_filtered(cembed_index *index, const float *que
                                            int32_t top, int32_t threads, const cembed_filter *filter,
                                            cembed_hits *hits) {
     return guarded([&] {
-        require(index != nullptr && hits != nullptr, "null where an index or hits are wanted");
+        require(index != nullptr && hits != nullptr, "null where an index or hits are needed");
         *hits = {};
         check_query(query, rows, dim);
         require(top >= 1, "top is below 1");
