@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cembed.quantize.graph import SourceGraph
-from cembed.quantize.weights import Floats, Range
+from cembed.quantize.weights import ByteRange, Floats
 from cembed.runtime.engines.quiet import ort
 from cembed.runtime.engines.session import StepSession
 from cembed.runtime.errors import CembedError
@@ -58,17 +58,17 @@ class Observed:
         """Each channel's largest size [I]."""
         return np.maximum(-self.low, self.high)
 
-    def range(self, method: str, divisors: Floats | float = 1.0, symmetric: bool = False) -> Range:
+    def range(self, method: str, divisors: Floats | float = 1.0, symmetric: bool = False) -> ByteRange:
         """The range of the tensor divided by `divisors` [I]: `minmax`, `percentile` of the rows, or the least error."""
         low, high = float((self.low / divisors).min()), float((self.high / divisors).max())
         if method == "minmax":
-            return Range.of(low, high, symmetric)
+            return ByteRange.of(low, high, symmetric)
         values = self.rows(divisors)
         values = values[:: -(-len(values) // _RANGED)]
         if method == "percentile":
             low, high = np.percentile(values, (100 - PERCENTILE, PERCENTILE)).tolist()
-            return Range.of(low, high, symmetric)
-        return min((Range.of(clip * low, clip * high, symmetric) for clip in _CLIPS), key=lambda r: r.error(values))
+            return ByteRange.of(low, high, symmetric)
+        return min((ByteRange.of(clip * low, clip * high, symmetric) for clip in _CLIPS), key=lambda r: r.error(values))
 
 
 class Watcher(ABC):

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from cembed.quantize.weights import Floats, Quantised, Range, Scheme, pack_nibbles
+from cembed.quantize.weights import ByteRange, Floats, Quantised, Scheme, pack_nibbles
 
 OPSETS = (19, 21)  # DequantizeLinear in half; with blocks and INT4
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
@@ -109,7 +109,7 @@ class Recipe:
     a weight to round it for, and whether the graph is for ONNX Runtime alone."""
 
     schemes: Mapping[str, Scheme]
-    ranges: Mapping[str, Range] = field(default_factory=dict)
+    ranges: Mapping[str, ByteRange] = field(default_factory=dict)
     rows: Mapping[str, Floats] = field(default_factory=dict)
     columns: Mapping[str, Floats] = field(default_factory=dict)
     inputs: Mapping[str, Callable[[], Floats]] = field(default_factory=dict)
@@ -170,7 +170,7 @@ def restore_inputs(
     return [*through, restored], [*levels, *tensors]
 
 
-def pass_through_bytes(tensor: str, found: Range) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+def pass_through_bytes(tensor: str, found: ByteRange) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
     """QuantizeLinear and DequantizeLinear of an activation; weights that share it share them."""
     scale = TensorProto(name=f"{tensor}.scale", data_type=TensorProto.FLOAT, float_data=[found.scale])
     kind = TensorProto.INT8 if found.low < 0 else TensorProto.UINT8

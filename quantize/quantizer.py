@@ -49,13 +49,13 @@ def quantise(
     with directory(out.resolve()) as partial:
         plan = QuantisePlan.make(bundle, options, calibration, progress)
         mapped = EngineSettings(threads=options.threads, prepack=False)  # the float weights need not fit in memory
-        job = Job(plan, Embedded.by(source, calibration, mapped, progress), calibration, partial, progress)
+        trials = Trials(plan, Embedded.by(source, calibration, mapped, progress), calibration, partial, progress)
         damages: list[LayerDamage] = []
         if options.report:
-            damages = job.ranked()
+            damages = trials.ranked()
             draw(damages, options.report)
-        attempt, damages = job.search(damages)
-        return write_self_test(partial, replace(attempt.manifest, quantisation=job.report(attempt, damages)))
+        attempt, damages = trials.search(damages)
+        return write_self_test(partial, replace(attempt.manifest, quantisation=trials.report(attempt, damages)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Job:
+class Trials:
     """What all attempts have in common: the plan, the float bundle's vectors, and the folder that they are written to,
     each over the one before."""
 

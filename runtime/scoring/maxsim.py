@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
-from cembed.runtime.scoring.arrays import Floats, Side, score_arrays
+from cembed.runtime.scoring.arrays import Floats, Operand, score_arrays
 from cembed.runtime.scoring.kernels import Pages, score
 
 Lengths: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
@@ -46,9 +46,9 @@ def maxsim(
     >>> maxsim(query, np.stack([pages[1], pages[1]]), document_lengths=[1, 2])
     array([[0.75, 0.75]], dtype=float32)
     """
-    asked = Side("query", queries, _lengths("query", queries, query_lengths))
+    asked = Operand("query", queries, _lengths("query", queries, query_lengths))
     if not isinstance(documents, Pages):
-        found = Side("document", documents, _lengths("document", documents, document_lengths))
+        found = Operand("document", documents, _lengths("document", documents, document_lengths))
         return score_arrays(asked, found, threads)
     if document_lengths is not None:
         raise CembedError("stored pages know their lengths: leave document_lengths out")
