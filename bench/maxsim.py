@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cembed.runtime.scoring.arrays import Side, described
+from cembed.runtime.scoring.arrays import Operand, described
 from cembed.runtime.scoring.kernels import kernel_sets, load, top
 from cembed.runtime.scoring.storage import STORAGE
 from cembed.runtime.scoring.timing import CACHE_ROWS, Case, Floats, Run, Shape, fastest, numpy_ways, our_way, time_round
@@ -105,8 +105,8 @@ def library_alone(case: Case, threads: int) -> Run:
     if (library := load()) is None:
         raise SkipError("not built")
     pages, scores = separate(case), np.empty(case.shape.pages, np.float32)
-    query = described(library, Side("query", [case.query], None), case.shape.dim)
-    documents = described(library, Side("document", pages, None), case.shape.dim)
+    query = described(library, Operand("query", [case.query], None), case.shape.dim)
+    documents = described(library, Operand("document", pages, None), case.shape.dim)
 
     def run() -> Floats:
         sides = query.address, query.count, case.shape.dim, documents.address, documents.count

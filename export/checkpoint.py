@@ -11,7 +11,7 @@ Keys come with many prefixes (`model.`, `language_model.`, `base_model.model.`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,18 @@ from cembed.export.weights import Weights, canonical_name, weight_files
 from cembed.runtime.errors import CembedError
 
 _NOT_USED = re.compile(r"^lm_head\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
+
+
+def named_weights(root: Path, sources: Sequence[Sequence[Path]]) -> dict[str, tuple[Weights, str]]:
+    """Where each weight is, by its canonical name. Raises CembedError: damaged files, two weights of one name."""
+    keys: dict[str, tuple[Weights, str]] = {}
+    for weights in map(Weights, sources):
+        for key in weights:
+            name = canonical_name(key)
+            if name in keys:
+                raise CembedError(f"{root}: {key} and {keys[name][1]} are the same weight")
+            keys[name] = (weights, key)
+    return keys
 
 
 @dataclass
@@ -40,14 +52,7 @@ class Checkpoint:
         does not fit."""
         if adapter is None:
             refuse_alone(root)
-        keys: dict[str, tuple[Weights, str]] = {}
-        sources = [weight_files(root), *([[head_weights]] if head_weights else [])]
-        for weights in map(Weights, sources):
-            for key in weights:
-                name = canonical_name(key)
-                if name in keys:
-                    raise CembedError(f"{root}: {key} and {keys[name][1]} are the same weight")
-                keys[name] = (weights, key)
+        keys = named_weights(root, [weight_files(root), *([[head_weights]] if head_weights else [])])
         merged = Adapter(adapter) if adapter else None
         names = keys.keys() | (merged.whole.keys() if merged else set())
         opened = cls(root, merged, keys, {name for name in names if not _NOT_USED.search(name)})

@@ -126,7 +126,7 @@ def text_case(
 ) -> dict[str, Array]:
     """Random inputs of a text graph: a prompt of `length` positions and four slots.
 
-    The step gets the prompt into an empty cache if it is short, and one slot behind a filled part of it if it is long.
+    The step gets the prompt into an empty cache if it is short, and one slot after a filled part of it if it is long.
     """
     prompt = prompt_positions(np.zeros(length, bool), None, backbone.positions, 1)
     positions = np.concatenate([prompt, slot_positions(prompt, 4, side.slot_positions)], axis=1)

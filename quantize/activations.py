@@ -6,6 +6,7 @@ Letters: I inputs of a MatMul, O outputs, N positions. Activations go by the nam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cembed.quantize.graph import SourceGraph
-from cembed.quantize.weights import Floats, Range
+from cembed.quantize.weights import ByteRange, Floats
 from cembed.runtime.engines.quiet import ort
 from cembed.runtime.engines.session import StepSession
 from cembed.runtime.errors import CembedError
@@ -57,17 +58,17 @@ class Observed:
         """Each channel's largest size [I]."""
         return np.maximum(-self.low, self.high)
 
-    def range(self, method: str, divisors: Floats | float = 1.0, symmetric: bool = False) -> Range:
+    def range(self, method: str, divisors: Floats | float = 1.0, symmetric: bool = False) -> ByteRange:
         """The range of the tensor divided by `divisors` [I]: `minmax`, `percentile` of the rows, or the least error."""
         low, high = float((self.low / divisors).min()), float((self.high / divisors).max())
         if method == "minmax":
-            return Range.of(low, high, symmetric)
+            return ByteRange.of(low, high, symmetric)
         values = self.rows(divisors)
         values = values[:: -(-len(values) // _RANGED)]
         if method == "percentile":
             low, high = np.percentile(values, (100 - PERCENTILE, PERCENTILE)).tolist()
-            return Range.of(low, high, symmetric)
-        return min((Range.of(clip * low, clip * high, symmetric) for clip in _CLIPS), key=lambda r: r.error(values))
+            return ByteRange.of(low, high, symmetric)
+        return min((ByteRange.of(clip * low, clip * high, symmetric) for clip in _CLIPS), key=lambda r: r.error(values))
 
 
 class Watcher(ABC):
@@ -139,7 +140,7 @@ class Balance:
 
 
 def balance(source: SourceGraph, seen: Mapping[str, Observed]) -> Balance:
-    """Moves outliers of activations into the weights behind them (SmoothQuant, arXiv 2211.10438, section 4).
+    """Moves outliers of activations into the weights after them (SmoothQuant, arXiv 2211.10438, section 4).
 
     Possible where a norm, or the ungated half of a gated MLP, makes the activation for quantised weights alone.
     """
@@ -169,19 +170,20 @@ def groups(source: SourceGraph, seen: Mapping[str, Observed]) -> dict[str, list[
 def producers(source: SourceGraph, tensor: str, weights: Sequence[str]) -> list[str]:
     """The stored tensors whose division divides `tensor`; empty if there are none, or others would be divided too."""
     nodes = source.model.graph.node
-    readers = [node for node in nodes if tensor in node.input]
     makers = {output: node for node in nodes for output in node.output}
-    if len(readers) != len(weights) or tensor not in makers:
+    readers = Counter(name for node in nodes for name in set(node.input))
+    if readers[tensor] != len(weights) or tensor not in makers:
         return []
-    maker = makers[tensor]
+    found = divisible(source, makers, makers[tensor])
+    return [] if any(readers[name] != 1 for name in found) else found
+
+
+def divisible(source: SourceGraph, makers: Mapping[str, onnx.NodeProto], maker: onnx.NodeProto) -> list[str]:
+    """The stored tensors of a norm, or of the linear layers that a gate multiplies; other nodes have none."""
     if maker.op_type in _NORMS:
-        found = list(maker.input[1:])
-    elif maker.op_type == "Mul":
-        found = [name for operand in maker.input for name in linear_tensors(source, makers, operand)]
-    else:
-        found = []
-    shared = {name for name in found if sum(name in node.input for node in nodes) != 1}
-    return [] if shared else found
+        return list(maker.input[1:])
+    operands = maker.input if maker.op_type == "Mul" else ()
+    return [name for operand in operands for name in linear_tensors(source, makers, operand)]
 
 
 def linear_tensors(source: SourceGraph, makers: Mapping[str, onnx.NodeProto], tensor: str) -> list[str]:

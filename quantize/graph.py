@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from cembed.quantize.weights import Floats, Quantised, Range, Scheme, pack_nibbles
+from cembed.quantize.weights import ByteRange, Floats, Quantised, Scheme, pack_nibbles
 
 OPSETS = (19, 21)  # DequantizeLinear in half; with blocks and INT4
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
@@ -75,6 +75,10 @@ class SourceGraph:
                 if name in self.initializers and len(self.initializers[name].dims) == 2:
                     yield node, name
 
+    def is_vector(self, name: str) -> bool:
+        """Whether it is a stored tensor of one axis."""
+        return name in self.initializers and len(self.initializers[name].dims) == 1
+
     def is_quantised(self) -> bool:
         return any(node.op_type in _QUANTISED for node in self.model.graph.node)
 
@@ -105,7 +109,7 @@ class Recipe:
     a weight to round it for, and whether the graph is for ONNX Runtime alone."""
 
     schemes: Mapping[str, Scheme]
-    ranges: Mapping[str, Range] = field(default_factory=dict)
+    ranges: Mapping[str, ByteRange] = field(default_factory=dict)
     rows: Mapping[str, Floats] = field(default_factory=dict)
     columns: Mapping[str, Floats] = field(default_factory=dict)
     inputs: Mapping[str, Callable[[], Floats]] = field(default_factory=dict)
@@ -121,39 +125,52 @@ def rewrite(source: SourceGraph, recipe: Recipe, data: DataFile, move: bool = Tr
     """The graph by its recipe; all its tensors go to `data`, or if they do not move, the new ones."""
     model = onnx.ModelProto()
     model.CopyFrom(source.model)
+    nodes, made = quantised_nodes(model, source, recipe, data)
+    nodes = fuse_biases(nodes, source) if recipe.fuse else nodes
+    nodes = drop_unread(nodes, {output.name for output in model.graph.output})
+    read = {name for node in nodes for name in node.input}
+    untouched = [name for name in source.initializers if name in read]
+    kept = [copy(name, recipe, source, data) if move else source.initializers[name] for name in untouched]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend([*kept, *made])
+    require_operators(model, OPSETS[any(scheme.block for scheme in recipe.schemes.values())])
+    return model
+
+
+def quantised_nodes(
+    model: onnx.ModelProto, source: SourceGraph, recipe: Recipe, data: DataFile
+) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    """The model's nodes, before each quantised MatMul those that restore its inputs; and the tensors that these read.
+    What several of them need is there once."""
     targets = {node.name: name for node, name in source.weights() if name in recipe.schemes}
     nodes: dict[str, onnx.NodeProto] = {}
     made: dict[str, TensorProto] = {}
     for node in model.graph.node:
-        if node.name in targets:
-            weight = targets[node.name]
-            tensors = store(weight, recipe, source, data)
-            added = [dequantise(weight, tensors, recipe.schemes[weight].block)]
-            node.input[1] = added[0].output[0]
-            if weight in recipe.ranges:
-                through, levels = pass_through_bytes(node.input[0], recipe.ranges[weight])
-                node.input[0] = through[-1].output[0]
-                added, tensors = [*through, *added], [*levels, *tensors]
-            nodes |= {extra.name: extra for extra in added}
-            made |= {tensor.name: tensor for tensor in tensors}
-        nodes[node.name] = node
-    written = fuse_biases(list(nodes.values()), source) if recipe.fuse else list(nodes.values())
-    read_nodes = drop_unread(written, {output.name for output in model.graph.output})
-    read = {name for node in read_nodes for name in node.input}
-    untouched = [name for name in source.initializers if name in read]
-    kept = [copy(name, recipe, source, data) if move else source.initializers[name] for name in untouched]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(read_nodes)
-    model.graph.initializer.extend([*kept, *made.values()])
-    if any(node.domain == _FUSED[1] for node in read_nodes):
-        add_domain(model, _FUSED[1])
-    for entry in model.opset_import:
-        if not entry.domain:
-            entry.version = max(entry.version, OPSETS[any(scheme.block for scheme in recipe.schemes.values())])
-    return model
+        added, tensors = (
+            restore_inputs(node, targets[node.name], recipe, source, data) if node.name in targets else ([], [])
+        )
+        nodes |= {each.name: each for each in (*added, node)}
+        made |= {tensor.name: tensor for tensor in tensors}
+    return list(nodes.values()), list(made.values())
 
 
-def pass_through_bytes(tensor: str, found: Range) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+def restore_inputs(
+    node: onnx.NodeProto, weight: str, recipe: Recipe, source: SourceGraph, data: DataFile
+) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    """Lets a MatMul read its weight, and by the recipe what that is multiplied with, from levels: the nodes and tensors
+    that this takes."""
+    tensors = store(weight, recipe, source, data)
+    restored = dequantise(weight, tensors, recipe.schemes[weight].block)
+    node.input[1] = restored.output[0]
+    if weight not in recipe.ranges:
+        return [restored], tensors
+    through, levels = pass_through_bytes(node.input[0], recipe.ranges[weight])
+    node.input[0] = through[-1].output[0]
+    return [*through, restored], [*levels, *tensors]
+
+
+def pass_through_bytes(tensor: str, found: ByteRange) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
     """QuantizeLinear and DequantizeLinear of an activation; weights that share it share them."""
     scale = TensorProto(name=f"{tensor}.scale", data_type=TensorProto.FLOAT, float_data=[found.scale])
     kind = TensorProto.INT8 if found.low < 0 else TensorProto.UINT8
@@ -168,29 +185,45 @@ def pass_through_bytes(tensor: str, found: Range) -> tuple[list[onnx.NodeProto],
 
 
 def fuse_biases(nodes: list[onnx.NodeProto], source: SourceGraph) -> list[onnx.NodeProto]:
-    """Products of bytes with the biases added behind them, in one operator of ONNX Runtime.
+    """Products of bytes with the biases that are added after them, in one operator of ONNX Runtime.
 
     It finds that operator by itself where no bias follows, but has no place for the bias then: a pass over the output
     more, 7 % of a page.
     """
     makers = {output: node for node in nodes for output in node.output}
     readers = Counter(name for node in nodes for name in node.input)
-    fused = []
-    for node in nodes:
-        product = next((makers[n] for n in node.input if n in makers and makers[n].op_type == "MatMul"), None)
-        biases = [n for n in node.input if n in source.initializers and len(source.initializers[n].dims) == 1]
-        if node.op_type == "Add" and product is not None and biases and readers[product.output[0]] == 1:
-            left, right = (makers.get(name) for name in product.input)
-            if left is not None and right is not None and left.op_type == right.op_type == "DequantizeLinear":
-                (levels, scale, zero), (weight, scales) = left.input, right.input
-                operands = [levels, weight, scale, scales, zero, "", *biases]
-                node = helper.make_node(_FUSED[0], operands, node.output, product.name, domain=_FUSED[1])
-        fused.append(node)
-    return fused
+    return [fused(node, makers, readers, source) or node for node in nodes]
 
 
-def add_domain(model: onnx.ModelProto, domain: str) -> None:
-    if all(entry.domain != domain for entry in model.opset_import):
+def fused(
+    node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], readers: Mapping[str, int], source: SourceGraph
+) -> onnx.NodeProto | None:
+    """The one operator for an Add of a bias to a product of bytes that nothing else reads; None for other nodes."""
+    product = product_of(node, makers) if node.op_type == "Add" else None
+    biases = [name for name in node.input if source.is_vector(name)]
+    if product is None or not biases or readers[product.output[0]] != 1:
+        return None
+    (levels, scale, zero), (weight, scales) = (makers[name].input for name in product.input)
+    inputs = [levels, weight, scale, scales, zero, "", *biases]
+    return helper.make_node(_FUSED[0], inputs, node.output, product.name, domain=_FUSED[1])
+
+
+def product_of(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The MatMul of two restored tensors that a node reads."""
+    for product in (makers[name] for name in node.input if name in makers):
+        kinds = [makers[name].op_type for name in product.input if name in makers]
+        if product.op_type == "MatMul" and kinds == ["DequantizeLinear"] * 2:
+            return product
+    return None
+
+
+def require_operators(model: onnx.ModelProto, opset: int) -> None:
+    """Lets a model have the operators of `opset`, and of ONNX Runtime's own domain if it uses them."""
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = max(entry.version, opset)
+    known = {entry.domain for entry in model.opset_import}
+    for domain in sorted({node.domain for node in model.graph.node} & {_FUSED[1]} - known):
         model.opset_import.append(helper.make_opsetid(domain, 1))
 
 

@@ -151,15 +151,19 @@ class QuantisePlan:
     def recipe(self, graph: str, schemes: Mapping[str, str], balanced: bool = True) -> Recipe:
         """Of some weights of a graph; `balanced` moves outliers of activations into them."""
         chosen = {weight: SCHEMES[scheme] for weight, scheme in schemes.items()}
-        seen = {w: found for w, found in self.seen.get(part_of(graph), {}).items() if w in schemes}
-        in_bytes = {w: found for w, found in seen.items() if chosen[w].activations}
+        seen = self.seen_by(graph, schemes)
+        in_bytes = {weight: found for weight, found in seen.items() if chosen[weight].activations}
         moved = balance(self.sources[part_of(graph)], in_bytes if balanced else {})
-        divisors = {w: moved.rows.get(w, 1.0) for w in seen}
+        divisors = {weight: moved.rows.get(weight, 1.0) for weight in seen}
         standard = self.bundle.manifest.target != "onnxruntime"  # for TensorRT, which knows signed levels only
         ranges = {w: found.range(self.options.ranges, divisors[w], standard) for w, found in in_bytes.items()}
-        gptq = self.options.rounding == "gptq"
-        inputs = {w: partial(found.rows, divisors[w]) for w, found in seen.items() if gptq}
+        rounded = seen if self.options.rounding == "gptq" else {}
+        inputs = {weight: partial(found.rows, divisors[weight]) for weight, found in rounded.items()}
         return Recipe(chosen, ranges, moved.rows, moved.columns, inputs, fuse=not standard)
+
+    def seen_by(self, graph: str, weights: Collection[str]) -> dict[str, Observed]:
+        """What was seen of the inputs of some weights of a graph."""
+        return {weight: found for weight, found in self.seen.get(part_of(graph), {}).items() if weight in weights}
 
 
 def part_of(graph: str) -> str:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ import onnx
 from cembed.quantize.calibration import CalibrationSet, Embedded, compare
 from cembed.quantize.graph import DataFile
 from cembed.quantize.plan import HALF, LossLimits, QuantiseOptions, QuantisePlan
-from cembed.quantize.sensitivity import draw, rank_layers
+from cembed.quantize.sensitivity import draw, layers, rank_layers
 from cembed.quantize.weights import FLOAT, Floats, nonzero
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.manifest import Comparison, EmbeddingTable, LayerDamage, Manifest, Quantisation, Tensor
@@ -38,52 +38,95 @@ def quantise(
     """Write the bundle `out` from the float bundle `source` and return its manifest.
 
     Raises CembedError: a bundle that is quantised already, no usable calibration set, an `out` that exists without
-    `force`, a loss beyond the limits without `accept_loss`. Nothing is left behind then.
+    `force`, a loss beyond the limits without `accept_loss`. Nothing is left of it then.
     """
     check_replaceable(out, force)
     bundle = Bundle(source)
     check_source(bundle)
-    if options.weights == HALF and (options.mixed or options.report or options.keep):
-        raise CembedError("fp16 finds what must stay in float32 by itself: leave out --mixed, --report and --keep")
+    check_options(options)
     calibration = CalibrationSet.read(options.calibration, options.queries)
     check_calibration(calibration)
     with directory(out.resolve()) as partial:
         plan = QuantisePlan.make(bundle, options, calibration, progress)
         mapped = EngineSettings(threads=options.threads, prepack=False)  # the float weights need not fit in memory
-        old = Embedded.by(source, calibration, mapped, progress)
+        trials = Trials(plan, Embedded.by(source, calibration, mapped, progress), calibration, partial, progress)
         damages: list[LayerDamage] = []
         if options.report:
-            damages = rank_layers(plan, calibration, progress)
+            damages = trials.ranked()
             draw(damages, options.report)
-        spared = 0
-        while True:
-            outcome = plan.outcome(spare(damages, spared))
-            manifest = write_self_test(partial, write(plan, outcome, partial, progress))
-            comparison = judge(bundle, old, partial, calibration, options, progress)
-            loss = (
-                "" if options.accept_loss else describe_loss(comparison, options.limits(comparison.ndcg5 is not None))
-            )
-            if not loss:
+        attempt, damages = trials.search(damages)
+        return write_self_test(partial, replace(attempt.manifest, quantisation=trials.report(attempt, damages)))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A bundle that was written: the scheme of each weight, and `loss`, what is lost beyond the limits, if anything."""
+
+    outcome: Mapping[str, str]
+    manifest: Manifest
+    comparison: Comparison
+    loss: str
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What all attempts have in common: the plan, the float bundle's vectors, and the folder that they are written to,
+    each over the one before."""
+
+    plan: QuantisePlan
+    old: Embedded
+    calibration: CalibrationSet
+    root: Path
+    progress: Progress
+
+    def search(self, damages: list[LayerDamage]) -> tuple[Attempt, list[LayerDamage]]:
+        """The first attempt within the limits, where layers may be mixed with more and more of the worst ones spared;
+        and the layers by their damage, if that was asked for or needed. Raises CembedError: a loss beyond the limits.
+        """
+        for spared in doubled(MOST_STEPS * len(layers(self.plan))):
+            attempt = self.attempt(spare(damages, spared))
+            if not attempt.loss:
+                return attempt, damages
+            if not self.plan.options.mixed:
+                raise CembedError(f"{attempt.loss}; {ADVICE}")
+            if set(attempt.outcome.values()) == {FLOAT}:
                 break
-            if not options.mixed:
-                raise CembedError(f"{loss}; {ADVICE}")
-            if set(outcome.values()) == {FLOAT}:
-                raise CembedError(f"{loss}, even with every layer in float")
-            damages = damages or rank_layers(plan, calibration, progress)
-            spared = max(1, 2 * spared)
-        kept = tuple(name for name, scheme in outcome.items() if scheme == FLOAT)
-        chosen = {name: scheme for name, scheme in outcome.items() if scheme != FLOAT}
-        report = Quantisation(
+            damages = damages or self.ranked()
+        raise CembedError(f"{attempt.loss}, even with every layer in float")
+
+    def ranked(self) -> list[LayerDamage]:
+        return rank_layers(self.plan, self.calibration, self.progress)
+
+    def attempt(self, finer: Mapping[str, int]) -> Attempt:
+        """With some weights in finer schemes than the plan has."""
+        options, outcome = self.plan.options, self.plan.outcome(finer)
+        manifest = write_self_test(self.root, write(self.plan, outcome, self.root, self.progress))
+        found = judge(self.plan.bundle, self.old, self.root, self.calibration, options, self.progress)
+        loss = "" if options.accept_loss else describe_loss(found, options.limits(found.ndcg5 is not None))
+        return Attempt(outcome, manifest, found, loss)
+
+    def report(self, attempt: Attempt, damages: list[LayerDamage]) -> Quantisation:
+        """What the manifest says of an attempt."""
+        options = self.plan.options
+        return Quantisation(
             weights=options.weights,
             embeddings=options.embeddings,
             rounding=options.rounding,
-            source=bundle.hash,
-            schemes=chosen,
-            kept=kept,
-            comparison=comparison,
+            source=self.plan.bundle.hash,
+            schemes={name: scheme for name, scheme in attempt.outcome.items() if scheme != FLOAT},
+            kept=tuple(name for name, scheme in attempt.outcome.items() if scheme == FLOAT),
+            comparison=attempt.comparison,
             sensitivity=tuple(damages),
         )
-        return write_self_test(partial, replace(manifest, quantisation=report))
+
+
+def doubled(most: int) -> list[int]:
+    """0, 1, 2, 4 and so on, up to the first that is not below `most`.
+
+    >>> doubled(5), doubled(4)
+    ([0, 1, 2, 4, 8], [0, 1, 2, 4])
+    """
+    return [0, *(1 << power for power in range(max(0, most - 1).bit_length() + 1))]
 
 
 def export_quantised(
@@ -156,6 +199,11 @@ def check_source(bundle: Bundle) -> None:
         raise CembedError(f"{bundle.root} is quantised already, to {done.weights}: start from the float bundle")
     if bundle.manifest.dtype == "fp16":
         raise CembedError(f"{bundle.root} computes in fp16: start from an fp32 bundle")
+
+
+def check_options(options: QuantiseOptions) -> None:
+    if options.weights == HALF and (options.mixed or options.report or options.keep):
+        raise CembedError("fp16 finds what must stay in float32 by itself: leave out --mixed, --report and --keep")
 
 
 def check_calibration(calibration: CalibrationSet) -> None:

@@ -132,7 +132,7 @@ def pack_nibbles(levels: Ints) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class Range:
+class ByteRange:
     """Eight-bit levels from `low` up: value = (level - zero_point) * scale."""
 
     scale: float
@@ -140,11 +140,11 @@ class Range:
     low: int = 0
 
     @classmethod
-    def of(cls, low: float, high: float, symmetric: bool = False) -> Range:
+    def of(cls, low: float, high: float, symmetric: bool = False) -> ByteRange:
         """Zero is one of the levels; `symmetric` makes them signed with zero in the middle, all that TensorRT takes.
 
-        >>> Range.of(-1.0, 4.1), Range.of(-1.0, 2.54, symmetric=True)
-        (Range(scale=0.02, zero_point=50, low=0), Range(scale=0.02, zero_point=0, low=-128))
+        >>> ByteRange.of(-1.0, 4.1), ByteRange.of(-1.0, 2.54, symmetric=True)
+        (ByteRange(scale=0.02, zero_point=50, low=0), ByteRange(scale=0.02, zero_point=0, low=-128))
         """
         low, high = min(low, 0.0), max(high, 0.0)
         if symmetric:

@@ -74,7 +74,7 @@ def _signature(bundle: Bundle, name: str, graph: Graph) -> str:
 def _is_stated(stated: Tensor, kind: str, shape: tuple[int | str, ...]) -> bool:
     """Some releases of ONNX Runtime (1.25 to 1.31) give a number where they found that an axis with a name has it."""
     axes = zip(stated.shape, shape, strict=False)
-    same = all(want == axis or (isinstance(want, str) and isinstance(axis, int)) for want, axis in axes)
+    same = all(named == axis or (isinstance(named, str) and isinstance(axis, int)) for named, axis in axes)
     return _ONNX_TYPES.get(kind, kind) == stated.dtype and len(stated.shape) == len(shape) and same
 
 

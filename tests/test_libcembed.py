@@ -18,7 +18,7 @@ from reference import Zoo
 
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
-from cembed.runtime import Embedder, maxsim
+from cembed.runtime import CembedError, Embedder, maxsim
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.evaluate import Dataset
 
@@ -181,5 +181,31 @@ def test_maxsim_is_that_of_python(library: Library) -> None:
     query = random.standard_normal((5, 24)).astype(np.float32)
     np.testing.assert_array_equal(library.maxsim(query, pages), maxsim([query], pages)[0])
     assert library.maxsim(query, []).shape == (0,)
-    with pytest.raises(CallError, match="NaN"):
+    with pytest.raises(CallError, match="the query contains NaN, in component 0 of vector 0"):
         library.maxsim(query * np.nan, pages)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 39, 23), (2, 1, 7)])
+@pytest.mark.parametrize("many", [1, 400])
+def test_maxsim_names_what_is_not_finite(library: Library, bad: float, place: tuple[int, int, int], many: int) -> None:
+    """As Python does, and the first of several pages; with many pages several threads look at them."""
+    random = np.random.default_rng(0)
+    pages = [random.standard_normal((rows, 24)).astype(np.float32) for rows in (1, 40, 3)] * many
+    query = random.standard_normal((5, 24)).astype(np.float32)
+    pages = [page.copy() for page in pages]
+    pages[place[0]][place[1:]] = bad
+    pages[-1][-1, -1] = np.nan
+    with pytest.raises(CembedError) as theirs:
+        maxsim([query], pages)
+    with pytest.raises(CallError) as ours:
+        library.maxsim(query, pages)
+    assert ours.value.status == libcembed.ARGUMENT
+    assert ours.value.message == str(theirs.value).replace("document", "page")
+    assert f"page {place[0]} contains " in ours.value.message
+
+
+def test_maxsim_of_products_that_are_too_large(library: Library) -> None:
+    """Infinite products of finite components are no mistake of the caller."""
+    query, pages = np.full((1, 4), 1e30, np.float32), [np.full((2, 4), 1e30, np.float32)]
+    assert library.maxsim(query, pages)[0] == maxsim([query], pages)[0, 0] == np.inf

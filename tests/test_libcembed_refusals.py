@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, BundleMaker
 from libcembed import Bundle, CallError, Library
+from manifests import told
 from PIL import Image
 
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle.manifest import DIGEST, MANIFEST
 from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.embed.embedder import Budget
 
 TEXT = "warranty period"
 
@@ -38,6 +41,38 @@ def test_queries_that_are_refused(causal: Bundle, text: str | bytes, message: st
     assert "\n" not in error.value.message
     causal.embed_query(TEXT)
     assert causal.library.dll.cembed_error() == b""
+
+
+def filled(source: Path, root: Path, name: str, value: float) -> Path:
+    """A bundle whose weights in a file are all of one value."""
+    shutil.copytree(source, root)
+    data = root / name
+    data.write_bytes(np.full(data.stat().st_size // 4, value, np.float32).tobytes())
+    raw = json.loads((root / MANIFEST).read_text())
+    raw["files"][name]["sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
+    write_manifest(root, json.dumps(raw))
+    return root
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0, 1e30])
+@pytest.mark.parametrize("name", ["text.data", "vision.data"])
+def test_what_a_model_gave_is_named_as_in_python(
+    library: Library, causal_bundle: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    root = filled(causal_bundle, tmp_path / "bundle", name, value)
+    embedder, bundle = Embedder.load(root), library.open(root)
+    calls = [
+        (lambda: embedder.embed_image(page()), lambda: bundle.embed_image(page())),
+        (lambda: embedder.embed_query(TEXT), lambda: bundle.embed_query(TEXT)),
+        (lambda: embedder.embed_query(TEXT, Budget(decode="loop")), lambda: bundle.embed_query(TEXT, loop=1)),
+    ]
+    said = [(told(theirs), told(ours)) for theirs, ours in calls]
+    assert all(theirs == ours for theirs, ours in said), said
+    graphs = ["text", "text", "text_step"] if name == "text.data" else ["vision" if value else "text", None, None]
+    for (_, message), graph in zip(said, graphs, strict=True):
+        assert message is None or message.startswith(f"graph {graph}, of this ")
+    assert name != "text.data" or all(message for _, message in said)
+    bundle.close()
 
 
 @pytest.mark.parametrize(

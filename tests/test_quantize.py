@@ -23,7 +23,7 @@ from cembed.quantize.activations import Observed
 from cembed.quantize.graph import SourceGraph
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
-from cembed.quantize.weights import SCHEMES, Range, pack_nibbles
+from cembed.quantize.weights import SCHEMES, ByteRange, pack_nibbles
 from cembed.runtime import Bundle, Embedder
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Budget
@@ -241,7 +241,7 @@ def test_ranges_hold_zero_and_most_values(method: str) -> None:
 
 
 def test_a_positive_tensor_uses_all_levels() -> None:
-    found = Range.of(3.0, 5.1)
+    found = ByteRange.of(3.0, 5.1)
     assert found.zero_point == 0
     assert found.scale == pytest.approx(0.02)
 

@@ -6,7 +6,7 @@ import runpy
 import shutil
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any, cast
@@ -141,21 +141,35 @@ def test_the_headers_are_the_same_in_every_order(shuffled: None, generator: dict
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_the_compiled_table_has_the_rows_of_python(tmp_path: Path) -> None:
-    """Each row as the compiler sees it; by member, not by place."""
-    source, program = tmp_path / "rows.cpp", tmp_path / "rows"
-    members = ("code", "exactness", "bits", "dim_step", "query_limit", "has_scale", "signs", "screens")
-    shown = " << ' ' << ".join(f"int(row.{member})" for member in members)
-    source.write_text(
-        f'#include <iostream>\n#include "{NATIVE / "maxsim.h"}"\nint main() {{\n'
-        f"for (const auto &row : maxsim::STORAGE) std::cout << row.name << ' ' << {shown} << '\\n'; }}\n"
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_compiled_rows_are_those_of_python(tmp_path: Path, generator: dict[str, Any], backwards: bool) -> None:
+    """As the kernels find them: by code and by member, in whatever order they stand."""
+    header, members = (
+        tmp_path / "storage.h",
+        ("exactness", "bits", "dim_step", "query_limit", "has_scale", "signs", "screens"),
     )
-    subprocess.run(["c++", "-std=c++17", source, "-o", program], check=True)
-    rows = [line.split() for line in subprocess.check_output([program], text=True).splitlines()]
-    value: Callable[[Storage, str], int] = lambda row, member: int(vars(row)[member] or 0)  # noqa: E731
-    assert {name: tuple(map(int, rest)) for name, *rest in rows} == {
-        name: tuple(value(row, member) for member in members) for name, row in STORAGE.items()
-    }
+    lines = generator["headers"]()[NATIVE / "storage.h"].splitlines()
+    rows = [number for number, line in enumerate(lines) if line.startswith('    {"')]
+    assert len(rows) == len(STORAGE)
+    if backwards:
+        lines[rows[0] : rows[-1] + 1] = lines[rows[0] : rows[-1] + 1][::-1]
+    header.write_text("\n".join(lines))
+    shown = " << ' ' << ".join(f"int(maxsim::row_of(maxsim::STORAGE, code).{member})" for member in members)
+    codes = ", ".join(str(row.code) for row in STORAGE.values())
+    (tmp_path / "rows.cpp").write_text(
+        f'#include <iostream>\n#include "{header}"\n#include "{NATIVE / "query.h"}"\nint main() {{\n'
+        f"for (const int code : {{{codes}}}) std::cout << maxsim::row_of(maxsim::STORAGE, code).name << ' ' << {shown} "
+        "<< ' ' << maxsim::row_of(maxsim::WORK, code).worth << '\\n'; }\n"
+    )
+    program = tmp_path / "rows"
+    subprocess.run(["c++", "-std=c++17", tmp_path / "rows.cpp", "-o", program], check=True)
+    for line, (name, row) in zip(
+        subprocess.check_output([program], text=True).splitlines(), STORAGE.items(), strict=True
+    ):
+        found, *values, worth = line.split()
+        assert found == name
+        assert dict(zip(members, map(int, values), strict=True)) == {m: int(vars(row)[m] or 0) for m in members}
+        assert int(worth) > 0
 
 
 def test_kernels_of_a_gpu_have_the_numbers_of_python() -> None:

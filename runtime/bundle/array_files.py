@@ -96,9 +96,9 @@ def check_npz(file: BinaryIO, names: Sequence[str], optional: Sequence[str] = ()
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take memory at once
                 raise ValueError(f"{name} is compressed as numpy never does")
             with archive.open(member) as stream:
-                wanted = array_bytes(stream, name) + stream.tell()
-            if wanted != member.file_size:
-                raise ValueError(f"the header of {name} wants {wanted:,} bytes, there are {member.file_size:,}")
+                needed = array_bytes(stream, name) + stream.tell()
+            if needed != member.file_size:
+                raise ValueError(f"the header of {name} needs {needed:,} bytes, there are {member.file_size:,}")
     file.seek(0)
 
 

@@ -156,7 +156,7 @@ def check_side(manifest: Manifest, name: str, side: Side, placeholder: str) -> N
         raise CembedError(f"{name}.num_vectors is {side.num_vectors}: vectors of so many states have over {MAX_VECTOR}")
     rows = manifest.slot_embeddings.rows if manifest.slot_embeddings else 0
     if side.slot_rows and sum(side.slot_rows) > rows:
-        raise CembedError(f"{name}.slot_rows are {list(side.slot_rows)}, behind the {rows} rows of slot_embeddings")
+        raise CembedError(f"{name}.slot_rows are {list(side.slot_rows)}, beyond the {rows} rows of slot_embeddings")
 
 
 def check_graphs(manifest: Manifest) -> None:
@@ -215,14 +215,14 @@ def rows_of(graph: str, direction: str) -> list[Row]:
     return [Row(name, group, dtypes, tuple(axes)) for name, group, dtypes, *axes in lines]
 
 
-def is_axis(size: int | str, wanted: str, numbers: Mapping[str, int]) -> bool:
+def is_axis(size: int | str, needed: str, numbers: Mapping[str, int]) -> bool:
     """
     >>> is_axis("capacity", "capacity", {}), is_axis(7, "*", {}), is_axis(7, "=dim", {"dim": 7}), is_axis(7, "8", {})
     (True, True, True, False)
     """
     if isinstance(size, str):
-        return size == wanted
-    return wanted in ("*", str(size)) or (wanted[0] == "=" and numbers[wanted[1:]] == size)
+        return size == needed
+    return needed in ("*", str(size)) or (needed[0] == "=" and numbers[needed[1:]] == size)
 
 
 def check_tensors(where: str, rows: Sequence[Row], tensors: Sequence[Tensor], numbers: Mapping[str, int]) -> None:
@@ -243,8 +243,8 @@ def row_of(where: str, rows: Sequence[Row], tensor: Tensor, numbers: Mapping[str
         raise CembedError(f"{where}: unknown {shown(tensor.name)}, there are {', '.join(row.name for row in rows)}")
     if not row.fits(tensor, numbers):
         given = f"{shown(tensor.dtype)} [{', '.join(map(shown, tensor.shape[:8]))}]"
-        wanted = ", ".join(f"{numbers[axis[1:]]} {axis}" if axis[0] == "=" else axis for axis in row.axes)
-        raise CembedError(f"{where}: {tensor.name} is {given}: {row.dtypes} [{wanted}] is wanted")
+        needed = ", ".join(f"{numbers[axis[1:]]} {axis}" if axis[0] == "=" else axis for axis in row.axes)
+        raise CembedError(f"{where}: {tensor.name} is {given}: {row.dtypes} [{needed}] is needed")
     return row
 
 

@@ -60,7 +60,7 @@ class Side:
 
     `prompt` is the text around the input: `{image}` or `{text}` stands for the input itself.
 
-    `slots` says what is fed into the latent slots behind it: `constant`, the embedding of `latent_token_id`; `learned`,
+    `slots` says what is fed into the latent slots after it: `constant`, the embedding of `latent_token_id`; `learned`,
     rows of the slot table, from `slot_rows[0]` on and `slot_rows[1]` of them; `feedback`, the hidden state of the
     position before; `all_tokens`: there are none, and every position gives a vector.
 
@@ -80,18 +80,23 @@ class Side:
     pooling: Pooling = "none"
 
     def __post_init__(self) -> None:
-        if (self.slots == "all_tokens") != (self.num_vectors is None):
-            raise CembedError(f"a side with slots '{self.slots}' cannot have num_vectors {self.num_vectors}")
-        if self.slots == "all_tokens" and self.pooling == "concat":
-            raise CembedError("pooling concat needs latent slots: side by side, all tokens are as long as the page")
-        if self.slots == "constant" and self.latent_token_id is None:
-            raise CembedError("a side with constant slots needs a latent_token_id")
-        if (self.slots == "learned") != (self.slot_rows is not None):
-            raise CembedError(f"a side with slots '{self.slots}' cannot have slot_rows {self.slot_rows}")
-        if self.slots == "feedback" and self.first_vector == "slot":
-            raise CembedError(
-                "a side with feedback slots starts with the prompt's end, which is fed into the first slot"
-            )
+        """Raises CembedError: fields that contradict each other."""
+        tokens, given = self.slots == "all_tokens", f"a side with slots '{self.slots}'"
+        learned, concat = self.slots == "learned", tokens and self.pooling == "concat"
+        unnamed = self.slots == "constant" and self.latent_token_id is None
+        early = self.slots == "feedback" and self.first_vector == "slot"
+        wrong = {
+            f"{given} cannot have num_vectors {self.num_vectors}": tokens != (self.num_vectors is None),
+            "pooling concat needs latent slots: side by side, all tokens are as long as the page": concat,
+            "a side with constant slots needs a latent_token_id": unnamed,
+            f"{given} cannot have slot_rows {self.slot_rows}": learned != (self.slot_rows is not None),
+            "a side with feedback slots starts with the prompt's end, which is fed into the first slot": early,
+        }
+        if why := next((why for why, is_so in wrong.items() if is_so), None):
+            raise CembedError(why)
+        self._check_budgets()
+
+    def _check_budgets(self) -> None:
         if self.num_vectors is not None:
             self.check_budget(self.num_vectors)
         budgets = (0, *self.nested_budgets, *(() if self.num_vectors is None else (self.num_vectors + 1,)))

@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -78,31 +78,43 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     """`value`, as parsed from JSON, as an object of type `kind`: dataclasses, tuples, mappings, literals, scalars."""
     if is_dataclass(kind):
         return _decode_dataclass(typing.cast(type, kind), value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _decode_annotated(args, value, where)
-    if origin in (types.UnionType, typing.Union):
-        return _decode_union(args, value, where)
-    if origin is tuple and isinstance(value, list):
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(kinds) == len(value):
-            return tuple(decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is Mapping and isinstance(value, dict):
-        return {_decode_name(args[0], k, where): decode(args[1], v, f"{where}.{_named(k)}") for k, v in value.items()}
-    return _decode_scalar(kind, value, where)
+    of_kind = _DECODERS.get(typing.get_origin(kind))
+    return of_kind(kind, value, where) if of_kind else _decode_scalar(kind, value, where)
+
+
+def _decode_tuple(kind: Any, value: Any, where: str) -> Any:
+    args = typing.get_args(kind)
+    kinds = [args[0]] * len(value) if args[-1] is Ellipsis and isinstance(value, list) else list(args)
+    if not isinstance(value, list) or len(kinds) != len(value):
+        raise _another(kind, value, where)
+    return tuple(decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _decode_mapping(kind: Any, value: Any, where: str) -> Any:
+    names, values = typing.get_args(kind)
+    if not isinstance(value, dict):
+        raise _another(kind, value, where)
+    return {_decode_name(names, k, where): decode(values, v, f"{where}.{_named(k)}") for k, v in value.items()}
+
+
+def _decode_literal(kind: Any, value: Any, where: str) -> Any:
+    if not any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind)):
+        raise _another(kind, value, where)
+    return value
 
 
 def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind)):
-            return value
-    elif kind is float and type(value) in (int, float) and abs(value) < 1e300:  # and so not NaN or infinity
+    if kind is float and type(value) in (int, float) and abs(value) < 1e300:  # and so not NaN or infinity
         return float(value)
-    elif kind in (bool, int, str) and type(value) is kind:
-        if kind is str and not _is_unicode(value):
-            raise CembedError(f"{where} is {shown(value)}, which is not UTF-8")
-        return value
-    raise CembedError(f"{where} is {shown(value)}, the schema has {in_words(kind)}")
+    if kind not in (bool, int, str) or type(value) is not kind:
+        raise _another(kind, value, where)
+    if kind is str and not _is_unicode(value):
+        raise CembedError(f"{where} is {shown(value)}, which is not UTF-8")
+    return value
+
+
+def _another(kind: Any, value: Any, where: str) -> CembedError:
+    return CembedError(f"{where} is {shown(value)}, the schema has {in_words(kind)}")
 
 
 _WORDS = {
@@ -134,7 +146,8 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character < "\ue000" for character in text)
 
 
-def _decode_annotated(args: tuple[Any, ...], value: Any, where: str) -> Any:
+def _decode_annotated(kind: Any, value: Any, where: str) -> Any:
+    args = typing.get_args(kind)
     found = decode(args[0], value, where)
     for limit in args[1:]:
         limit.check(value, where)
@@ -151,16 +164,28 @@ def _decode_name(kind: Any, name: str, where: str) -> str:
     return found
 
 
-def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+def _decode_union(kind: Any, value: Any, where: str) -> Any:
+    kinds = typing.get_args(kind)
     if value is None and types.NoneType in kinds:
         return None
-    for kind in kinds:
-        if type(value) is plain(kind):
-            return decode(kind, value, where)
-    others = [kind for kind in kinds if plain(kind) not in (types.NoneType, int, str)]
+    for each in kinds:
+        if type(value) is plain(each):
+            return decode(each, value, where)
+    others = [each for each in kinds if plain(each) not in (types.NoneType, int, str)]
     if not others:
         raise CembedError(f"{where} is {shown(value)}, the schema has {' or '.join(map(in_words, kinds))}")
     return decode(others[0], value, where)
+
+
+_DECODERS: Mapping[Any, Callable[[Any, Any, str], Any]] = {
+    Annotated: _decode_annotated,
+    types.UnionType: _decode_union,
+    typing.Union: _decode_union,
+    tuple: _decode_tuple,
+    Mapping: _decode_mapping,
+    Literal: _decode_literal,
+}
+"""By what `typing.get_origin` gives for a kind."""
 
 
 def plain(kind: Any) -> Any:

@@ -120,7 +120,7 @@ def check_arrays(path: Path, header: Header, expected: Mapping[str, tuple[str, S
     for name, (dtype, shape) in expected.items():
         stored = header.arrays[name]
         sizes = zip(stored.shape, shape, strict=False)
-        fits = len(stored.shape) == len(shape) and all(wanted in (None, size) for size, wanted in sizes)
+        fits = len(stored.shape) == len(shape) and all(needed in (None, size) for size, needed in sizes)
         if DTYPES[stored.dtype] != dtype or not fits:
             given = f"{DTYPES[stored.dtype]} {list(stored.shape[:8])}"
             raise CembedError(f"{path}: {name} is {given}, expected is {dtype} {list(shape)}")

@@ -45,6 +45,19 @@ class Budget:
 FULL = Budget()
 
 
+def check_slots(side: Side, budget: Budget) -> None:
+    """Raises CembedError for what a side cannot do with its latent slots, or without any."""
+    if side.num_vectors is None:
+        if budget.num_vectors is not None or budget.decode == "loop":
+            raise CembedError("this bundle makes one vector for every token: there is no budget and no loop")
+    elif budget.pool_factor != 1:
+        raise CembedError("pool_factor is for bundles that make one vector for every token")
+    if budget.pool_factor < 1:
+        raise CembedError(f"pool_factor is {budget.pool_factor}: give 1 or more")
+    if budget.decode == "single-pass" and side.slots == "feedback":
+        raise CembedError("slots that are fed back cannot run in a single pass: use decode='loop'")
+
+
 class Embedder:
     """Embeds with one bundle. Every page and query runs alone, so batch mates cannot change its vectors.
 
@@ -174,15 +187,7 @@ class Embedder:
         length = side.vector_dim(self.manifest.dim, budget.num_vectors)
         if budget.dim is not None and not 1 <= budget.dim <= length:
             raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {length}")
-        if side.num_vectors is None:
-            if budget.num_vectors is not None or budget.decode == "loop":
-                raise CembedError("this bundle makes one vector for every token: there is no budget and no loop")
-        elif budget.pool_factor != 1:
-            raise CembedError("pool_factor is for bundles that make one vector for every token")
-        if budget.pool_factor < 1:
-            raise CembedError(f"pool_factor is {budget.pool_factor}: give 1 or more")
-        if budget.decode == "single-pass" and side.slots == "feedback":
-            raise CembedError("slots that are fed back cannot run in a single pass: use decode='loop'")
+        check_slots(side, budget)
         if budget.num_vectors is not None:
             side.check_budget(budget.num_vectors)
             check_length(self.manifest, budget.num_vectors)

@@ -95,14 +95,14 @@ class EngineCache:
     def timing(self) -> Path:
         return self.folder / f"{self.device}.timing"
 
-    def describes(self, graph: str, wanted: Mapping[str, Any]) -> bool:
+    def describes(self, graph: str, built: Mapping[str, Any]) -> bool:
         """Whether there is an engine that was built so."""
         path = self.path(graph)
         try:
             found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return path.exists() and {name: found.get(name) for name in wanted} == wanted
+        return path.exists() and {name: found.get(name) for name in built} == built
 
     def write(self, graph: str, plan: Any, about: Mapping[str, Any]) -> None:
         """The engine, then what it is; the description of another engine never stands beside it."""

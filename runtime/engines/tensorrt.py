@@ -51,7 +51,7 @@ class DeviceCache:
 class TrtSession:
     """Runs one engine.
 
-    `padded`: shorter inputs may be filled up behind their last position, which causal attention does not see.
+    `padded`: shorter inputs may be filled up after their last position, which causal attention does not see.
     """
 
     def __init__(self, device: Device, engine: Any, graph: Graph, name: str, padded: bool) -> None:
@@ -76,11 +76,11 @@ class TrtSession:
         return output[:, :rows]
 
     def _fill(self, shape: tuple[int | str, ...], feed: Array) -> Array:
-        """With zeros behind, up to the next bucket that the engine still takes."""
+        """With zeros after it, up to the next bucket that the engine still takes."""
         if not self._buckets:
             return feed
-        wanted = [self._bucket(axis, size) for axis, size in zip(shape, feed.shape, strict=True)]
-        return np.pad(feed, [(0, more - size) for more, size in zip(wanted, feed.shape, strict=True)])
+        lengths = [self._bucket(axis, size) for axis, size in zip(shape, feed.shape, strict=True)]
+        return np.pad(feed, [(0, more - size) for more, size in zip(lengths, feed.shape, strict=True)])
 
     def _bucket(self, axis: int | str, size: int) -> int:
         step = self._buckets.get(axis, 1) if isinstance(axis, str) else 1
@@ -145,13 +145,17 @@ class ShapeContext:
         self._graph: CudaGraph | None = None
         self._context = self._make_context(session.profile_for(feeds))
         self._inputs = {name: self._bind_input(name, feeds[name]) for name in session.inputs if name not in cache}
-        for name, buffer in cache.items():
-            shape = next(tensor.shape for tensor in session.graph.inputs if tensor.name == name)
-            self._set(name, buffer.address, tuple(1 if isinstance(axis, str) else axis for axis in shape))
+        self._bind_caches(session.graph)
         if missing := self._context.infer_shapes():
-            raise AssertionError(f"{session.name} still wants {missing}")
-        self._outputs = {n: self._bind_output(n) for n in session.outputs if not n.startswith("present.")}
-        self._presents = [pair for n in session.outputs if n.startswith("present.") for pair in self._bind_present(n)]
+            raise AssertionError(f"{session.name} still needs {missing}")
+        presents = [name for name in session.outputs if name.startswith("present.")]
+        self._outputs = {name: self._bind_output(name) for name in session.outputs if name not in presents}
+        self._presents = [pair for name in presents for pair in self._bind_present(name)]
+
+    def _bind_caches(self, graph: Graph) -> None:
+        shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
+        for name, buffer in self._cache.items():
+            self._set(name, buffer.address, tuple(1 if isinstance(axis, str) else axis for axis in shapes[name]))
 
     def _make_context(self, profile: int) -> Any:
         """Contexts of a session run one after the other, in the same scratch memory."""

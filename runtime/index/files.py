@@ -63,12 +63,18 @@ class Current:
             raise CembedError("a number is out of range")
         if not all(isinstance(text, str) for text in (self.index, self.bundle)):
             raise CembedError("a name is no text")
+        self._check_tiers()
+        self._check_segments()
+
+    def _check_tiers(self) -> None:
         if not 1 <= self.dim <= MAX_DIM:
             raise CembedError(f"dim is {self.dim}: 1 to {MAX_DIM} are possible")
         if not self.tiers or self.tiers != by_exactness(self.tiers):
             raise CembedError(f"storage types {self.tiers!r}: cembed has {', '.join(by_exactness())}")
         for tier in self.tiers:
             check_dim(tier, self.dim)
+
+    def _check_segments(self) -> None:
         if len(self.segments) > MAX_SEGMENTS or len(set(self.segments)) != len(self.segments):
             raise CembedError("its list of segments is impossible")
         if not max(self.segments, default=0) < self.next_segment <= MAX_SEGMENT:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
-from cembed.runtime.index.records import Commit, MalformedError
+from cembed.runtime.index.records import Commit
+from cembed.runtime.index.texts import MalformedError
 
 RESERVED = "cembed:"
 WARNING, FOLDER = "cembed:warning", "cembed:folder"

@@ -24,7 +24,7 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
+from cembed.runtime.index.texts import MalformedError, Texts
 
 COMMIT, CLOSE, PLACED = 1, 2, 3
 ALIGNMENT = 64
@@ -42,25 +43,18 @@ MAX_GAPS = 64  # a log with more has nothing left to read
 MAX_LOG = 1 << 32  # a segment ends at half of that
 FRAGMENT_BYTES = 1 << 29  # of what looks like a record and is none: more of it is no accident
 MAGIC = b"\x8ecembed\n"
-HEADER = {
-    "magic": "8s",
-    "kind": "I",
-    "pages": "I",
-    "removed": "I",
-    "crc": "I",
-    "sequence": "Q",
-    "length": "Q",
-    "zeros": "20s",
-}
+HEADER = dict(
+    zip(
+        ("magic", "kind", "pages", "removed", "crc", "sequence", "length", "zeros"),
+        ("8s", "I", "I", "I", "I", "Q", "Q", "20s"),
+        strict=True,
+    )
+)
 """What stands before the header's own CRC, as `struct` has it."""
 
 _HEADER = struct.Struct("<" + "".join(HEADER.values()))
 _CRC = struct.Struct("<I")
 _CHUNK = 1 << 20
-
-
-class MalformedError(Exception):
-    """Bytes that are no record of this version, whatever their CRC says."""
 
 
 @dataclass(frozen=True)
@@ -114,42 +108,6 @@ class Commit:
     ids: Texts
     sources: Texts
     metadata: Texts
-
-
-class Texts(Sequence[str]):
-    """Strings in one piece of memory, decoded one at a time."""
-
-    def __init__(self, ends: NDArray[np.int64], text: bytes) -> None:
-        self._ends, self._text = ends, text
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> Texts:
-        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
-        return cls(np.cumsum([len(part) for part in parts], dtype=np.int64), b"".join(parts))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        first = int(self._ends[index - 1]) if index else 0
-        return self._text[first : int(self._ends[index])].decode("utf-8", "surrogatepass")
-
-    def mention(self, part: str) -> bool:
-        """Whether `part` is in one of them, or where two meet."""
-        return part.encode() in self._text
-
-    def encode(self) -> bytes:
-        return _CRC.pack(len(self)) + self._ends.astype("<u4").tobytes() + self._text
-
-    def check(self) -> None:
-        """Raises MalformedError: not UTF-8."""
-        text = np.frombuffer(self._text + b"\0", np.uint8)
-        try:
-            self._text.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError as error:
-            raise MalformedError(f"its texts are not UTF-8: {error}") from error
-        if (text[self._ends] & 0xC0 == 0x80).any():
-            raise MalformedError("its texts are not UTF-8: one ends within a character")
 
 
 def aligned(size: int) -> int:
@@ -207,20 +165,28 @@ def decode_commits(records: Sequence[Record], tiers: int) -> Commit:
     makes no sense; which, is found out one by one."""
     pages = np.array([record.header.pages for record in records], np.int64)
     parts = list(zip(*(_split(record, tiers) for record in records), strict=True))
-    columns: dict[str, Any] = {}  # and texts
+    columns: dict[str, Any] = _join_columns(parts[:-6], tiers)
+    kinds = {"ids": parts[-6:-4], "sources": parts[-4:-2], "metadata": parts[-2:]}  # ends and texts of each record
+    counts = {name: np.array([len(part) // 4 for part in ends]) for name, (ends, _) in kinds.items()}
+    if (counts["ids"] != pages).any():
+        raise MalformedError("it has more or fewer ids than pages")
+    columns |= {name: _join_texts(*kind) for name, kind in kinds.items()}
+    for column, texts in (("source", "sources"), ("metadatum", "metadata")):
+        columns[column] = _shifted(columns[column], counts[texts], pages)
+    _check(commit := Commit(**columns))
+    return commit
+
+
+def _join_columns(parts: Sequence[Sequence[bytes]], tiers: int) -> dict[str, Any]:
+    """The arrays of commits; `parts` are each column's bytes in each record, of `_WIDE` ones for each tier."""
+    columns, rest = dict[str, Any](), iter(parts)
     for name, dtype in _COLUMNS:
         count = tiers if name in _WIDE else 1
-        taken, parts = [np.frombuffer(b"".join(part), dtype) for part in parts[:count]], parts[count:]
+        taken = [np.frombuffer(b"".join(next(rest)), dtype) for _ in range(count)]
         columns[name] = np.stack(taken) if name in _WIDE else taken[0]
     columns["bases"] = columns["bases"].reshape(-1, tiers)
     columns["contents"] = columns["contents"].reshape(-1, CONTENT_BYTES)
-    columns |= {name: _join_texts(*parts[i : i + 2]) for name, i in (("ids", 0), ("sources", 2), ("metadata", 4))}
-    if any(len(ends) != 4 * n for ends, n in zip(parts[0], pages.tolist(), strict=True)):
-        raise MalformedError("it has more or fewer ids than pages")
-    for name, i in (("source", 2), ("metadatum", 4)):
-        columns[name] = _shifted(columns[name], np.array([len(ends) // 4 for ends in parts[i]]), pages)
-    _check(commit := Commit(**columns))
-    return commit
+    return columns
 
 
 def _split(record: Record, tiers: int) -> list[bytes]:

@@ -25,13 +25,13 @@ from cembed.runtime.index.records import (
     PLACED,
     Commit,
     Gap,
-    MalformedError,
     Record,
     decode_commits,
     read_log,
     read_record,
     seed_of,
 )
+from cembed.runtime.index.texts import MalformedError
 
 MAX_ROWS = 1 << 20
 RETRY_SECONDS = 0.05

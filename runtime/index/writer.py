@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +24,12 @@ from cembed.runtime.index.records import (
     CLOSE,
     CONTENT_BYTES,
     Commit,
-    Texts,
     aligned,
     encode_commit,
     encode_record,
 )
 from cembed.runtime.index.segments import Segment
+from cembed.runtime.index.texts import Texts
 
 _CHUNK = 1 << 20
 
@@ -162,9 +162,8 @@ class SegmentWriter:
 
 def commit_of(pages: Sequence[StoredPage], removed: Sequence[int], segment: Segment) -> Commit:
     """The commit that adds `pages` to a segment; texts that come again are kept once."""
-    sources = {text: place for place, text in enumerate(dict.fromkeys(page.source for page in pages))}
-    metadata = {text: place for place, text in enumerate(dict.fromkeys(page.metadata for page in pages))}
-    crcs = [[page.vectors.crcs[tier] for page in pages] for tier in segment.ends]
+    sources, source = _numbered(page.source for page in pages)
+    metadata, metadatum = _numbered(page.metadata for page in pages)
     contents = b"".join(page.content.ljust(CONTENT_BYTES, b"\0") for page in pages)
     bases, starts = _lay_out(pages, segment)
     return Commit(
@@ -173,16 +172,29 @@ def commit_of(pages: Sequence[StoredPage], removed: Sequence[int], segment: Segm
         removed=np.sort(np.array(removed, np.int64)),
         rows=np.array([page.vectors.rows for page in pages], np.int32),
         numbers=np.array([page.number for page in pages], np.int32),
-        source=np.array([sources[page.source] for page in pages], np.int32),
-        metadatum=np.array([metadata[page.metadata] for page in pages], np.int32),
+        source=source,
+        metadatum=metadatum,
         scales=np.array([page.vectors.scale for page in pages], np.float32),
-        crcs=np.array(crcs, np.uint32).reshape(len(segment.ends), len(pages)),
+        crcs=_crcs(pages, list(segment.ends)),
         contents=np.frombuffer(contents, np.uint8).reshape(len(pages), CONTENT_BYTES),
         starts=starts,
         ids=Texts.of(page.id for page in pages),
-        sources=Texts.of(sources),
-        metadata=Texts.of(metadata),
+        sources=sources,
+        metadata=metadata,
     )
+
+
+def _numbered(texts: Iterable[str]) -> tuple[Texts, NDArray[np.int32]]:
+    """Each text once, and which of them was each one."""
+    places = dict[str, int]()
+    which = [places.setdefault(text, len(places)) for text in texts]
+    return Texts.of(places), np.array(which, np.int32)
+
+
+def _crcs(pages: Sequence[StoredPage], tiers: Sequence[str]) -> NDArray[np.uint32]:
+    """[T, n]."""
+    crcs = [[page.vectors.crcs[tier] for page in pages] for tier in tiers]
+    return np.array(crcs, np.uint32).reshape(len(tiers), len(pages))
 
 
 def _lay_out(pages: Sequence[StoredPage], segment: Segment) -> tuple[list[int], NDArray[np.int64]]:

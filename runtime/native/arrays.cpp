@@ -13,7 +13,7 @@ int64_t width(int32_t type) { return type == MAXSIM_F16 ? 2 : type == MAXSIM_F32
 
 int64_t bytes_of(const maxsim_array &array, int dim) { return array.rows * dim * width(array.type); }
 
-// Rows side by side, components too: as kernels want them.
+// Rows side by side, components too: as kernels need them.
 bool is_packed(const maxsim_array &array, int dim) {
     const int64_t size = width(array.type);
     return (array.step == size || dim == 1) && (array.row_step == dim * size || array.rows == 1);

@@ -24,7 +24,7 @@ namespace {
 
 INLINE int smaller(int a, int b) { return a < b ? a : b; }
 
-// Components first to first + count of a tile's rows as the units want them, filled up with zeros to a cache line. A
+// Components first to first + count of a tile's rows as the units need them, filled up with zeros to a cache line. A
 // row takes CHUNK bytes.
 using Stage = void (*)(const char *const *rows, int first, int count, char *out);
 

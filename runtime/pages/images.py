@@ -64,9 +64,7 @@ def to_rgb(image: Image.Image | npt.NDArray[np.uint8]) -> Image.Image:
     Raises CembedError for an array of another shape or type, or what is no image.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise CembedError(f"an image array of {image.dtype} {list(image.shape)}: give uint8 [height, width, 3]")
-        return Image.fromarray(image)
+        return _of_array(image)
     if not isinstance(image, Image.Image):
         raise CembedError(f"an image is a PIL.Image or a uint8 array, not {type(image).__name__}")
     image = _upright(_keyed(image))
@@ -78,6 +76,12 @@ def to_rgb(image: Image.Image | npt.NDArray[np.uint8]) -> Image.Image:
     elif image.has_transparency_data:
         image = _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _of_array(image: npt.NDArray[np.uint8]) -> Image.Image:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise CembedError(f"an image array of {image.dtype} {list(image.shape)}: give uint8 [height, width, 3]")
+    return Image.fromarray(image)
 
 
 def _keyed(image: Image.Image) -> Image.Image:
@@ -147,7 +151,12 @@ def span_of(low: float, high: float, kind: str, bits: int) -> tuple[float, float
     if low < 0:
         whole = kind == "i" and 16 * max(high, -low) >= greatest
         return (-greatest - 1, greatest) if whole else (low, high)
-    steps = [*([1.0] if kind == "f" else []), *(step for step in (255.0, 65535.0) if step < greatest), greatest]
+    steps = [step for step in ((1.0, 255.0, 65535.0) if kind == "f" else (255.0, 65535.0)) if step < greatest]
+    return _span_above(low, high, [*steps, greatest])
+
+
+def _span_above(low: float, high: float, steps: list[float]) -> tuple[float, float]:
+    """From 0 to the first of `steps` that holds `high`, unless a small part of it would be used."""
     full = next((step for step in steps if high <= step), math.inf)
     return (0.0, full) if full == steps[0] or 16 * high >= full else (low, high)
 

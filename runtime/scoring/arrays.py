@@ -36,7 +36,7 @@ _PYTHON = ("PyList_GetItem", "PyObject_GetBuffer", "PyBuffer_Release", "PyErr_Cl
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class Operand:
     """Queries or documents: a list of arrays [num_vectors, dim], or one array [num, num_vectors, dim] and the lengths
     [num] of what comes before the padding. `what` is how messages call one of them."""
 
@@ -58,11 +58,11 @@ class Side:
         """Raises CembedError: not [num_vectors, dim] of numbers; where `dim` is None any will do."""
         item, what = self.item(index), f"{self.what} {index}"
         if item.ndim != 2 or 0 in item.shape:
-            raise CembedError(f"{what} has shape {item.shape}: [num_vectors, dim], neither zero, is wanted")
+            raise CembedError(f"{what} has shape {item.shape}: [num_vectors, dim], neither zero, is needed")
         if dim not in (None, item.shape[1]):
             raise CembedError(f"{what} has dim {item.shape[1]}, the others have {dim}")
         if not np.can_cast(item.dtype, np.float32, "same_kind"):
-            raise CembedError(f"{what} is of type {item.dtype}: floats are wanted, of 16, 32 or 64 bits")
+            raise CembedError(f"{what} is of type {item.dtype}: floats are needed, of 16, 32 or 64 bits")
         if len(item) > MOST_ROWS:
             raise CembedError(f"{what} has {len(item)} vectors: at most {MOST_ROWS} are possible")
         return item
@@ -76,7 +76,7 @@ class Side:
         return [finite(f"{self.what} {index}", item) for index, item in enumerate(items)]
 
 
-def score_arrays(queries: Side, documents: Side, threads: int | None) -> NDArray[np.float32]:
+def score_arrays(queries: Operand, documents: Operand, threads: int | None) -> NDArray[np.float32]:
     """Scores [num_queries, num_documents]. Raises CembedError: what cannot be scored, fewer than one thread."""
     library = load()
     if library is None or len(queries) == 0:
@@ -103,8 +103,8 @@ class Described:
     held: tuple[Table, Sequence[Floats] | Floats]
 
 
-def described(library: ctypes.CDLL, side: Side, dim: int) -> Described:
-    """Raises CembedError: see Side.checked()."""
+def described(library: ctypes.CDLL, side: Operand, dim: int) -> Described:
+    """Raises CembedError: see Operand.checked()."""
     array, table = side.given, np.empty(len(side), ARRAY)
     address = table.ctypes.data
     if isinstance(array, np.ndarray) and side.lengths is not None and array.dtype in TYPES and len(array):
@@ -144,7 +144,7 @@ def _describer(library: ctypes.CDLL) -> Callable[[list[Floats], int, int, int], 
     return lambda items, first, dim, address: describe(python, items, first, len(items), dim, address)
 
 
-def _with_numpy(queries: Side, documents: Side) -> NDArray[np.float32]:
+def _with_numpy(queries: Operand, documents: Operand) -> NDArray[np.float32]:
     """One pair at a time: products of matrices are rounded differently when the matrices are larger."""
     asked = queries.vectors(None)
     found = documents.vectors(asked[0].shape[1] if asked else None)

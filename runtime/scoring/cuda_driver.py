@@ -150,11 +150,13 @@ class Module:
         self._driver._do("cuModuleGetFunction", byref(kernel), self._handle, name.encode())
         return kernel
 
-    def resident(self, name: str, block: int, shared: int, wanted: int) -> int:
-        """Blocks with `shared` bytes that run at once; up to `wanted` of them on a processor, the rest of its memory
-        stays a cache."""
+    def resident(self, name: str, block: int, shared: int, side_by_side: int) -> int:
+        """Blocks with `shared` bytes that run at once: up to `side_by_side` of them on a processor, the rest of whose
+        memory stays a cache."""
         kernel, found, limits = self._kernel(name), c_int(), self._driver.limits
-        share = -(-100 * wanted * (shared + 1024) // limits.shared_of_processor)  # 1 KiB of a block is the system's
+        share = -(
+            -100 * side_by_side * (shared + 1024) // limits.shared_of_processor
+        )  # 1 KiB of a block is the system's
         self._driver._do("cuFuncSetAttribute", kernel, _SHARED_OF_KERNEL, shared)
         self._driver._do("cuFuncSetAttribute", kernel, _CARVEOUT, min(100, share))
         self._driver._do("cuOccupancyMaxActiveBlocksPerMultiprocessor", byref(found), kernel, block, shared)

@@ -122,7 +122,7 @@ def checked_query(query: Vectors, dim: int, what: str = "the query") -> Vectors:
     """As float32 [Q, D]. Raises CembedError as score() does; `what` is how the message calls it."""
     query = np.asarray(query)
     if query.ndim != 2 or 0 in query.shape:
-        raise CembedError(f"{what} has shape {query.shape}: [num_vectors, dim], neither zero, is wanted")
+        raise CembedError(f"{what} has shape {query.shape}: [num_vectors, dim], neither zero, is needed")
     if query.shape[1] != dim:
         raise CembedError(f"{what} has dim {query.shape[1]}, the pages have {dim}")
     return finite(what, query)
@@ -211,7 +211,7 @@ def thread_count(threads: int | None) -> int:
     if threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads < 1:
-        raise CembedError(f"{threads} threads: at least one is wanted")
+        raise CembedError(f"{threads} threads: at least one is needed")
     return threads
 
 

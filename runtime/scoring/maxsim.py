@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.errors import CembedError
-from cembed.runtime.scoring.arrays import Floats, Side, score_arrays
+from cembed.runtime.scoring.arrays import Floats, Operand, score_arrays
 from cembed.runtime.scoring.kernels import Pages, score
 
 Lengths: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
@@ -46,9 +46,9 @@ def maxsim(
     >>> maxsim(query, np.stack([pages[1], pages[1]]), document_lengths=[1, 2])
     array([[0.75, 0.75]], dtype=float32)
     """
-    asked = Side("query", queries, _lengths("query", queries, query_lengths))
+    asked = Operand("query", queries, _lengths("query", queries, query_lengths))
     if not isinstance(documents, Pages):
-        found = Side("document", documents, _lengths("document", documents, document_lengths))
+        found = Operand("document", documents, _lengths("document", documents, document_lengths))
         return score_arrays(asked, found, threads)
     if document_lengths is not None:
         raise CembedError("stored pages know their lengths: leave document_lengths out")
@@ -63,9 +63,9 @@ def _lengths(what: str, given: Sequence[Floats] | Floats, lengths: Lengths | Non
         return np.full(len(given), np.shape(given)[1]) if stack else None
     if not stack:
         raise CembedError(f"{what}_lengths belong to one array [num, num_vectors, dim]: leave them out with a list")
-    wanted, most = np.asarray(lengths), np.shape(given)[1]
-    if wanted.shape != (len(given),) or wanted.dtype.kind not in "iu":
-        raise CembedError(f"{what}_lengths: one whole number for each of {len(given)} is wanted")
-    if wanted.size and not 1 <= wanted.min() <= wanted.max() <= most:
-        raise CembedError(f"{what}_lengths are {wanted.min()} to {wanted.max()}: 1 to {most} are there")
-    return wanted
+    counts, most = np.asarray(lengths), np.shape(given)[1]
+    if counts.shape != (len(given),) or counts.dtype.kind not in "iu":
+        raise CembedError(f"{what}_lengths: one whole number for each of {len(given)} is needed")
+    if counts.size and not 1 <= counts.min() <= counts.max() <= most:
+        raise CembedError(f"{what}_lengths are {counts.min()} to {counts.max()}: 1 to {most} are there")
+    return counts

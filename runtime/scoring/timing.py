@@ -140,12 +140,21 @@ def try_out(shape: Shape, storage: Sequence[str], threads: int, rounds: int) -> 
     runs: dict[str, Run] = {"numpy": fastest(numpy_ways(case))}
     for name, stored in pages.items():
         runs[name] = our_way(case.query, list(case.documents) if name == "f32" else stored, threads)
-    errors = {name: error_of(case.query, stored, runs[name]()) for name, stored in pages.items()}
+    times = timed(runs, shape.calls(), rounds)
+    return [timing_of(name, stored, case.query, runs[name], times) for name, stored in pages.items()]
+
+
+def timed(runs: Mapping[str, Run], calls: int, rounds: int) -> dict[str, list[float]]:
+    """The milliseconds of every contender in each round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
-        time_round(runs, number, times, shape.calls())
-    ratios = {name: median(np.divide(times["numpy"], times[name]).tolist()) for name in pages}
-    return [Timing(n, len(pages[n].data), median(times[n]), ratios[n], errors[n]) for n in pages]
+        time_round(runs, number, times, calls)
+    return times
+
+
+def timing_of(storage: str, pages: Pages, query: Floats, run: Run, times: Mapping[str, list[float]]) -> Timing:
+    ratio = median(np.divide(times["numpy"], times[storage]).tolist())
+    return Timing(storage, len(pages.data), median(times[storage]), ratio, error_of(query, pages, run()))
 
 
 def error_of(query: Floats, pages: Pages, scores: Floats) -> float:

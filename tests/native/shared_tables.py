@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from cembed.runtime.bundle import manifest
-from cembed.runtime.embed import embedder
+from cembed.runtime.embed import embedder, preprocess
 from cembed.runtime.engines import build, tensorrt
 from cembed.runtime.index import columns, files, reader, records, search, segments
 from cembed.runtime.scoring import arrays, kernels
@@ -37,7 +37,8 @@ NUMBERS = {
         (search, ("EXACT_BYTES", "CANDIDATES", "CANDIDATES_EACH", "LAST_CANDIDATES", "LAST_EACH", "LAST_SHARE")),
     ),
     "images, states and engines": (
-        (manifest, ("MAX_ASPECT_RATIO", "LEAST_ROOM")),
+        (preprocess, ("MAX_ASPECT_RATIO",)),
+        (manifest, ("LEAST_ROOM",)),
         (embedder, ("DEFAULT_STATE_MEMORY",)),
         (tensorrt, ("MAX_CONTEXTS",)),
     ),

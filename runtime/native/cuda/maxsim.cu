@@ -229,7 +229,7 @@ __device__ void score_unit(const MaxSimPages &pages, const MaxSimQuery &query, c
     }
     while (scorer.page < last) // of a unit without any rows
         scorer.finish();
-    wait_groups<0>(); // the feed ran ahead of the end: its zeros must not arrive behind the next unit's rows
+    wait_groups<0>(); // the feed ran ahead of the end: its zeros must not arrive after the next unit's rows
 }
 
 template <class Kind, int kBlocks>

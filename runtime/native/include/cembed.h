@@ -7,7 +7,18 @@
  * Threads: any number may use one bundle or index at a time, with the results of one alone. A state is used by one
  * thread at a time; different states may be used at once. Nothing may use what is being closed; states are closed
  * before their bundle or after it. Large blocks come and go with every page: a process that
- * lives long sets glibc's mallopt(M_MMAP_THRESHOLD, 1 << 20), or its heap grows by holes. */
+ * lives long sets glibc's mallopt(M_MMAP_THRESHOLD, 1 << 20), or its heap grows by holes.
+ *
+ * What only Python can do:
+ *   files      pages come as RGB pixels, upright: no PDF, TIFF, JPEG or PNG is read, no vector file read or written
+ *   bundles    none is exported, quantised, upgraded or run through its self-test; the digests of files are compared
+ *   states     none is saved or resumed
+ *   vectors    none are merged (pool_factor), no list of pages is embedded in one call
+ *   engines    OpenVINO is not opened by itself, but as a provider of ONNX Runtime; no engine of TensorRT is built
+ *   MaxSim     one query of float32 in one piece, not stored pages; no search on a GPU, not which vector was found
+ *   an index   is not written, refreshed, verified or repaired, nor opened with damage; pages are not listed, their
+ *              vectors not given back; stages are chosen by the library, and what they did is not told
+ *   tokenizers of a kind other than byte-level or byte-fallback BPE are refused */
 #ifndef CEMBED_H
 #define CEMBED_H
 
@@ -35,7 +46,7 @@ typedef enum cembed_status {
     CEMBED_ENGINE = 3,   /* ONNX Runtime is missing or failed, or the model gave no finite numbers */
     CEMBED_INDEX = 4,    /* no index, or a damaged one */
     CEMBED_MEMORY = 5,   /* there is none, or a state goes beyond state_memory */
-    CEMBED_CAPACITY = 6, /* the caller's buffer is too small; rows and dim say what is wanted */
+    CEMBED_CAPACITY = 6, /* the caller's buffer is too small; rows and dim say what is needed */
     CEMBED_INTERNAL = 7  /* a defect of this library */
 } cembed_status;
 
@@ -67,7 +78,7 @@ typedef struct cembed_info {
     int32_t max_visual_tokens;
 } cembed_info;
 
-/* RGB, 8 bits a component; a row is stride bytes behind the one before. */
+/* RGB, 8 bits a component; a row starts stride bytes after the one before. */
 typedef struct cembed_image {
     const uint8_t *pixels;
     int32_t width, height;
@@ -113,7 +124,8 @@ CEMBED_API cembed_status cembed_start_query(cembed_bundle *bundle, const char *t
 CEMBED_API cembed_status cembed_extend(cembed_state *state, int32_t num_vectors, cembed_vectors *vectors);
 CEMBED_API void cembed_state_close(cembed_state *state);
 
-/* scores[i] of the query [rows, dim] with page i, the next page_rows[i] rows of pages. threads 0: one for each core. */
+/* scores[i] of the query [rows, dim] with page i, the next page_rows[i] rows of pages. threads 0: one for each core.
+ * CEMBED_ARGUMENT names the first page that has a component which is NaN or infinite, and its place. */
 CEMBED_API cembed_status cembed_maxsim(const float *query, int32_t rows, int32_t dim, const float *pages,
                                        const int32_t *page_rows, size_t count, int32_t threads, float *scores);
 

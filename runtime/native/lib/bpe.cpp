@@ -157,7 +157,7 @@ const Bpe::Merge *Bpe::merge(uint32_t left, uint32_t right) const {
 }
 
 // Ids of the characters of a word. One that is not in the vocabulary becomes its bytes, if all of them are there, else the
-// unknown token, which the library puts behind the bytes that follow it; without such a token it is left out.
+// unknown token, which the library puts after the bytes that follow it; without such a token it is left out.
 void Bpe::append_symbols(std::string_view word, std::vector<uint32_t> &symbols) const {
     bool unknown = false;  // one waits to be added
     for (size_t i = 0, length = 0; i < word.size(); i += length) {

@@ -162,11 +162,11 @@ Bundle::Bundle(std::string root, const std::string &text)
 }
 
 void Bundle::check_listing() const {
-    const auto wanted = listed(manifest);
+    const auto needed = listed(manifest);
     const auto found = entries(root_);
-    if (const auto missing = without(wanted, found); !missing.empty())
+    if (const auto missing = without(needed, found); !missing.empty())
         throw Error(BUNDLE, root_ + ": missing " + list(missing) + ": the bundle is incomplete, copy it again");
-    if (const auto extra = without(found, wanted); !extra.empty())
+    if (const auto extra = without(found, needed); !extra.empty())
         throw Error(BUNDLE, root_ + ": " + list(extra) + " is not in the manifest: remove it or export again");
     for (const auto &[name, record] : manifest.files) {
         const File file(root_ + "/" + name, BUNDLE);

@@ -2,13 +2,11 @@
 #include "../include/cembed.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <string>
 #include <thread>
 #include <utility>
@@ -17,12 +15,18 @@
 #include "../maxsim.h"
 #include "embedder.h"
 #include "error.h"
+#include "finite.h"
 #include "index.h"
 #include "manifest_schema.h"
 #include "state.h"
 #include "unicode.h"
 
 using namespace cembed;
+
+static_assert(int(INVALID_ARGUMENT) == CEMBED_ARGUMENT && int(BUNDLE) == CEMBED_BUNDLE && int(ENGINE) == CEMBED_ENGINE &&
+                  int(INDEX) == CEMBED_INDEX && int(MEMORY) == CEMBED_MEMORY && int(CAPACITY) == CEMBED_CAPACITY &&
+                  int(INTERNAL) == CEMBED_INTERNAL,
+              "codes are those of cembed.h");
 
 struct cembed_bundle {
     std::shared_ptr<Embedder> embedder;
@@ -133,7 +137,7 @@ void give(const Vectors &made, cembed_vectors *to) {
     const size_t size = made.values.size();
     if (to->data != nullptr && to->capacity < size && !to->owned)
         throw Error(CAPACITY,
-                    std::to_string(size) + " floats are wanted, the buffer has " + std::to_string(to->capacity));
+                    std::to_string(size) + " floats are needed, the buffer has " + std::to_string(to->capacity));
     if (to->data == nullptr || to->capacity < size) {
         auto *grown = static_cast<float *>(std::realloc(to->data, std::max<size_t>(size, 1) * sizeof(float)));
         if (grown == nullptr) throw std::bad_alloc();
@@ -147,7 +151,7 @@ void give(const Vectors &made, cembed_vectors *to) {
 template <class MakePrompt>
 void embed(cembed_bundle *bundle, bool query, const cembed_budget *budget, cembed_vectors *vectors,
            const MakePrompt &make) {
-    require(bundle != nullptr && vectors != nullptr, "null where a bundle or vectors are wanted");
+    require(bundle != nullptr && vectors != nullptr, "null where a bundle or vectors are needed");
     Embedder &embedder = *bundle->embedder;
     const Side &side = query ? embedder.manifest.query : embedder.manifest.document;
     embedder.check(side, budget_of(budget));
@@ -156,7 +160,7 @@ void embed(cembed_bundle *bundle, bool query, const cembed_budget *budget, cembe
 
 template <class MakePrompt>
 void start(cembed_bundle *bundle, bool query, int32_t max_vectors, cembed_state **state, const MakePrompt &make) {
-    require(bundle != nullptr && state != nullptr, "null where a bundle or a place for a state is wanted");
+    require(bundle != nullptr && state != nullptr, "null where a bundle or a place for a state is needed");
     *state = nullptr;
     const auto &embedder = bundle->embedder;
     const Side &side = query ? embedder->manifest.query : embedder->manifest.document;
@@ -170,25 +174,31 @@ int threads_or_all(int32_t threads) {
 }
 
 void check_query(const float *query, int32_t rows, int32_t dim) {
-    require(query != nullptr && rows >= 1 && dim >= 1, "a query of at least one row and one component is wanted");
-    for (int64_t i = 0; i < int64_t(rows) * dim; ++i)
-        require(std::isfinite(query[i]), "the query contains NaN or infinity");
+    require(query != nullptr && rows >= 1 && dim >= 1, "a query of at least one row and one component is needed");
+    if (!all_finite(query, int64_t(rows) * dim))
+        throw Error(INVALID_ARGUMENT, not_finite("the query", query, dim));
 }
 
-void score(const float *query, int32_t rows, maxsim_pages pages, const int32_t *page_rows, size_t count, int threads,
-           float *scores) {
-    std::vector<int64_t> starts(count), which(count);
-    const std::vector<float> ones(count, 1);
-    int64_t at = 0;
+maxsim_array array_of(const float *vectors, int64_t rows, int32_t dim) {
+    return {vectors, rows, int64_t(dim) * 4, 4, MAXSIM_F32};
+}
+
+// The kernels say which page is the first that is not finite.
+void score(const float *query, int32_t rows, int32_t dim, const float *pages, const int32_t *page_rows, size_t count,
+           int threads, float *scores) {
+    std::vector<maxsim_array> arrays;
     for (size_t i = 0; i < count; ++i) {
         require(page_rows[i] >= 1, "a page has no vectors");
-        starts[i] = at;
-        at += int64_t(page_rows[i]) * pages.dim * 4;
+        require(page_rows[i] <= MAXSIM_MOST_ROWS, "a page has too many vectors");
+        arrays.push_back(array_of(pages, page_rows[i], dim));
+        pages += int64_t(page_rows[i]) * dim;
     }
-    std::iota(which.begin(), which.end(), 0);
-    pages.starts = starts.data();
-    pages.scales = ones.data();
-    if (maxsim_score(query, rows, &pages, which.data(), int64_t(count), threads, scores) < 0) throw std::bad_alloc();
+    const maxsim_array asked = array_of(query, rows, dim);
+    const int64_t wrong = maxsim_arrays(&asked, 1, dim, arrays.data(), int64_t(count), threads, scores);
+    if (wrong == -1) throw std::bad_alloc();
+    if (wrong == int64_t(count)) return;
+    const auto *from = static_cast<const float *>(arrays.at(size_t(wrong)).data);
+    throw Error(INVALID_ARGUMENT, not_finite("page " + std::to_string(wrong), from, dim));
 }
 
 }  // namespace
@@ -196,7 +206,7 @@ void score(const float *query, int32_t rows, maxsim_pages pages, const int32_t *
 cembed_status cembed_open(const char *path, const cembed_options *options, cembed_bundle **bundle) {
     return guarded([&] {
         require(path != nullptr && options != nullptr && bundle != nullptr,
-                "null where path, options or bundle are wanted");
+                "null where path, options or bundle are needed");
         *bundle = nullptr;
         *bundle = new cembed_bundle{std::make_shared<Embedder>(path, settings_of(*options))};
     });
@@ -206,7 +216,7 @@ void cembed_close(cembed_bundle *bundle) { delete bundle; }
 
 cembed_status cembed_get_info(const cembed_bundle *bundle, cembed_info *info) {
     return guarded([&] {
-        require(bundle != nullptr && info != nullptr, "null where a bundle or an info is wanted");
+        require(bundle != nullptr && info != nullptr, "null where a bundle or an info is needed");
         const Manifest &m = bundle->embedder->manifest;
         const auto vectors = [](const Side &side) {
             return int32_t(side.num_vectors && side.pooling != Pooling::NONE ? 1 : side.num_vectors.value_or(0));
@@ -223,7 +233,7 @@ cembed_status cembed_get_info(const cembed_bundle *bundle, cembed_info *info) {
 
 cembed_status cembed_load(cembed_bundle *bundle, int32_t pages, int32_t queries) {
     return guarded([&] {
-        require(bundle != nullptr, "null where a bundle is wanted");
+        require(bundle != nullptr, "null where a bundle is needed");
         Embedder &embedder = *bundle->embedder;
         const Manifest &m = embedder.manifest;
         const auto text = [](const Side &side) { return side.slots == Slots::FEEDBACK ? "text_step" : "text"; };
@@ -270,7 +280,7 @@ cembed_status cembed_start_query(cembed_bundle *bundle, const char *text, size_t
 
 cembed_status cembed_extend(cembed_state *state, int32_t num_vectors, cembed_vectors *vectors) {
     return guarded([&] {
-        require(state != nullptr && vectors != nullptr, "null where a state or vectors are wanted");
+        require(state != nullptr && vectors != nullptr, "null where a state or vectors are needed");
         give(state->state.extend(num_vectors), vectors);
     });
 }
@@ -282,16 +292,15 @@ cembed_status cembed_maxsim(const float *query, int32_t rows, int32_t dim, const
     return guarded([&] {
         check_query(query, rows, dim);
         if (count == 0) return;
-        require(pages != nullptr && page_rows != nullptr && scores != nullptr, "null where pages or scores are wanted");
-        const maxsim_pages all{MAXSIM_F32, dim, reinterpret_cast<const uint8_t *>(pages), nullptr, page_rows, nullptr};
-        score(query, rows, all, page_rows, count, threads_or_all(threads), scores);
+        require(pages != nullptr && page_rows != nullptr && scores != nullptr, "null where pages or scores are needed");
+        score(query, rows, dim, pages, page_rows, count, threads_or_all(threads), scores);
     });
 }
 
 cembed_status cembed_index_open(uint32_t abi_version, const char *path, cembed_index **index) {
     return guarded([&] {
         require_version(abi_version);
-        require(path != nullptr && index != nullptr, "null where a path or a place for an index is wanted");
+        require(path != nullptr && index != nullptr, "null where a path or a place for an index is needed");
         *index = nullptr;
         *index = new cembed_index{Index(path)};
     });
@@ -301,7 +310,7 @@ void cembed_index_close(cembed_index *index) { delete index; }
 
 cembed_status cembed_index_get_info(const cembed_index *index, cembed_index_info *info) {
     return guarded([&] {
-        require(index != nullptr && info != nullptr, "null where an index or an info is wanted");
+        require(index != nullptr && info != nullptr, "null where an index or an info is needed");
         const Current &current = index->index.current();
         *info = {current.bundle.c_str(), index->index.size(), int32_t(current.dim)};
     });
@@ -316,7 +325,7 @@ cembed_status cembed_index_search_filtered(cembed_index *index, const float *que
                                            int32_t top, int32_t threads, const cembed_filter *filter,
                                            cembed_hits *hits) {
     return guarded([&] {
-        require(index != nullptr && hits != nullptr, "null where an index or hits are wanted");
+        require(index != nullptr && hits != nullptr, "null where an index or hits are needed");
         *hits = {};
         check_query(query, rows, dim);
         require(top >= 1, "top is below 1");

@@ -17,7 +17,7 @@ namespace cembed {
 namespace {
 
 using Names = std::set<std::string>;
-using Numbers = std::map<std::string, int64_t>;  // by the names that stand behind = in TENSORS
+using Numbers = std::map<std::string, int64_t>;  // by the names that stand after = in TENSORS
 
 [[noreturn]] void refuse(const std::string &why) { throw Error(BUNDLE, why); }
 
@@ -121,7 +121,7 @@ void check_side(const Manifest &m, const std::string &name, const Side &side, co
         refuse(name + ".num_vectors is " + std::to_string(*side.num_vectors) + ": vectors of so many states are too long");
     const int64_t rows = m.slot_embeddings ? m.slot_embeddings->rows : 0;
     if (side.slot_rows && (*side.slot_rows)[0] + (*side.slot_rows)[1] > rows)
-        refuse(name + ".slot_rows are behind the " + std::to_string(rows) + " rows of slot_embeddings");
+        refuse(name + ".slot_rows go beyond the " + std::to_string(rows) + " rows of slot_embeddings");
 }
 
 // A line of TENSORS.
@@ -151,10 +151,10 @@ bool names(const Row &row, const std::string &name) {
     return name.substr(end) == after && name.find_first_not_of("0123456789", mark) == end;
 }
 
-bool is_axis(const TensorSpec &tensor, size_t i, const std::string &wanted, const Numbers &numbers) {
-    if (tensor.shape[i] == 0) return tensor.axes[i] == wanted;
-    return wanted == "*" || wanted == std::to_string(tensor.shape[i]) ||
-           (wanted[0] == '=' && numbers.at(wanted.substr(1)) == tensor.shape[i]);
+bool is_axis(const TensorSpec &tensor, size_t i, const std::string &needed, const Numbers &numbers) {
+    if (tensor.shape[i] == 0) return tensor.axes[i] == needed;
+    return needed == "*" || needed == std::to_string(tensor.shape[i]) ||
+           (needed[0] == '=' && numbers.at(needed.substr(1)) == tensor.shape[i]);
 }
 
 bool fits(const Row &row, const TensorSpec &tensor, const Numbers &numbers) {
@@ -169,7 +169,7 @@ bool fits(const Row &row, const TensorSpec &tensor, const Numbers &numbers) {
     return true;
 }
 
-std::string wanted(const Row &row, const Numbers &numbers) {
+std::string needed(const Row &row, const Numbers &numbers) {
     std::string text = row.dtypes + " [";
     for (size_t i = 0; i < row.axes.size(); ++i) {
         const std::string &axis = row.axes[i];
@@ -183,7 +183,7 @@ const Row &row_of(const std::string &where, const std::vector<Row> &rows, const 
     const auto row = std::find_if(rows.begin(), rows.end(), [&](const Row &one) { return names(one, tensor.name); });
     if (row == rows.end()) refuse(where + ": unknown '" + tensor.name.substr(0, 80) + "'");
     if (!fits(*row, tensor, numbers))
-        refuse(where + ": " + tensor.name + " is of another type or shape: " + wanted(*row, numbers) + " is wanted");
+        refuse(where + ": " + tensor.name + " is of another type or shape: " + needed(*row, numbers) + " is needed");
     return *row;
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "error.h"
+#include "finite.h"
 #include "positions.h"
 #include "state.h"
 #include "tensorrt.h"
@@ -42,12 +43,20 @@ int64_t pool(std::vector<float> &states, int64_t rows, int64_t length, Pooling p
     return 1;
 }
 
-void normalise(const float *from, int64_t dim, float *to) {
-    const double sum = std::inner_product(from, from + dim, from, 0.0);
-    const auto norm = float(std::sqrt(sum));
-    if (!std::isfinite(norm) || norm == 0)
-        throw Error(ENGINE,
-                    "the model gave NaN, infinity or zeros: the checkpoint or its precision (fp16?) is at fault");
+// The sums of squares of rows, `step` apart, of which the first `dim` values count. Throws Error(ENGINE) where one is
+// NaN, infinite or 0 as float32 has it; `source` says what gave the rows.
+std::vector<double> squares_of(const std::vector<float> &states, int64_t step, int64_t dim, const std::string &source) {
+    std::vector<double> sums;
+    for (auto row = states.begin(); row != states.end(); row += step)
+        sums.push_back(std::inner_product(row, row + dim, row, 0.0));
+    const std::vector<float> rounded(sums.begin(), sums.end());
+    require_finite(rounded.data(), int64_t(rounded.size()), source);
+    if (std::count(rounded.begin(), rounded.end(), 0.0f)) refuse_states(source, "zeros");
+    return sums;
+}
+
+void normalise(const float *from, int64_t dim, double squares, float *to) {
+    const auto norm = float(std::sqrt(squares));
     std::transform(from, from + dim, to, [norm](float value) { return value / norm; });
 }
 
@@ -152,28 +161,29 @@ std::vector<float> Embedder::image_features(const PixelValues &pixels) {
     std::vector<float> features(size_t(tokens * manifest.hidden_size));
     const std::vector<Tensor> outputs{{graph.outputs.at(0).name, {1, tokens, manifest.hidden_size}, features}};
     engine("vision").run(inputs, outputs, Activations::RELEASE);
+    require_finite(features.data(), int64_t(features.size()), "graph vision, of this image,");
     return features;
 }
 
 Vectors Embedder::embed(const Side &side, const Prompt &made, const Budget &budget) {
     const int64_t num_vectors = budget.num_vectors ? budget.num_vectors : side.num_vectors.value_or(0);
     if (!budget.loop && side.slots != Slots::FEEDBACK)
-        return finish(side, single_pass(side, made, num_vectors), budget.dim);
+        return finish(side, single_pass(side, made, num_vectors), budget.dim, "text");
     State state(*this, side, made, num_vectors);
     state.grow(num_vectors);
-    return finish(side, state.states(num_vectors), budget.dim);
+    return finish(side, state.states(num_vectors), budget.dim, "text_step");
 }
 
 std::vector<float> Embedder::single_pass(const Side &side, const Prompt &made, int64_t num_vectors) {
     const int64_t slots = num_vectors ? side.num_slots(num_vectors) : 0, length = made.length + slots;
     const int64_t rows = num_vectors ? num_vectors : length, axes = manifest.positions.axes;
     check_length(length);
-    const auto behind = cembed::slot_positions(made.positions, axes, slots, side.slot_positions);
+    const auto after = cembed::slot_positions(made.positions, axes, slots, side.slot_positions);
     std::vector<int64_t> positions;
     for (int64_t axis = 0; axis < axes; ++axis) {
         positions.insert(positions.end(), &made.positions[size_t(axis * made.length)],
                          &made.positions[size_t(axis * made.length)] + made.length);
-        positions.insert(positions.end(), behind.begin() + axis * slots, behind.begin() + (axis + 1) * slots);
+        positions.insert(positions.end(), after.begin() + axis * slots, after.begin() + (axis + 1) * slots);
     }
     std::vector<float> embeds = made.embeds;
     add_slot_rows(side, 0, slots, embeds);
@@ -201,15 +211,17 @@ void Embedder::add_slot_rows(const Side &side, int64_t first, int64_t count, std
     }
 }
 
-Vectors Embedder::finish(const Side &side, std::vector<float> states, int64_t dim) const {
+Vectors Embedder::finish(const Side &side, std::vector<float> states, int64_t dim, const std::string &graph) const {
+    const std::string source = "graph " + graph + (&side == &manifest.document ? ", of this image," : ", of this query,");
     const int64_t count = int64_t(states.size()) / manifest.dim;
     Vectors vectors;
     vectors.rows = pool(states, count, manifest.dim, side.pooling);
     const int64_t length = side.pooling == Pooling::CONCAT ? int64_t(states.size()) : manifest.dim;
     vectors.dim = dim ? dim : length;
     vectors.values.resize(size_t(vectors.rows * vectors.dim));
+    const std::vector<double> squares = squares_of(states, length, vectors.dim, source);
     for (int64_t i = 0; i < vectors.rows; ++i)
-        normalise(&states[size_t(i * length)], vectors.dim, &vectors.values[size_t(i * vectors.dim)]);
+        normalise(&states[size_t(i * length)], vectors.dim, squares[size_t(i)], &vectors.values[size_t(i * vectors.dim)]);
     return vectors;
 }
 

@@ -71,7 +71,7 @@ class Embedder {
     // Appends what is fed into slots first..first + count, [count, H]; constant and learned slots only.
     void add_slot_rows(const Side &side, int64_t first, int64_t count, std::vector<float> &to) const;
     // Vectors from states [K, D]: pooled, cut to `dim`, normalised.
-    Vectors finish(const Side &side, std::vector<float> states, int64_t dim) const;
+    Vectors finish(const Side &side, std::vector<float> states, int64_t dim, const std::string &graph) const;
     void check_length(int64_t length) const;
 
     const int64_t state_memory;

@@ -105,7 +105,7 @@ bool Pattern::Item::takes(char32_t c) const {
 }
 
 // What stands between brackets. A range that is empty goes with both of its ends, which may leave what is before and
-// behind it side by side, or nothing.
+// after it side by side, or nothing.
 Pattern::Item Pattern::set_of(std::u32string_view stuff) {
     std::vector<std::u32string> parts;  // between the ends of each range
     size_t start = 0;
@@ -149,7 +149,7 @@ Pattern::Pattern(std::u32string_view text) {
 }
 
 bool Pattern::fits(std::u32string_view text) const {
-    size_t item = 0, star = NONE, from = 0;  // where the last star is, and what comes behind what it takes
+    size_t item = 0, star = NONE, from = 0;  // where the last star is, and what comes after what it takes
     for (size_t at = 0; at < text.size();) {
         if (item < items_.size() && items_[item].star) {
             star = item++;

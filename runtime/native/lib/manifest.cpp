@@ -153,16 +153,16 @@ std::optional<int64_t> Side::max_vectors() const {
     return (*slot_rows)[1] + (prompt_end ? 1 : 0);
 }
 
-void Side::check_budget(int64_t wanted) const {
-    if (wanted < 1) throw Error(INVALID_ARGUMENT, "num_vectors is " + std::to_string(wanted) + ": it is at least 1");
-    if (const auto most = max_vectors(); most && wanted > *most) {
+void Side::check_budget(int64_t budget) const {
+    if (budget < 1) throw Error(INVALID_ARGUMENT, "num_vectors is " + std::to_string(budget) + ": it is at least 1");
+    if (const auto most = max_vectors(); most && budget > *most) {
         throw Error(INVALID_ARGUMENT,
-                    "num_vectors is " + std::to_string(wanted) + ": this bundle makes 1 to " + std::to_string(*most));
+                    "num_vectors is " + std::to_string(budget) + ": this bundle makes 1 to " + std::to_string(*most));
     }
 }
 
-int64_t Side::vector_dim(int64_t dim, int64_t wanted) const {
-    return pooling == Pooling::CONCAT ? dim * (wanted ? wanted : num_vectors.value_or(1)) : dim;
+int64_t Side::vector_dim(int64_t dim, int64_t budget) const {
+    return pooling == Pooling::CONCAT ? dim * (budget ? budget : num_vectors.value_or(1)) : dim;
 }
 
 bool Graph::takes(std::string_view input) const {

@@ -30,11 +30,11 @@ struct Side {
 
     // The largest budget; none where only the model's context limits it.
     std::optional<int64_t> max_vectors() const;
-    int64_t num_slots(int64_t wanted) const { return wanted - (prompt_end ? 1 : 0); }
+    int64_t num_slots(int64_t num_vectors) const { return num_vectors - (prompt_end ? 1 : 0); }
     // Throws Error(INVALID_ARGUMENT) if there can be no such number of vectors.
-    void check_budget(int64_t wanted) const;
+    void check_budget(int64_t budget) const;
     // Length of a vector at a budget, 0 being the full one, for states of length `dim`.
-    int64_t vector_dim(int64_t dim, int64_t wanted) const;
+    int64_t vector_dim(int64_t dim, int64_t budget) const;
 };
 
 struct TensorSpec {

@@ -17,7 +17,7 @@ struct Piece {
     std::optional<uint32_t> id;
 };
 
-// Finds the leftmost token of a set, of several that start there the longest, and so on behind it.
+// Finds the leftmost token of a set, of several that start there the longest, and so on after it.
 class Matcher {
   public:
     // Throws Error(BUNDLE) for an empty text, or the same one twice.

@@ -23,11 +23,11 @@ std::vector<int64_t> prompt_positions(const std::vector<int64_t> &ids, int64_t i
     if (end > length) throw Error(INVALID_ARGUMENT, "the prompt has fewer image tokens than the image");
     int64_t *time = positions.data() + start, *row = time + length, *column = row + length;
     for (int64_t i = 0; i < length - start; ++i) {
-        const int64_t behind = std::max(rows, columns) + i - rows * columns;
+        const int64_t after = std::max(rows, columns) + i - rows * columns;
         const bool text = i >= rows * columns;
-        time[i] = start + spec.first + (text ? behind : 0);
-        row[i] = start + spec.first + (text ? behind : i / columns);
-        column[i] = start + spec.first + (text ? behind : i % columns);
+        time[i] = start + spec.first + (text ? after : 0);
+        row[i] = start + spec.first + (text ? after : i / columns);
+        column[i] = start + spec.first + (text ? after : i % columns);
     }
     return positions;
 }

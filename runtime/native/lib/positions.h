@@ -22,7 +22,7 @@ struct Positions {
 std::vector<int64_t> prompt_positions(const std::vector<int64_t> &ids, int64_t image_token_id,
                                       const std::optional<Grid> &grid, const Positions &spec, int64_t merge_size);
 
-// Positions [A, num_slots] of the latent slots behind a prompt's positions [A, S].
+// Positions [A, num_slots] of the latent slots after a prompt's positions [A, S].
 std::vector<int64_t> slot_positions(const std::vector<int64_t> &prompt, int64_t axes, int64_t num_slots,
                                     SlotPositions policy);
 

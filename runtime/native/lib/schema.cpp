@@ -89,7 +89,7 @@ void check_list(const Json &value, const std::string &kind, const Field &field, 
     const size_t star = kind.find('*');
     const bool right =
         value.is_array() && (star == std::string::npos || value.size() == std::stoul(kind.substr(star + 1)));
-    if (!right) refuse(where, "is " + shown(value) + ", not a list of the length the schema wants");
+    if (!right) refuse(where, "is " + shown(value) + ", not a list of the length that the schema has");
     for (size_t i = 0; i < value.size(); ++i)
         check_kind(value[i], kind.substr(0, star), field, where + "[" + std::to_string(i) + "]");
 }

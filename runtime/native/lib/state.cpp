@@ -141,8 +141,8 @@ void State::add_slot() {
     } else {
         embedder_.add_slot_rows(side_, slot, 1, row);
     }
-    const bool behind = side_.slot_positions == SlotPositions::CONTINUE;
-    const std::vector<int64_t> position(size_t(embedder_.manifest.positions.axes), behind ? prompt_end_ + slot + 1 : 0);
+    const bool follows = side_.slot_positions == SlotPositions::CONTINUE;
+    const std::vector<int64_t> position(size_t(embedder_.manifest.positions.axes), follows ? prompt_end_ + slot + 1 : 0);
     run(row, position, 1, Activations::KEEP);
     states_.insert(states_.end(), state_.begin(), state_.end());
     ++count_;
@@ -164,7 +164,7 @@ std::vector<float> State::states(int64_t num_vectors) const {
 
 Vectors State::extend(int64_t num_vectors) {
     grow(num_vectors);
-    return embedder_.finish(side_, states(num_vectors), 0);
+    return embedder_.finish(side_, states(num_vectors), 0, "text_step");
 }
 
 }  // namespace cembed

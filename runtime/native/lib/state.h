@@ -36,7 +36,7 @@ struct Cache {
     int64_t capacity, length = 0;
 };
 
-// A prompt that has been run and the slots behind it so far. For one thread at a time; outlived by its embedder.
+// A prompt that has been run and the slots after it so far. For one thread at a time; outlived by its embedder.
 class State {
   public:
     // Runs the prompt, with room for `max_vectors` of them. A state that is `kept` counts in the embedder's memory.

@@ -74,9 +74,9 @@ struct EngineFiles {
     }
 
     Mapping read(const std::string &graph) const {
-        const std::string wanted = require(graph);
+        const std::string expected = require(graph);
         const File file(path(graph) + "engine", ENGINE);
-        if (sha256(file) != wanted) failed(path(graph) + "engine is damaged: " + advice(graph));
+        if (sha256(file) != expected) failed(path(graph) + "engine is damaged: " + advice(graph));
         return Mapping(file, file.size());
     }
 

@@ -257,7 +257,7 @@ struct Tokenizer::Parts {
         }
     }
 
-    // The library numbers added tokens itself: as in the vocabulary, else one by one behind it.
+    // The library numbers added tokens itself: as in the vocabulary, else one by one after it.
     void add(const AddedToken &token) {
         if (token.content.empty()) return;
         auto id = bpe.id(token.content);

@@ -23,7 +23,7 @@ struct TrtLogger : nvinfer1::ILogger {
     void log(Severity severity, const char *text) noexcept override;
 
     std::mutex lock;
-    char last[512] = "";  // error, to be put behind a message
+    char last[512] = "";  // error, to be put after a message
 };
 
 // A GPU and TensorRT's library, which stays open until the process ends.
@@ -45,7 +45,7 @@ struct Device {
 // Throws Error(ENGINE) unless a call succeeded.
 void check(cudaError_t status, const char *what);
 
-// `padded`: shorter inputs may be filled up behind their last position, which causal attention does not see.
+// `padded`: shorter inputs may be filled up after their last position, which causal attention does not see.
 std::unique_ptr<Engine> load_tensorrt(std::shared_ptr<Device> device, const Mapping &plan, const Graph &graph,
                                       const std::string &name, bool padded);
 

@@ -84,7 +84,7 @@ char32_t composed(char32_t a, char32_t b) {
 // Each mark or starter joins the last starter unless something between keeps them apart.
 void compose(std::u32string &text) {
     size_t starter = std::u32string::npos, length = 0;
-    int last = -1;  // class of the character before, behind the starter; -1: none
+    int last = -1;  // class of the character before, after the starter; -1: none
     for (const char32_t c : text) {
         const int value = combining(c);
         const char32_t both = starter != std::u32string::npos && last < value ? composed(text[starter], c) : 0;
@@ -99,7 +99,7 @@ void compose(std::u32string &text) {
     text.resize(length);
 }
 
-// The code point at text[i], which moves behind it.
+// The code point at text[i], which moves after it.
 char32_t next(std::string_view text, size_t &i, bool surrogates) {
     static constexpr char32_t SMALLEST[] = {0, 0x80, 0x800, 0x10000};
     const auto lead = uint8_t(text[i++]);

@@ -190,24 +190,34 @@ def _codestream(data: bytes) -> bytes:
     return b""
 
 
+_NO_PICTURE = "no such picture, or its head is damaged"
+
+
 def _tile_fault(data: bytes) -> str | None:
     """Whether all parts of all tiles are there, by the lengths they say."""
-    tiles, at = set(), data.find(b"\xff\x90")
+    at = data.find(b"\xff\x90")
     if data[:4] != b"\xff\x4f\xff\x51" or at < 0 or len(data) < 40:
-        return "no such picture, or its head is damaged"
+        return _NO_PICTURE
+    tiles, fault = _walk_tiles(data, at)
+    width, height, _, _, wide, high, tile_left, tile_top = struct.unpack_from(">8I", data, 8)
+    if fault or not wide or not high:
+        return fault or _NO_PICTURE
+    count = math.ceil((width - tile_left) / wide) * math.ceil((height - tile_top) / high)
+    return None if len(tiles) >= count else f"{SHORT} ({len(tiles)} of {count} tiles are there)"
+
+
+def _walk_tiles(data: bytes, at: int) -> tuple[set[int], str | None]:
+    """The numbers of the tiles that have parts, which follow each other from `at` on, and what is wrong with them."""
+    tiles = set[int]()
     while data[at : at + 2] == b"\xff\x90" and at + 12 <= len(data):
         tile, length = struct.unpack_from(">HI", data, at + 4)
         tiles.add(tile)
-        if length == 0:  # up to the end
-            at = len(data)
-        elif length < 14 or at + length > len(data):
-            return f"{SHORT} ({100 * at // len(data)} % are whole)" if length >= 14 else "its data are damaged"
-        at += length
-    width, height, _, _, wide, high, tile_left, tile_top = struct.unpack_from(">8I", data, 8)
-    if not wide or not high:
-        return "no such picture, or its head is damaged"
-    count = math.ceil((width - tile_left) / wide) * math.ceil((height - tile_top) / high)
-    return None if len(tiles) >= count else f"{SHORT} ({len(tiles)} of {count} tiles are there)"
+        if 0 < length < 14:
+            return tiles, "its data are damaged"
+        if at + length > len(data):
+            return tiles, f"{SHORT} ({100 * at // len(data)} % are whole)"
+        at = at + length if length else len(data)  # 0: up to the end
+    return tiles, None
 
 
 def _levels(data: bytes) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cembed.runtime.pages.pdf.content import Content, content_of
 from cembed.runtime.pages.pdf.damage import Picture, fault_of
+from cembed.runtime.pages.pdf.filters import Filter
 from cembed.runtime.pages.pdf.objects import Objects
 from cembed.runtime.pages.pdf.spaces import components, is_lost, palette_fault
 from cembed.runtime.pages.pdf.values import Reference, Stream
@@ -179,13 +180,18 @@ class Pictures:
         resources, glyphs = self._objects.dictionary(font, "Resources"), self._objects.dictionary(font, "CharProcs")
         for glyph in glyphs.values():
             self._form(self._objects.get(glyph), resources, found, depth)
+        faults = self._font_faults(font)
+        found.others += [f"a font: {fault}" for fault in faults]
+        return not glyphs and not faults
+
+    def _font_faults(self, font: Any) -> list[str]:
+        """What is wrong with the files of a font and those below it."""
         inner = self._objects.entry(font, "DescendantFonts")
         fonts = [font, *(inner if isinstance(inner, list) else [])]
         descriptors = [self._objects.dictionary(one, "FontDescriptor") for one in fonts]
         files = [self._objects.entry(about, key) for about in descriptors for key in _FONT_FILES]
         faults = [self._objects.decoded(file)[1] for file in files if isinstance(file, Stream)]
-        found.others += [f"a font: {fault}" for fault in faults if fault]
-        return not glyphs and not any(faults)
+        return [fault for fault in faults if fault]
 
     def _judge(self, stream: Stream, resources: dict[str, Any], found: Found) -> None:
         if verdict := self._verdicts.get(stream.number):
@@ -206,16 +212,13 @@ class Pictures:
 
     def _picture(self, stream: Stream, resources: dict[str, Any]) -> Picture | str:
         """What has to be known to try a picture, or what is wrong with it."""
-        filters, space, shared = tuple(self._objects.filters(stream)), stream.about.get("ColorSpace"), b""
+        filters, space = tuple(self._objects.filters(stream)), stream.about.get("ColorSpace")
         mask, coded = self._objects.entry(stream, "ImageMask") is True, filters[-1].name if filters else ""
         if space is not None and not mask and coded != "JPXDecode" and is_lost(self._objects, space, resources):
             return "its colour space is missing"
-        if coded == "JBIG2Decode" and "JBIG2Globals" in filters[-1].parameters:
-            if not isinstance(common := self._objects.entry(filters[-1].parameters, "JBIG2Globals"), Stream):
-                return "what it shares with others (JBIG2Globals) is missing"
-            shared, fault = self._objects.decoded(common)
-            if fault:
-                return f"JBIG2Globals: {fault}"
+        shared, fault = self._shared(filters[-1]) if coded == "JBIG2Decode" else (b"", None)
+        if fault:
+            return fault
         return Picture(
             width=self._objects.number(stream, "Width"),
             height=self._objects.number(stream, "Height"),
@@ -225,3 +228,12 @@ class Pictures:
             raw=stream.raw,
             shared=shared,
         )
+
+    def _shared(self, jbig2: Filter) -> tuple[bytes, str | None]:
+        """What a picture shares with others, if anything, and what is wrong with it."""
+        if "JBIG2Globals" not in jbig2.parameters:
+            return b"", None
+        if not isinstance(common := self._objects.entry(jbig2.parameters, "JBIG2Globals"), Stream):
+            return b"", "what it shares with others (JBIG2Globals) is missing"
+        shared, fault = self._objects.decoded(common)
+        return shared, fault and f"JBIG2Globals: {fault}"

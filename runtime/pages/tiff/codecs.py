@@ -93,19 +93,23 @@ class SegmentReader:
 
     def _data(self, number: int, whole: int | None = None) -> bytes:
         """The bytes of a segment; `whole` is how many there must be, if that is known."""
-        file, segments, counts = self.layout.frame.file, self.layout.segments, self.layout.segments.counts
-        if number >= len(segments.offsets):
+        file, offsets = self.layout.frame.file, self.layout.segments.offsets
+        if number >= len(offsets):
             return b""
-        start, only = segments.offsets[number], len(segments.offsets) == 1
-        if whole is not None and (counts is None or only):  # writers are sloppy about the only strip's count
-            count = whole
-        elif counts is None or (only and not counts[0]):
-            count = min((other for other in segments.offsets if other > start), default=file.size) - start
-        else:
-            count = counts[number] if number < len(counts) else 0
-        data = file.read(start, count if whole is None else min(count, whole))
+        count = self._count(number, whole)
+        data = file.read(offsets[number], count if whole is None else min(count, whole))
         reversed_bits = self.layout.fill_order == 2 and self.layout.compression != Compression.JPEG
         return _REVERSED[np.frombuffer(data, np.uint8)].tobytes() if reversed_bits else data
+
+    def _count(self, number: int, whole: int | None) -> int:
+        """How many bytes a segment is said to have; without a count it goes on to the next one."""
+        offsets, counts = self.layout.segments.offsets, self.layout.segments.counts
+        start, only = offsets[number], len(offsets) == 1
+        if whole is not None and (counts is None or only):  # writers are sloppy about the only strip's count
+            return whole
+        if counts is None or (only and not counts[0]):
+            return min((other for other in offsets if other > start), default=self.layout.frame.file.size) - start
+        return counts[number] if number < len(counts) else 0
 
     def _one_by_one(self, numbers: Sequence[int], parts: list[bytes], heights: list[int]) -> Stored:
         pieces = [self._decode([part], [height]) for part, height in zip(parts, heights, strict=True)]
@@ -132,6 +136,9 @@ class SegmentReader:
             doubtful = _grey_ends(piece, heights) if self.layout.compression == Compression.JPEG else []
             if not any(doubtful):
                 return piece
+        return self._decode_twice(parts, heights, doubtful)
+
+    def _decode_twice(self, parts: list[bytes], heights: list[int], doubtful: list[bool]) -> _Piece:
         one, two = (self._attempt(self._continued(parts, heights, doubtful, other), heights) for other in (0, 1))
         if one.image is None or two.image is None:
             return one if one.image is None else two

@@ -309,13 +309,10 @@ def _refused_storage(layout: Layout) -> Iterator[tuple[bool, str]]:
 
 def _refused_colours(layout: Layout) -> Iterator[tuple[bool, str]]:
     photometric, bits, extra = layout.photometric, layout.bits, layout.samples - layout.colours
-    whole = layout.kind == "u"
-    yield (
-        photometric == Photometric.PALETTE and (bits > 16 or not whole),
-        "damaged: no number in a palette is like this",
-    )
-    yield photometric == Photometric.PALETTE and layout.compression == Compression.JPEG, "damaged: JPEG of a palette"
-    plain = (bits, layout.samples, layout.planes) == (8, 3, 1) and whole
+    if photometric == Photometric.PALETTE:
+        yield bits > 16 or layout.kind != "u", "damaged: no number in a palette is like this"
+        yield layout.compression == Compression.JPEG, "damaged: JPEG of a palette"
+    plain = (bits, layout.samples, layout.planes, layout.kind) == (8, 3, 1, "u")
     yield photometric == Photometric.YCBCR and not plain, "YCbCr like this is not read"
     yield photometric in LAB and bits not in (8, 16), "Lab colours with so many bits are not read"
     yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -106,11 +106,11 @@ class TiffFile:
         follow a place where the chain of frames is torn.
         """
         chain = list(self._chain(self._first))
-        frames = [frame for frame in chain if frame is None or not frame.subfile & (REDUCED | MASK)]
+        frames = unmarked(chain, REDUCED | MASK)
         if not any(frames):  # cameras keep the picture itself beneath its thumbnail
-            nested = (inner for frame in chain if frame is not None for inner in self._nested(frame))
-            frames = [inner for inner in nested if not inner.subfile & (REDUCED | MASK)]
-        return frames or [frame for frame in chain if frame is None or not frame.subfile & MASK] or chain
+            nested = [inner for frame in chain if frame is not None for inner in self._nested(frame)]
+            frames = unmarked(nested, REDUCED | MASK)
+        return frames or unmarked(chain, MASK) or chain
 
     def _nested(self, frame: Directory) -> Iterator[Directory]:
         with contextlib.suppress(RefusedError):
@@ -138,3 +138,8 @@ class TiffFile:
         following = body[length:]
         following_start = self.offset(following) if len(following) == self._word.itemsize else 0
         return Directory(self, start, np.frombuffer(body[:length], self._entry)), following_start
+
+
+def unmarked(frames: Sequence[Directory | None], marks: int) -> list[Directory | None]:
+    """The frames whose subfile type has none of `marks`; None stays."""
+    return [frame for frame in frames if frame is None or not frame.subfile & marks]
