@@ -18,7 +18,7 @@ from cembed.signals import StopSignals
 
 @dataclass
 class Harvest:
-    """What a run has made so far, of `total` pages, by the bundle with a hash, for the vector file `out`."""
+    """What a run has made so far, of `total` pages, for the vector file `out`; `bundle` is the hash of its maker."""
 
     out: Path
     bundle: str

@@ -32,8 +32,9 @@ class Tuning:
     explain: bool
 
     @property
-    def given(self) -> bool:
-        return any(vars(self).values())
+    def given(self) -> list[str]:
+        """The names of those that are given."""
+        return [f"--{name}" for name, value in vars(self).items() if value]
 
 
 class RankedPages(Protocol):
@@ -52,9 +53,10 @@ def open_pages(path: Path, tuning: Tuning) -> RankedPages:
     """Raises CembedError: neither a vector file nor an index, options of an index for a vector file."""
     if path.is_dir():
         return IndexPages(path, tuning)
+    pages = FilePages(path)
     if tuning.given:
-        raise CembedError(f"{path} is no index: leave out --where, --source, --candidates, --exact and --explain")
-    return FilePages(path)
+        raise CembedError(f"{path} is a vector file and no index: leave out {', '.join(tuning.given)}")
+    return pages
 
 
 class FilePages:

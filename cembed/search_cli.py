@@ -47,8 +47,10 @@ def search(
     from cembed.runtime.embed.embedder import Budget
 
     pages = ranking.open_pages(file, ranking.Tuning(tuple(where or ()), source, candidates, exact, explain))
-    if (query is None) == (image is None):
-        raise CembedError("give either a QUERY or an --image")
+    if query is not None and image is not None:
+        raise CembedError("QUERY and --image both say what to look for: give either of them")
+    if query is None and image is None:
+        raise CembedError("nothing to look for: give either a QUERY or an --image")
     embedder = engine.load(bundle, prepack=None)  # for one query
     if pages.bundle != embedder.bundle.hash:
         raise CembedError(f"{file} was made by another bundle than {bundle}: use that one, or embed the pages again")

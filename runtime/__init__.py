@@ -1,6 +1,6 @@
 """The device side: numpy, ONNX Runtime, and nothing of torch.
 
-from cembed.runtime import Embedder, maxsim
+from cembed.runtime import Embedder, embed_documents, maxsim
 """
 
 from __future__ import annotations

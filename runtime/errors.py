@@ -12,12 +12,16 @@ class CembedError(Exception):
     """
 
 
-def missing_extra(what: str, packages: str, extra: str) -> CembedError:
-    """`what` cannot be done: `packages`, which one of cembed's extras brings, are not installed.
+def missing_extra(what: str, packages: str, extra: str, error: ImportError | None = None) -> CembedError:
+    """`what` cannot be done without `packages`, which one of cembed's extras brings; `error` is what an import said.
 
     >>> missing_extra("pool_factor", "scipy", "pool")
     CembedError("pool_factor needs scipy: install cembed's extra 'pool' (pip install 'cembed[pool]')")
+    >>> missing_extra("pool_factor", "scipy", "pool", ImportError("libblas.so: no such file"))
+    CembedError('pool_factor needs scipy, which is installed but cannot be loaded: libblas.so: no such file')
     """
+    if error is not None and not isinstance(error, ModuleNotFoundError):
+        return CembedError(f"{what} needs {packages}, which is installed but cannot be loaded: {one_line(str(error))}")
     return CembedError(f"{what} needs {packages}: install cembed's extra '{extra}' (pip install 'cembed[{extra}]')")
 
 

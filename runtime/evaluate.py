@@ -216,7 +216,7 @@ def require_ir_measures() -> Any:
     try:
         import ir_measures
     except ImportError as error:
-        raise missing_extra("eval", "ir-measures", "eval") from error
+        raise missing_extra("eval", "ir-measures", "eval", error) from error
     return ir_measures
 
 

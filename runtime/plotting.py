@@ -19,7 +19,7 @@ def picture(out: Path, panels: int, size: tuple[float, float]) -> Iterator[list[
     try:
         import matplotlib
     except ImportError as error:
-        raise missing_extra("a picture", "matplotlib", "eval") from error
+        raise missing_extra("a picture", "matplotlib", "eval", error) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

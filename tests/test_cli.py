@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import io
 import json
 import os
@@ -15,15 +16,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import typer
 from conftest import GOLDEN
 from PIL import Image, ImageDraw
 
 from cembed import __version__
 from cembed.cli import main
+from cembed.options import spread
 from cembed.runtime import Bundle, CembedError, Embedder, VectorFile, maxsim
 from cembed.runtime.bundle.bundle import sha256
 from cembed.runtime.bundle.manifest import MANIFEST, FileRecord
@@ -251,6 +254,34 @@ def test_a_provider_that_is_not_available(causal_bundle: Path, vectors: Path, mo
     message = cembed("search", vectors, "q", "--bundle", causal_bundle, "--provider", "CUDAExecutionProvider", *more)
     assert "CUDAExecutionProvider" in message.error
     assert all(name in message.error for name in onnxruntime.get_available_providers())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--provider", "CPUExecutionProvider,FooProvider"),
+        ("--provider", "CPUExecutionProvider", "--provider", "FooProvider"),
+    ],
+)
+def test_providers_are_a_list(causal_bundle: Path, vectors: Path, given: Sequence[str]) -> None:
+    said = cembed("search", vectors, "q", "--bundle", causal_bundle, *given).error
+    assert "FooProvider" in said
+    assert ",FooProvider" not in said
+
+
+@dataclass(frozen=True)
+class Group:
+    size: Annotated[int, typer.Option(min=1)]
+    name: str = "x"
+
+
+def test_options_of_a_group_stand_where_the_group_is() -> None:
+    @spread
+    def command(*, first: bool = False, group: Group, last: int) -> tuple[bool, Group, int]:
+        return first, group, last
+
+    assert list(inspect.signature(command).parameters) == ["first", "size", "name", "last"]
+    assert command(first=True, size=2, name="y", last=3) == (True, Group(2, "y"), 3)
 
 
 @pytest.mark.parametrize("query", ["", "   "])

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from pdf_files import pdf, rc4, stream
 from PIL import Image, ImageOps
 
 from cembed.runtime.errors import CembedError
@@ -54,21 +55,6 @@ def worker_of_this_test() -> psutil.Process:
     return max(psutil.Process().children(), key=lambda process: process.create_time())
 
 
-def pdf(objects: list[bytes], trailer: bytes = b"") -> bytes:
-    body, offsets = b"%PDF-1.4\n", []
-    for number, content in enumerate(objects, 1):
-        offsets.append(len(body))
-        body += b"%d 0 obj\n%s\nendobj\n" % (number, content)
-    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
-    head = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
-    end = b"trailer\n<< /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF" % (len(objects) + 1, trailer, len(body))
-    return body + head + table + end
-
-
-def stream(content: bytes, extra: bytes = b"") -> bytes:
-    return b"<< /Length %d %s >>\nstream\n%s\nendstream" % (len(content), extra, content)
-
-
 def pages_pdf(*pages: bytes, box: bytes = b"0 0 100 50", more: tuple[bytes, ...] = ()) -> bytes:
     """A PDF of these page contents; `more` objects are numbered from 3 and are the resources F3, F4, ..."""
     first = 3 + len(more)
@@ -96,20 +82,6 @@ def endless_pdf(*pages: bytes) -> bytes:
         use = b"/Resources << /XObject << /F%d %d 0 R >> >>" % (level + 1, level + 1) if level < 9 else b""
         forms.append(stream(inner, b"/Type /XObject /Subtype /Form /BBox [0 0 100 50] " + use))
     return pages_pdf(*pages, more=tuple(forms))
-
-
-def rc4(key: bytes, data: bytes) -> bytes:
-    box, j, out = list(range(256)), 0, bytearray()
-    for i in range(256):
-        j = (j + box[i] + key[i % len(key)]) % 256
-        box[i], box[j] = box[j], box[i]
-    i = j = 0
-    for byte in data:
-        i = (i + 1) % 256
-        j = (j + box[i]) % 256
-        box[i], box[j] = box[j], box[i]
-        out.append(byte ^ box[(box[i] + box[j]) % 256])
-    return bytes(out)
 
 
 def encrypted_pdf(password: bytes) -> bytes:

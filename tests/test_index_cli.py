@@ -156,8 +156,10 @@ def test_search_by_image(causal_bundle: Path, scans: Path, index: Path) -> None:
     shown = json.loads(outcome.out)
     assert shown["pages"][0]["path"] == str(image)
     assert shown["stages"][0].keys() == {"stage", "pages", "kept", "ms", "bytes"}
-    assert "either" in cembed("search", index, "both", "--image", image, "--bundle", causal_bundle).error
-    assert "either" in cembed("search", index, "--bundle", causal_bundle).error
+    both = cembed("search", index, "both", "--image", image, "--bundle", causal_bundle).error
+    assert both == "QUERY and --image both say what to look for: give either of them"
+    none = cembed("search", index, "--bundle", causal_bundle).error
+    assert none == "nothing to look for: give either a QUERY or an --image"
 
 
 def test_filters_and_stages(causal_bundle: Path, scans: Path, index: Path) -> None:
@@ -175,7 +177,12 @@ def test_filters_and_stages(causal_bundle: Path, scans: Path, index: Path) -> No
 def test_options_of_an_index_for_a_vector_file(causal_bundle: Path, scans: Path, tmp_path: Path) -> None:
     file = tmp_path / "v.npz"
     assert cembed("embed", causal_bundle, scans, "--out", file).status == 0
-    assert "no index" in cembed("search", file, "x", "--bundle", causal_bundle, "--explain").error
+    options = ("--explain", "--where", "year=2024")
+    said = cembed("search", file, "x", "--bundle", causal_bundle, *options).error
+    assert said == f"{file} is a vector file and no index: leave out --where, --explain"
+    missing = cembed("search", tmp_path / "none.npz", "x", "--bundle", causal_bundle, "--explain").error
+    assert "none.npz" in missing
+    assert "leave out" not in missing
     rows = json.loads(cembed("search", file, "--image", scans / "letter.png", "--bundle", causal_bundle, "--json").out)
     assert rows[0]["path"] == str(scans / "letter.png")
 

@@ -88,3 +88,16 @@ def test_a_missing_extra_is_told_in_one_way(said: str, tmp_path: Path, monkeypat
     with pytest.raises(CembedError) as raised:
         call(tmp_path)
     assert str(raised.value) == f"{what}: install cembed's extra '{extra}' (pip install 'cembed[{extra}]')"
+
+
+def test_a_package_that_is_there_but_broken_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To install it again would not help."""
+    (tmp_path / "ir_measures.py").write_text("raise ImportError('libstdc++.so.6: cannot open\\nshared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "ir_measures", raising=False)
+    with pytest.raises(CembedError) as raised:
+        require_ir_measures()
+    assert str(raised.value) == (
+        "eval needs ir-measures, which is installed but cannot be loaded: "
+        "libstdc++.so.6: cannot open\\nshared object file"
+    )

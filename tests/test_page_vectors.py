@@ -176,3 +176,9 @@ def test_errors_are_passed_on_or_raised(embedder: Embedder) -> None:
     assert list(embed_pages(embedder, [lost])) == [lost]
     with pytest.raises(CembedError, match=r"^a\.pdf, page 7 cannot be read: damaged$"):
         list(require_pages([lost]))
+
+
+def test_a_reader_is_opened_once(embedder: Embedder, folder: Path) -> None:
+    """Else the first decoding process would be lost sight of."""
+    with PageReader() as reader, pytest.raises(AssertionError, match="open already"):
+        next(embed_documents(embedder, [folder], reader=reader))

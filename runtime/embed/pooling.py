@@ -63,6 +63,6 @@ def pool_tokens(vectors: Vectors, factor: int) -> Vectors:
     try:
         from scipy.cluster.hierarchy import fcluster, linkage
     except ImportError as error:
-        raise missing_extra("pool_factor", "scipy", "pool") from error
+        raise missing_extra("pool_factor", "scipy", "pool", error) from error
     labels = fcluster(linkage(1 - vectors @ vectors.T, method="ward"), t=clusters, criterion="maxclust")
     return normalise(np.stack([vectors[labels == label].mean(axis=0) for label in np.unique(labels)]))

@@ -25,7 +25,7 @@ def openvino_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str
     try:
         openvino = import_openvino()
     except ImportError as error:
-        raise missing_extra(f"provider {settings.providers[0]}", "OpenVINO", "openvino") from error
+        raise missing_extra(f"provider {settings.providers[0]}", "OpenVINO", "openvino", error) from error
     precision = PRECISIONS[settings.providers[0]]
     core = openvino.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

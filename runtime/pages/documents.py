@@ -150,6 +150,7 @@ class PageReader:
         self._entered = self._reading = False
 
     def __enter__(self) -> PageReader:
+        assert not self._entered, "this PageReader is open already: give what its read() yields to embed_pages"
         pdf_codes.load()  # warns here where it is missing, as nobody sees what the other process says
         self._entered, self._worker = True, Decoder(self._settings)
         return self
