@@ -202,6 +202,12 @@ const WordRules *split_rules(const json &component) {
     return rules;
 }
 
+const WordRules *digits_rules(const json &digits, const json &behind) {
+    if (!get(digits, "individual_digits", false)) refuse("a Digits pre-tokenizer that keeps numbers together");
+    byte_level_rules(behind, nullptr);
+    return &GPT2_DIGITS;
+}
+
 const WordRules *pre_tokenizer_rules(const json &component, const Normalizer &normalizer) {
     if (component.is_null()) return nullptr;
     const std::string type = type_of(component);
@@ -209,6 +215,7 @@ const WordRules *pre_tokenizer_rules(const json &component, const Normalizer &no
     if (type == "Sequence") {
         const json &steps = component.at("pretokenizers");
         if (steps.size() != 2) refuse("a Sequence of " + std::to_string(steps.size()) + " pre-tokenizers");
+        if (type_of(steps.at(0)) == "Digits") return digits_rules(steps.at(0), steps.at(1));
         return byte_level_rules(steps.at(1), split_rules(steps.at(0)));
     }
     if (type != "Split") refuse("a pre-tokenizer of type " + type);
