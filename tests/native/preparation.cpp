@@ -79,7 +79,7 @@ int64_t cembed_page_prompt(const char *prompt, int64_t height, int64_t width, co
 
 int64_t cembed_resize(const uint8_t *data, int64_t width, int64_t height, int64_t stride, int64_t w, int64_t h,
                       int64_t lanczos) {
-    return keep([&] { return resized({data, width, height, stride}, {h, w}, Filter(lanczos)); });
+    return keep([&] { return resized({data, width, height, stride}, {h, w}, Resampling(lanczos)); });
 }
 
 int64_t cembed_preprocess(const uint8_t *data, int64_t width, int64_t height, int64_t stride, const int64_t *sizes,

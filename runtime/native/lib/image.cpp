@@ -41,7 +41,7 @@ struct Kernel {
     double support;
 };
 
-Kernel kernel_of(Filter filter) { return filter == Filter::BICUBIC ? Kernel{cubic, 2.0} : Kernel{lanczos, 3.0}; }
+Kernel kernel_of(Resampling filter) { return filter == Resampling::BICUBIC ? Kernel{cubic, 2.0} : Kernel{lanczos, 3.0}; }
 
 // Along one side: what each pixel of the result is the sum of.
 struct Taps {
@@ -254,8 +254,8 @@ PixelValues tiled(const Rgb &image, const ImageProcessing &spec) {
     const Size tile{side, side};
     check_size(size, spec);
     check_size(tile, spec);
-    const Pixels between = resized(image, first, Filter::LANCZOS);
-    const Pixels page = resized({between.data(), first.width, first.height, first.width * 3}, size, Filter::LANCZOS);
+    const Pixels between = resized(image, first, Resampling::LANCZOS);
+    const Pixels page = resized({between.data(), first.width, first.height, first.width * 3}, size, Resampling::LANCZOS);
     const Levels levels = normalised_levels(spec);
     PixelValues result{{}, {size.height / spec.patch_size, size.width / spec.patch_size}, Tiles::count(rows, columns)};
     result.values.resize(size_t(result.images * side * side * 3));
@@ -265,7 +265,7 @@ PixelValues tiled(const Rgb &image, const ImageProcessing &spec) {
         out = write_patches(corner, stride, tile, spec, levels, out);
     }
     if (result.images == 1) return result;
-    const Pixels whole = resized({page.data(), size.width, size.height, stride}, tile, Filter::LANCZOS);
+    const Pixels whole = resized({page.data(), size.width, size.height, stride}, tile, Resampling::LANCZOS);
     write_patches(whole.data(), side * 3, tile, spec, levels, out);
     return result;
 }
@@ -295,7 +295,7 @@ Size resized_size(int64_t height, int64_t width, const ImageProcessing &spec) {
 
 // Rows first, unless the height loses more than twice as much as the width: Pillow's order, which shows in the bytes.
 // A side that stays as it is has one weight of 1 for each pixel.
-std::vector<uint8_t> resized(const Rgb &image, Size size, Filter filter) {
+std::vector<uint8_t> resized(const Rgb &image, Size size, Resampling filter) {
     check(image);
     const Kernel kernel = kernel_of(filter);
     const int64_t lost = image.height - size.height;
@@ -313,7 +313,7 @@ PixelValues preprocess(const Rgb &image, const ImageProcessing &spec) {
     if (spec.tiles) return tiled(image, spec);
     const Size size = resized_size(image.height, image.width, spec);
     check_size(size, spec);
-    const Pixels pixels = resized(image, size, Filter::BICUBIC);
+    const Pixels pixels = resized(image, size, Resampling::BICUBIC);
     PixelValues result{std::vector<float>(pixels.size()), {size.height / spec.patch_size, size.width / spec.patch_size}};
     write_patches(pixels.data(), size.width * 3, size, spec, normalised_levels(spec), result.values.data());
     return result;

@@ -14,7 +14,7 @@
 namespace cembed {
 
 enum class Resize { SMART, FIXED, TILES };
-enum class Filter { BICUBIC, LANCZOS };
+enum class Resampling { BICUBIC, LANCZOS };
 
 // The manifest's `image.tiles`.
 struct Tiles {
@@ -70,7 +70,7 @@ struct PixelValues {
 Size resized_size(int64_t height, int64_t width, const ImageProcessing &spec);
 
 // Bytes [height, width, 3] of an image in another size.
-std::vector<uint8_t> resized(const Rgb &image, Size size, Filter filter);
+std::vector<uint8_t> resized(const Rgb &image, Size size, Resampling filter);
 
 // Throws Error(INVALID_ARGUMENT) for an image without pixels, or a stride shorter than a row.
 PixelValues preprocess(const Rgb &image, const ImageProcessing &spec);
