@@ -28,7 +28,7 @@ from cembed.export.head_weights import (
 )
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
-from cembed.export.tokens import check_prompts, read_tokenizer
+from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
 from cembed.runtime.bundle.manifest import (
     EmbeddingTable,
     Graph,
@@ -114,6 +114,7 @@ class Plan:
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer = read_tokenizer([place for place in (options.adapter, root) if place is not None])
+        backbone = replace(backbone, prompts=prompts_of(backbone, tokenizer, root))
         hidden = backbone.decoder.hidden_size
         tables = slot_tables(checkpoint, head, None if options.head_spec else name, hidden)
         document, query = sides(options, backbone, head, tables, tokenizer)

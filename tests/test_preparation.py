@@ -160,6 +160,18 @@ def test_other_components_are_refused_by_name(change: dict[str, Any], words: str
         library.tokenizer(json.dumps({**json.loads(small), **change}))
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_tokens_that_strip_white_space_may_not_be_in_prompts(flag: str, library: Library, small: str) -> None:
+    """ModernBERT's [MASK] is one; queries with it are refused as those with any control token."""
+    content = json.loads(small)
+    mask = {"id": 9999, "content": "[MASK]", "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append(mask | {"normalized": False, "special": True, flag: True})
+    ours = library.tokenizer(json.dumps(content))
+    assert ours.ids("a [MAS b") == library.tokenizer(small).ids("a [MAS b")
+    with pytest.raises(RefusedError, match=r"'\[MASK\]', which strips white space, in a prompt"):
+        ours.ids("a [MASK] b")
+
+
 def test_damaged_files_are_refused(library: Library, small: str) -> None:
     """Every file that was cut off, and files with a wrong byte unless it is in a token's text."""
     data, rng = small.encode(), random.Random(0)

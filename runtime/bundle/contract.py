@@ -135,7 +135,9 @@ def check_image(image: ImageProcessing) -> None:
 
 def check_tiles(image: ImageProcessing, tiles: Tiles) -> None:
     if tiles.side % image.factor or tiles.side % 2:
-        raise CembedError(f"image.tiles.side is {tiles.side}, no even multiple of a visual token's {image.factor}")
+        raise CembedError(
+            f"image.tiles.side is {tiles.side}, no even multiple of patch_size * merge_size, {image.factor}"
+        )
     if image.min_pixels != tiles.side**2 or image.max_pixels > MAX_TILES * tiles.side**2:
         limits = f"min_pixels {image.min_pixels} and max_pixels {image.max_pixels}"
         raise CembedError(f"image has {limits}: they are 1 to {MAX_TILES} tiles of side {tiles.side}")

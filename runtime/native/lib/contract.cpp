@@ -110,7 +110,7 @@ void check_tiles(const ImageProcessing &image) {
     const Tiles &tiles = *image.tiles;
     const int64_t area = tiles.side * tiles.side;
     if (tiles.side % image.factor() || tiles.side % 2)
-        refuse("image.tiles.side is " + std::to_string(tiles.side) + ", no even multiple of a visual token");
+        refuse("image.tiles.side is " + std::to_string(tiles.side) + ": patch_size * merge_size must divide it, and 2");
     if (image.min_pixels != area || image.max_pixels > schema::MAX_TILES * area)
         refuse("image.min_pixels and max_pixels are not 1 to " + std::to_string(schema::MAX_TILES) + " tiles");
     for (const auto &[name, text, images] : {std::tuple("tile", tiles.tile, 1), std::tuple("row_end", tiles.row_end, 0),
