@@ -340,4 +340,4 @@ def step_spec(
         outputs.append(Tensor("hidden_states", "float32", ("batch_size", "num_vectors", config.hidden_size)))
     inputs = (*text.inputs[:3], Tensor("cache_position", "int64", ("batch_size",)), *cache("past_key_values"))
     build = partial(Step, config, attends, projection)
-    return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data", grouped=4)
+    return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data")

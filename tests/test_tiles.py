@@ -256,7 +256,7 @@ def test_fewer_visual_tokens_are_fewer_tiles(name: str, bundle_of: BundleMaker) 
     counts = {}
     for tokens in (272, 160, 159, 80, 79, 16):
         embedder = Embedder.load(bundle_of(name), max_visual_tokens=tokens)
-        ids = embedder.inputs.document(page()).positions.shape[1]
+        ids = len(embedder.inputs.document(page()))
         assert len(embedder.embed_image(page())) == ids
         values, _ = preprocess(page().convert("RGB"), embedder.inputs.image)
         counts[tokens] = len(values) // 64
@@ -269,7 +269,7 @@ def test_fewer_visual_tokens_are_fewer_tiles(name: str, bundle_of: BundleMaker) 
 def test_the_longest_page_is_counted(bundle_of: BundleMaker) -> None:
     embedder = Embedder.load(bundle_of("colidefics3"))
     prompt, image = embedder.manifest.document.prompt, embedder.manifest.image
-    lengths = [len(embedder.inputs.document(noise(*size)).embeds) for size in ((90, 90), (90, 60), (20, 90))]
+    lengths = [len(embedder.inputs.document(noise(*size))) for size in ((90, 90), (90, 60), (20, 90))]
     assert longest_page(embedder.inputs.prompter, prompt, image) == max(lengths) == lengths[0]
 
 
