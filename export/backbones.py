@@ -33,7 +33,8 @@ MAX_PARTS, MAX_LAYERS, MAX_SIDE = 1 << 16, 1 << 10, 1 << 12
 class Backbone:
     """One checkpoint's architecture and the conventions it was trained with.
 
-    `prompts` are (document, query), with `{image}` and `{text}`; `vision_prefix` is where the checkpoint has the tower;
+    `prompts` are (document, query), with `{image}` and `{text}`, between what the tokenizer itself adds where
+    `tokenizer_adds`; `vision_prefix` is where the checkpoint has the tower;
     `embedding_scale` is folded into the embedding table.
     """
 
@@ -49,6 +50,7 @@ class Backbone:
     vision_prefix: str
     build_vision: Callable[[Dialect], nn.Module]
     embedding_scale: float = 1.0
+    tokenizer_adds: bool = False
 
 
 def load_backbone(name: str | None, root: Path, adapter: Path | None = None) -> Backbone:

@@ -166,14 +166,14 @@ class Step(Decoder):
         position_ids: Tensor,
         slot_indices: Tensor,
         cache_position: Tensor,
-        past_key_values: list[Tensor],
+        past: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
         present: list[Tensor] = []
         causal = self.attending == "causal"
 
         def attend(index: int, qkv: QKV) -> Tensor:
-            past = past_key_values[2 * index], past_key_values[2 * index + 1]
-            out, *cache = self.dialect.cached_attention(qkv, past, cache_position, self.config.heads, causal)
+            held = past[f"past_key_values.{index}.key"], past[f"past_key_values.{index}.value"]
+            out, *cache = self.dialect.cached_attention(qkv, held, cache_position, self.config.heads, causal)
             present.extend(cache)
             return out
 

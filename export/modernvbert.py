@@ -68,4 +68,5 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
         vision_inputs=vision.inputs,
         vision_prefix="",
         build_vision=vision.build,
+        tokenizer_adds=True,
     )

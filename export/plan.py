@@ -28,7 +28,7 @@ from cembed.export.head_weights import (
 )
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
-from cembed.export.tokens import check_prompts, read_tokenizer
+from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
 from cembed.runtime.bundle.manifest import (
     EmbeddingTable,
     Graph,
@@ -119,6 +119,7 @@ class ExportPlan:
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer = read_tokenizer([place for place in (adapter, root) if place is not None])
+        backbone = replace(backbone, prompts=prompts_of(backbone, tokenizer, root))
         hidden = backbone.decoder.hidden_size
         tables = slot_tables(checkpoint, head, None if options.head_spec else name, hidden)
         document, query = sides(options, backbone, head, tables, tokenizer)
@@ -354,4 +355,4 @@ def step_spec(
         outputs.append(Tensor("hidden_states", "float32", ("batch_size", "num_vectors", config.hidden_size)))
     inputs = (*text.inputs[:3], Tensor("cache_position", "int64", ("batch_size",)), *cache("past_key_values"))
     build = partial(Step, config, attends, projection)
-    return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data", grouped=4)
+    return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
+from cembed.export.backbones import Backbone
 from cembed.export.settings import Settings, read_json
 from cembed.runtime.bundle.manifest import Side
 from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, panics_named
@@ -90,6 +91,31 @@ def warn_if_different(tokenizer: Tokenizer, used: Path, base: Tokenizer, other: 
     few = ", ".join(map(repr, new[:3])) + (", …" if len(new) > 3 else "")
     more = f"{len(new)} tokens more ({few})" if new else "the same tokens, and other rules or numbers"
     warnings.warn(f"the tokenizer of {used} is used, not that of {other}: it has {more}", RuntimeWarning, stacklevel=2)
+
+
+def prompts_of(backbone: Backbone, tokenizer: Tokenizer, root: Path) -> tuple[str, str]:
+    """A backbone's prompts as its processor's begin and end: the runtime's tokenizer adds nothing by itself."""
+    if not backbone.tokenizer_adds:
+        return backbone.prompts
+    before, after = around(tokenizer, root)
+    document, query = (before + prompt + after for prompt in backbone.prompts)
+    return document, query
+
+
+def around(tokenizer: Tokenizer, path: Path) -> tuple[str, str]:
+    """The text of the tokens that the tokenizer itself puts before and after every text.
+
+    Raises CembedError if that cannot be written as text.
+    """
+    with panics_named(f"{path}: its tokenizer failed"):
+        encoding, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+        start = next(i for i, added in enumerate([*encoding.special_tokens_mask, 0]) if not added)
+        parts = encoding.tokens[:start], encoding.tokens[start + len(bare.ids) :]
+        before, after = ("".join(part) for part in parts)
+        again = tokenizer.encode(f"{before}a{after}", add_special_tokens=False)
+    if again.ids != encoding.ids:
+        raise CembedError(f"{path} adds {encoding.tokens} to a text, which is no text that gives the same tokens")
+    return before, after
 
 
 def check_prompts(tokenizer: Tokenizer, image_token_id: int, sides: tuple[Side, Side], most: int) -> None:

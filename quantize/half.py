@@ -17,10 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cembed.quantize.activations import Watcher
 from cembed.quantize.graph import DataFile, SourceGraph
+from cembed.runtime.bundle.graph_tensors import is_past, is_present
 
 LARGEST = float(np.finfo(np.float16).max) / 2  # of the values seen: others may be twice as large
 START = "inputs"  # the segment before the first weight
-_DATA = ("inputs_embeds", "pixel_values", "past_key_values")  # what is not computed from positions
+_POSITIONS = ("position_weights",)  # float inputs that positions are computed from, which stay in float32
 
 
 def segments(source: SourceGraph) -> Iterator[tuple[onnx.NodeProto, str]]:
@@ -34,7 +35,9 @@ def segments(source: SourceGraph) -> Iterator[tuple[onnx.NodeProto, str]]:
 
 def data_nodes(source: SourceGraph) -> set[str]:
     """The outputs of nodes that data flows through: the others compute positions, which stay in float32."""
-    reached = {tensor.name for tensor in source.model.graph.input if tensor.name.startswith(_DATA)}
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    inputs = [tensor for tensor in source.model.graph.input if tensor.type.tensor_type.elem_type in floats]
+    reached = {tensor.name for tensor in inputs if tensor.name not in _POSITIONS}
     for node in source.model.graph.node:
         if reached & set(node.input):
             reached |= set(node.output)
@@ -121,7 +124,7 @@ class Halver:
         """A KV cache is as half as the node that reads it."""
         readers = {name: node.name for node in model.graph.node for name in node.input}
         for value in model.graph.input:
-            half = value.name.startswith("past_key_values") and readers.get(value.name) in self._half_nodes
+            half = is_past(value.name) and readers.get(value.name) in self._half_nodes
             self._given[value.name] = half
             if half:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
@@ -131,7 +134,7 @@ class Halver:
         for value in model.graph.output:
             if not self._given.get(value.name, False):
                 continue
-            if value.name.startswith("present"):
+            if is_present(value.name):
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
             else:
                 inner = f"{value.name}.inner"

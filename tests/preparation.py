@@ -68,13 +68,17 @@ class Library:
     def close(self, handle: ctypes.c_void_p) -> None:
         self._library.cembed_close(handle)
 
-    def resize(self, image: Array, height: int, width: int) -> Array:
-        return self.call("cembed_resize", np.uint8, *_image(image), width, height).reshape(height, width, 3)
+    def resize(self, image: Array, height: int, width: int, lanczos: bool = False) -> Array:
+        values = self.call("cembed_resize", np.uint8, *_image(image), width, height, int(lanczos))
+        return values.reshape(height, width, 3)
+
+    def page_prompt(self, prompt: str, spec: ImageProcessing, grid: tuple[int, int]) -> str:
+        return self.call("cembed_page_prompt", np.uint8, prompt.encode(), *grid, *processing(spec)).tobytes().decode()
 
     def preprocess(self, image: Array, spec: ImageProcessing) -> tuple[Array, tuple[int, int]]:
         grid = np.empty(2, np.int64)
         values = self.call("cembed_preprocess", np.float32, *_image(image), *processing(spec), grid)
-        return values.reshape(grid.prod(), -1), (int(grid[0]), int(grid[1]))
+        return values.reshape(-1, 3 * spec.patch_size**2), (int(grid[0]), int(grid[1]))
 
 
 class Encoder:
@@ -109,7 +113,13 @@ def _image(image: Array) -> Sequence[Any]:
     return image, image.shape[1], image.shape[0], image.strides[0]
 
 
+RESIZE = ("smart", "fixed", "tiles")
+MARKERS = {"tile": "[{row}.{column}{image}]", "row_end": "/", "page": "~{image}", "alone": "={image}"}
+"""Those of the tiles that preparation.cpp makes."""
+
+
 def processing(spec: ImageProcessing) -> tuple[Ints, NDArray[np.float64]]:
-    fixed = spec.resize == "fixed"
-    sizes = [fixed, spec.patch_size, spec.merge_size, spec.min_pixels, spec.max_pixels, spec.window_size]
-    return np.array(sizes, np.int64), np.array([spec.rescale_factor, *spec.mean, *spec.std])
+    sizes = [RESIZE.index(spec.resize), spec.patch_size, spec.merge_size, spec.min_pixels, spec.max_pixels]
+    tiles = (spec.tiles.side, spec.tiles.longest_edge) if spec.tiles else (0, 0)
+    levels = np.array([spec.rescale_factor, *spec.mean, *spec.std])
+    return np.array([*sizes, spec.window_size, *tiles], np.int64), levels

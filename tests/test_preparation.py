@@ -16,14 +16,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from preparation import Encoder, Library, RefusedError, compile_library, missing, processing
+from preparation import MARKERS, Encoder, Library, RefusedError, compile_library, missing, processing
 from texts import QWEN_SPECIAL, gemma, qwen, texts
 from tokenizers import Tokenizer
 
 from cembed.runtime import CembedError
-from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.image_processing import ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest import Positions
-from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
+from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, page_prompt
 from cembed.runtime.embed import positions
 from cembed.runtime.embed.preprocess import preprocess, resized_size
 
@@ -34,8 +34,24 @@ FILES = [*sorted((ROOT / "tests/golden").glob("*/tokenizer.json")), ROOT / "samp
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 QWEN_IMAGE = ImageProcessing("smart", 14, 2, 3136, 75264, 1 / 255, *CLIP, window_size=112)
 SIGLIP_IMAGE = ImageProcessing("fixed", 14, 1, 224 * 224, 224 * 224, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 pytestmark = needs_compiler
+
+
+def tiled(side: int, edge: int, patch: int, merge: int, most: int = 1024) -> ImageProcessing:
+    """Pages in tiles of `side` pixels, most of them `most`."""
+    tiles, area = Tiles(side, edge, **MARKERS), side**2
+    return ImageProcessing("tiles", patch, merge, area, most * area, 1 / 255, *CLIP, tiles=tiles)
+
+
+TILED = {
+    "released": tiled(512, 2048, 16, 4),
+    "idefics3": tiled(364, 1456, 14, 2),
+    "odd": tiled(96, 511, 16, 3),
+    "small": tiled(64, 50, 16, 2),
+    "limited": tiled(128, 1000, 16, 2, most=7),
+}
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +61,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return Library(path)
 
 
+def with_digits(tokenizer: str) -> str:
+    """As SmolLM's: each number apart, then GPT-2's expression."""
+    steps = [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]
+    return json.dumps({**json.loads(tokenizer), "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}})
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "qwen": lambda: qwen(VOCABULARY, LINES),
     "gemma": lambda: gemma(VOCABULARY, LINES),
     "gemma without all bytes": lambda: gemma(VOCABULARY, LINES, bytes_known=200),
+    "digits": lambda: with_digits(qwen(VOCABULARY, LINES)),
     **{f"{path.parent.name}": path.read_text for path in FILES},
 }
 
@@ -67,9 +90,11 @@ def small() -> str:
     return qwen(400, 100)
 
 
-def test_every_character(library: Library, small: str) -> None:
+@pytest.mark.parametrize("digits", [False, True])
+def test_every_character(library: Library, small: str, digits: bool) -> None:
     """Each code point between letters, digits and marks: what the tables say of it shows in how words are cut."""
-    theirs, ours = Tokenizer.from_str(small), library.tokenizer(small)
+    data = with_digits(small) if digits else small
+    theirs, ours = Tokenizer.from_str(data), library.tokenizer(data)
     step = 1 if LONG else 64
     for code_point in [*range(0x3000), *range(0x3000, 0x110000, step)]:
         if not 0xD800 <= code_point < 0xE000:
@@ -101,7 +126,6 @@ def test_half_a_surrogate_pair_is_refused() -> None:
         prompter.query("{text}", "a \ud800 b")
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}
 
 
@@ -114,6 +138,7 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", 
         ({"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}}, "add_prefix_space"),
         ({"pre_tokenizer": {**BYTE_LEVEL, "use_regex": False}}, "no expression, or two"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}}, "a Split by the expression"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, BYTE_LEVEL]}}, "a Digits"),
         ({"pre_tokenizer": {**SPLIT, "pattern": {"String": " "}}}, "what the normalizer leaves"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "Unigram"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "dropout": 0.5}}, "dropout"),
@@ -133,6 +158,18 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", 
 def test_other_components_are_refused_by_name(change: dict[str, Any], words: str, library: Library, small: str) -> None:
     with pytest.raises(RefusedError, match=words):
         library.tokenizer(json.dumps({**json.loads(small), **change}))
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_tokens_that_strip_white_space_may_not_be_in_prompts(flag: str, library: Library, small: str) -> None:
+    """ModernBERT's [MASK] is one; queries with it are refused as those with any control token."""
+    content = json.loads(small)
+    mask = {"id": 9999, "content": "[MASK]", "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append(mask | {"normalized": False, "special": True, flag: True})
+    ours = library.tokenizer(json.dumps(content))
+    assert ours.ids("a [MAS b") == library.tokenizer(small).ids("a [MAS b")
+    with pytest.raises(RefusedError, match=r"'\[MASK\]', which strips white space, in a prompt"):
+        ours.ids("a [MASK] b")
 
 
 def test_damaged_files_are_refused(library: Library, small: str) -> None:
@@ -180,13 +217,17 @@ def images(seed: int, count: int, largest: int) -> list[NDArray[np.uint8]]:
     return found
 
 
-def test_resized_bytes_equal_pillows(library: Library) -> None:
+@pytest.mark.parametrize("lanczos", [False, True])
+def test_resized_bytes_equal_pillows(library: Library, lanczos: bool) -> None:
+    resampling = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
     rng = np.random.default_rng(0)
     for i, image in enumerate(images(0, IMAGES, 1500)):
         height, width = np.exp(rng.uniform(0, np.log(900), 2)).astype(int).tolist()
         height, width = image.shape[0] if i % 9 == 1 else height, image.shape[1] if i % 9 == 2 else width
-        wanted = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-        assert np.array_equal(library.resize(image, height, width), wanted), f"{image.shape} to {height} x {width}"
+        wanted = np.asarray(Image.fromarray(image).resize((width, height), resampling))
+        assert np.array_equal(library.resize(image, height, width, lanczos), wanted), (
+            f"{image.shape} to {height} x {width}"
+        )
 
 
 @pytest.mark.parametrize("spec", [QWEN_IMAGE, SIGLIP_IMAGE], ids=["qwen", "siglip"])
@@ -201,6 +242,18 @@ def test_pixel_values_equal_pythons(spec: ImageProcessing, library: Library) -> 
             assert found[0].tobytes() == wanted[0].tobytes()
 
 
+@pytest.mark.parametrize("spec", TILED.values(), ids=TILED)
+def test_tiles_equal_pythons(spec: ImageProcessing, library: Library) -> None:
+    for image in images(2, IMAGES // 15, 900):
+        wanted, grid = preprocess(Image.fromarray(image), spec)
+        found = library.preprocess(image, spec)
+        assert found[1] == grid
+        assert found[0].tobytes() == wanted.tobytes()
+        prompt = page_prompt("a {image} b", spec, grid)
+        assert library.page_prompt("a {image} b", spec, grid) == prompt
+        assert prompt.count("{image}") * (spec.input_patches or 0) == len(wanted)
+
+
 SIDES = st.integers(1, 30000)
 
 
@@ -211,6 +264,13 @@ def test_sizes_equal_pythons(height: int, width: int, library: Library) -> None:
     assume(max(height, width) <= 200 * min(height, width))
     found = library.call("cembed_resized", np.int64, height, width, *processing(QWEN_IMAGE))
     assert tuple(found) == resized_size(height, width, QWEN_IMAGE)
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=SIDES, width=SIDES, name=st.sampled_from(list(TILED)))
+def test_sizes_in_tiles_equal_pythons(height: int, width: int, name: str, library: Library) -> None:
+    found = library.call("cembed_resized", np.int64, height, width, *processing(TILED[name]))
+    assert tuple(found) == resized_size(height, width, TILED[name])
 
 
 @pytest.mark.parametrize(

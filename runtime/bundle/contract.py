@@ -12,6 +12,7 @@ from itertools import groupby
 from math import isqrt
 from operator import attrgetter
 
+from cembed.runtime.bundle.graph_tensors import is_past, is_present, past_of
 from cembed.runtime.bundle.image_processing import MAX_TILES, ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest import MAX_TOKENIZER, MAX_VECTOR, EmbeddingTable, Graph, Manifest, Side, Tensor
 from cembed.runtime.bundle.schema import shown
@@ -135,7 +136,9 @@ def check_image(image: ImageProcessing) -> None:
 
 def check_tiles(image: ImageProcessing, tiles: Tiles) -> None:
     if tiles.side % image.factor or tiles.side % 2:
-        raise CembedError(f"image.tiles.side is {tiles.side}, no even multiple of a visual token's {image.factor}")
+        raise CembedError(
+            f"image.tiles.side is {tiles.side}, no even multiple of patch_size * merge_size, {image.factor}"
+        )
     if image.min_pixels != tiles.side**2 or image.max_pixels > MAX_TILES * tiles.side**2:
         limits = f"min_pixels {image.min_pixels} and max_pixels {image.max_pixels}"
         raise CembedError(f"image has {limits}: they are 1 to {MAX_TILES} tiles of side {tiles.side}")
@@ -256,18 +259,13 @@ def missing_rows(rows: Sequence[Row], found: Sequence[Row]) -> Iterator[Row]:
 
 def check_step(manifest: Manifest, graph: Graph) -> None:
     """Each past has its present, all hold the same positions, and there is what a feedback slot is fed."""
-    past, present = caches(graph.inputs, "past_key_values."), caches(graph.outputs, "present.")
+    past = {tensor.name: (tensor.dtype, *tensor.shape) for tensor in graph.inputs if is_past(tensor.name)}
+    present = {past_of(t.name): (t.dtype, *t.shape) for t in graph.outputs if is_present(t.name)}
     if different := sorted(name for name in past.keys() | present.keys() if past.get(name) != present.get(name)):
-        raise CembedError(f"graphs.text_step: past_key_values.{different[0]} and its present are not alike")
+        raise CembedError(f"graphs.text_step: {different[0]} and its present are not alike")
     if len({tensor[3] for tensor in past.values()}) > 1:
         raise CembedError("graphs.text_step: past_key_values hold different numbers of positions")
     if manifest.dim != manifest.hidden_size and all(tensor.name != "hidden_states" for tensor in graph.outputs):
         raise CembedError(
             f"graphs.text_step.outputs: hidden_states is missing, as dim {manifest.dim} is a projection's"
         )
-
-
-def caches(tensors: Sequence[Tensor], prefix: str) -> dict[str, tuple[int | str, ...]]:
-    """Type and shape of the tensors with a prefix, by the rest of their names."""
-    found = [tensor for tensor in tensors if tensor.name.startswith(prefix)]
-    return {tensor.name.removeprefix(prefix): (tensor.dtype, *tensor.shape) for tensor in found}

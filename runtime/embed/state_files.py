@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from cembed.runtime.bundle.array_files import Parts, write_safetensors
+from cembed.runtime.bundle.graph_tensors import is_past, state_tensors
 from cembed.runtime.bundle.manifest import Manifest, Side, SideName
 from cembed.runtime.bundle.tensor_files import DTYPES, Header, read_header, read_safetensors
 from cembed.runtime.bundle.vectors import write_whole
@@ -61,13 +62,10 @@ class StateSchema:
         m = self.manifest
         sizes: dict[int | str, int] = {"batch_size": 1, "capacity": positions}
         found: Signature = {"prompt_end": ("I64", (m.positions.axes, 1)), "hidden": ("F32", (1, m.hidden_size))}
-        for tensor in m.graphs["text_step"].inputs:
-            if tensor.name.startswith("past_key_values."):
-                batch, heads, _, width = (sizes.get(axis, axis) for axis in tensor.shape)
-                found[tensor.name] = (
-                    _CODES.get(tensor.dtype, tensor.dtype),
-                    (int(batch), int(heads), positions, int(width)),
-                )
+        for tensor in state_tensors(m.graphs["text_step"]):
+            batch, heads, _, width = (sizes.get(axis, axis) for axis in tensor.shape)
+            shape = (int(batch), int(heads), positions, int(width))
+            found[tensor.name] = (_CODES.get(tensor.dtype, tensor.dtype), shape)
         return found | ({"states": ("F32", (vectors, m.dim))} if vectors else {})
 
     def check_counts(self, name: SideName, positions: int, vectors: int) -> None:
@@ -158,7 +156,7 @@ def count(found: Signature, schema: StateSchema) -> tuple[int, int]:
     """Positions of the cache, and vectors. Raises UnfitError if the tensors are not those of any state."""
     if "text_step" not in schema.manifest.graphs:
         raise UnfitError("the bundle has no slots")
-    cache = next((shape for name, (_, shape) in found.items() if name.startswith("past_key_values.")), ())
+    cache = next((shape for name, (_, shape) in found.items() if is_past(name)), ())
     states = found["states"][1] if "states" in found else (0,)
     positions, vectors = (cache[2] if len(cache) == 4 else 0), (states[0] if states else 0)
     expected = schema.signature(positions, vectors)

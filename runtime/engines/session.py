@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cembed.runtime.bundle.graph_tensors import is_present, present_of
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.engines.quiet import ort
 from cembed.runtime.errors import CembedError
@@ -130,14 +131,14 @@ class OrtStep:
     def __init__(self, session: ort.InferenceSession, cache: Mapping[str, Array], device: str) -> None:
         self._session, self._binding = session, session.io_binding()
         outputs = [output.name for output in session.get_outputs()]
-        self._states = [name for name in outputs if not name.startswith("present.")]
+        self._states = [name for name in outputs if not is_present(name)]
         for name in self._states:
             self._binding.bind_output(name, "cpu")
         self._arrays = {} if device == "cpu" else cache
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in cache.items()}
         for name, buffer in self._buffers.items():
             self._binding.bind_ortvalue_input(name, buffer)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffer)
+            self._binding.bind_ortvalue_output(present_of(name), buffer)
 
     def pull(self) -> None:
         for name, array in self._arrays.items():

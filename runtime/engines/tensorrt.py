@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cembed.runtime.bundle.graph_tensors import is_present, past_of
 from cembed.runtime.bundle.manifest import Graph
 from cembed.runtime.engines.cuda import Cuda, CudaGraph, DeviceBuffer, PinnedArray
 from cembed.runtime.engines.session import Array
@@ -148,9 +149,8 @@ class ShapeContext:
         self._bind_caches(session.graph)
         if missing := self._context.infer_shapes():
             raise AssertionError(f"{session.name} still needs {missing}")
-        presents = [name for name in session.outputs if name.startswith("present.")]
-        self._outputs = {name: self._bind_output(name) for name in session.outputs if name not in presents}
-        self._presents = [pair for name in presents for pair in self._bind_present(name)]
+        self._outputs = {n: self._bind_output(n) for n in session.outputs if not is_present(n)}
+        self._presents = [pair for n in session.outputs if is_present(n) for pair in self._bind_present(n)]
 
     def _bind_caches(self, graph: Graph) -> None:
         shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
@@ -192,7 +192,7 @@ class ShapeContext:
 
     def _bind_present(self, name: str) -> list[tuple[DeviceBuffer, DeviceBuffer]]:
         """Onto the past, if the engine updates that in place; else beside it, to be copied over the past each time."""
-        past = self._cache[name.replace("present.", "past_key_values.")]
+        past = self._cache[past_of(name)]
         aliased = getattr(self._session.engine, "get_aliased_input_tensor", lambda _: None)(name)
         present = past if aliased else self._cuda.device_buffer(past.nbytes)
         self._set(name, present.address)

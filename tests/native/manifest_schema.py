@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from cembed.runtime.bundle import contract, external_data, manifest
+from cembed.runtime.bundle import contract, external_data, image_processing, manifest
 from cembed.runtime.bundle.schema import Range, Text, kinds_of, plain, required_fields
 
 NUMBERS = ("MAX_MANIFEST", "MAX_TOKENIZER", "MAX_VECTOR")
@@ -99,6 +99,7 @@ def main() -> None:
     print(f'constexpr const char *MANIFEST = "{manifest.MANIFEST}", *DIGEST = "{manifest.DIGEST}";')
     for name in NUMBERS:
         print(f"constexpr int64_t {name} = {getattr(manifest, name)};")
+    print(f"constexpr int64_t MAX_TILES = {image_processing.MAX_TILES};")
     print(
         f"constexpr int64_t MAX_ONNX = {external_data.MAX_ONNX};\nconstexpr int MAX_DEPTH = {external_data.MAX_DEPTH};"
     )

@@ -27,8 +27,18 @@ template <class Compute> int64_t keep(Compute compute) {
 }
 
 ImageProcessing processing(const int64_t *sizes, const double *levels) {
-    return {sizes[0] ? Resize::FIXED : Resize::SMART,   sizes[1], sizes[2], sizes[3], sizes[4], levels[0],
-            {levels[1], levels[2], levels[3]},          {levels[4], levels[5], levels[6]},       sizes[5]};
+    ImageProcessing spec{Resize(sizes[0]),
+                         sizes[1],
+                         sizes[2],
+                         sizes[3],
+                         sizes[4],
+                         levels[0],
+                         {levels[1], levels[2], levels[3]},
+                         {levels[4], levels[5], levels[6]},
+                         sizes[5],
+                         std::nullopt};
+    if (spec.resize == Resize::TILES) spec.tiles = Tiles{sizes[6], sizes[7], "[{row}.{column}{image}]", "/", "~{image}", "={image}"};
+    return spec;
 }
 
 }  // namespace
@@ -63,8 +73,13 @@ int64_t cembed_query(const void *tokenizer, int64_t image, const char *prompt, c
     });
 }
 
-int64_t cembed_resize(const uint8_t *data, int64_t width, int64_t height, int64_t stride, int64_t w, int64_t h) {
-    return keep([&] { return resize_bicubic({data, width, height, stride}, {h, w}); });
+int64_t cembed_page_prompt(const char *prompt, int64_t height, int64_t width, const int64_t *sizes, const double *levels) {
+    return keep([&] { return page_prompt(prompt, processing(sizes, levels), {height, width}); });
+}
+
+int64_t cembed_resize(const uint8_t *data, int64_t width, int64_t height, int64_t stride, int64_t w, int64_t h,
+                      int64_t lanczos) {
+    return keep([&] { return resized({data, width, height, stride}, {h, w}, Resampling(lanczos)); });
 }
 
 int64_t cembed_preprocess(const uint8_t *data, int64_t width, int64_t height, int64_t stride, const int64_t *sizes,

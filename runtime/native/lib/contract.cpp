@@ -5,6 +5,7 @@
 #include <iterator>
 #include <map>
 #include <set>
+#include <tuple>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -99,6 +100,26 @@ void check_sizes(const Manifest &m) {
     }
 }
 
+size_t count(const std::string &text, const std::string &part) {
+    size_t found = 0;
+    for (size_t at = 0; (at = text.find(part, at)) != std::string::npos; at += part.size()) ++found;
+    return found;
+}
+
+void check_tiles(const ImageProcessing &image) {
+    const Tiles &tiles = *image.tiles;
+    const int64_t area = tiles.side * tiles.side;
+    if (tiles.side % image.factor() || tiles.side % 2)
+        refuse("image.tiles.side is " + std::to_string(tiles.side) + ": patch_size * merge_size must divide it, and 2");
+    if (image.min_pixels != area || image.max_pixels > schema::MAX_TILES * area)
+        refuse("image.min_pixels and max_pixels are not 1 to " + std::to_string(schema::MAX_TILES) + " tiles");
+    for (const auto &[name, text, images] : {std::tuple("tile", tiles.tile, 1), std::tuple("row_end", tiles.row_end, 0),
+                                             std::tuple("page", tiles.page, 1), std::tuple("alone", tiles.alone, 1)}) {
+        if (count(text, "{image}") != size_t(images))
+            refuse("image.tiles." + std::string(name) + " must contain {image} " + std::to_string(images) + " times");
+    }
+}
+
 void check_image(const ImageProcessing &image) {
     const int64_t factor = image.factor(), side = std::llround(std::sqrt(double(image.max_pixels)));
     const std::string what = "image.max_pixels is " + std::to_string(image.max_pixels);
@@ -107,12 +128,8 @@ void check_image(const ImageProcessing &image) {
         refuse("image.window_size is " + std::to_string(image.window_size) + ", no multiple of a visual token");
     if (image.resize == Resize::FIXED && (side * side != image.max_pixels || side % factor))
         refuse(what + ", no square of visual tokens");
-}
-
-size_t count(const std::string &text, const std::string &part) {
-    size_t found = 0;
-    for (size_t at = 0; (at = text.find(part, at)) != std::string::npos; at += part.size()) ++found;
-    return found;
+    if ((image.resize == Resize::TILES) != image.tiles.has_value()) refuse("image.tiles does not fit its resize");
+    if (image.tiles) check_tiles(image);
 }
 
 void check_side(const Manifest &m, const std::string &name, const Side &side, const std::string &placeholder) {
@@ -234,8 +251,7 @@ Numbers numbers_of(const Manifest &m) {
     return {{"hidden_size", m.hidden_size},
             {"dim", m.dim},
             {"positions.axes", m.positions.axes},
-            {"image.max_pixels",
-             image.resize == Resize::FIXED ? image.max_pixels / (image.patch_size * image.patch_size) : 0},
+            {"image.max_pixels", image.input_patches()},
             {"image.patch_size", 3 * image.patch_size * image.patch_size},
             {"image.window_size", side * side}};
 }

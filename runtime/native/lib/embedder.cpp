@@ -94,6 +94,14 @@ void Embedder::check_length(int64_t length) const {
     }
 }
 
+void Embedder::check_page(int64_t length, int64_t images) const {
+    if (length > manifest.max_sequence_length && images > 1) {
+        wrong("the page takes " + std::to_string(length) + " positions in " + std::to_string(images) +
+              " tiles, the model has " + std::to_string(manifest.max_sequence_length) + ": lower max_visual_tokens");
+    }
+    check_length(length);
+}
+
 void Embedder::check(const Side &side, const Budget &budget) const {
     if (budget.num_vectors < 0) side.check_budget(budget.num_vectors);
     if (!side.num_vectors && (budget.num_vectors != 0 || budget.loop))
@@ -110,8 +118,10 @@ void Embedder::check(const Side &side, const Budget &budget) const {
 Prompt Embedder::document(const Rgb &page) {
     const PixelValues pixels = preprocess(page, image);
     const int64_t num_visual_tokens = pixels.num_patches() / (image.merge_size * image.merge_size);
-    check_length(num_visual_tokens);
-    const auto ids = prompter_.document(manifest.document.prompt, num_visual_tokens);
+    check_page(num_visual_tokens, pixels.images);
+    const std::string text = page_prompt(manifest.document.prompt, image, pixels.grid);
+    const auto ids = prompter_.document(text, num_visual_tokens / pixels.images);
+    check_page(int64_t(ids.size()), pixels.images);
     if (std::count(ids.begin(), ids.end(), manifest.image_token_id) != num_visual_tokens)
         throw Error(BUNDLE, "the bundle's document prompt must contain {image} exactly once");
     Prompt made = prompt(ids, pixels.grid);
@@ -144,7 +154,8 @@ Prompt Embedder::prompt(const std::vector<int64_t> &ids, const std::optional<Gri
 std::vector<float> Embedder::image_features(const PixelValues &pixels) {
     const Graph &graph = bundle.graph("vision");
     const int64_t patches = pixels.num_patches(), tokens = patches / (image.merge_size * image.merge_size);
-    std::vector<Tensor> inputs{{"pixel_values", {1, patches, 3 * image.patch_size * image.patch_size}, pixels.values}};
+    const std::vector<int64_t> shape{pixels.images, patches / pixels.images, 3 * image.patch_size * image.patch_size};
+    std::vector<Tensor> inputs{{"pixel_values", shape, pixels.values}};
     std::vector<int64_t> places, restore;
     Windows windows;
     if (graph.takes("patch_positions")) {
@@ -159,7 +170,8 @@ std::vector<float> Embedder::image_features(const PixelValues &pixels) {
         inputs.emplace_back("window_restore", std::vector<int64_t>{patches}, restore);
     }
     std::vector<float> features(size_t(tokens * manifest.hidden_size));
-    const std::vector<Tensor> outputs{{graph.outputs.at(0).name, {1, tokens, manifest.hidden_size}, features}};
+    const std::vector<Tensor> outputs{
+        {graph.outputs.at(0).name, {pixels.images, tokens / pixels.images, manifest.hidden_size}, features}};
     engine("vision").run(inputs, outputs, Activations::RELEASE);
     require_finite(features.data(), int64_t(features.size()), "graph vision, of this image,");
     return features;

@@ -79,6 +79,7 @@ class Embedder {
 
   private:
     Prompt prompt(const std::vector<int64_t> &ids, const std::optional<Grid> &grid) const;
+    void check_page(int64_t length, int64_t images) const;
     std::vector<float> image_features(const PixelValues &pixels);
     std::vector<float> single_pass(const Side &side, const Prompt &prompt, int64_t num_vectors);
 

@@ -14,6 +14,7 @@ using shared::MAX_ASPECT_RATIO;
 constexpr int64_t MAX_SIDE = int64_t(1) << 24;    // Pillow holds sides in float32
 constexpr int64_t MAX_PIXELS = int64_t(1) << 30;  // of the resized image: what a bundle may ask for
 constexpr int64_t MAX_FACTOR = 4096;
+constexpr double PI = 3.14159265358979323846;
 constexpr int PRECISION_BITS = 32 - 8 - 2;      // of a weight: two bits are for sums below 0 and over 1
 
 std::string sizes(int64_t height, int64_t width) {
@@ -27,6 +28,22 @@ double cubic(double x) {
     return x < 2.0 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0.0;
 }
 
+double sinc(double x) {
+    if (x == 0.0) return 1.0;
+    x *= PI;
+    return std::sin(x) / x;
+}
+
+double lanczos(double x) { return -3.0 <= x && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
+
+// A filter's weight at a distance, and where it ends.
+struct Kernel {
+    double (*weight)(double);
+    double support;
+};
+
+Kernel kernel_of(Resampling filter) { return filter == Resampling::BICUBIC ? Kernel{cubic, 2.0} : Kernel{lanczos, 3.0}; }
+
 // Along one side: what each pixel of the result is the sum of.
 struct Taps {
     int64_t most;  // weights that are kept for each pixel
@@ -36,9 +53,9 @@ struct Taps {
     const int32_t *of(int64_t pixel) const { return weights.data() + pixel * most; }
 };
 
-Taps taps_of(int64_t from, int64_t to) {
+Taps taps_of(int64_t from, int64_t to, const Kernel &kernel) {
     const double scale = double(from) / double(to), stretch = std::max(scale, 1.0);
-    const double support = 2.0 * stretch, inverse = 1.0 / stretch;
+    const double support = kernel.support * stretch, inverse = 1.0 / stretch;
     const auto most = int64_t(std::ceil(support)) * 2 + 1;
     Taps taps{most, std::vector<int64_t>(size_t(to)), std::vector<int64_t>(size_t(to)),
               std::vector<int32_t>(size_t(to * most))};
@@ -49,7 +66,7 @@ Taps taps_of(int64_t from, int64_t to) {
         const int64_t count = std::min(from, int64_t(centre + support + 0.5)) - first;
         double sum = 0.0;
         for (int64_t i = 0; i < count; ++i) {
-            exact[size_t(i)] = cubic((double(i + first) - centre + 0.5) * inverse);
+            exact[size_t(i)] = kernel.weight((double(i + first) - centre + 0.5) * inverse);
             sum += exact[size_t(i)];
         }
         for (int64_t i = 0; i < count; ++i) {
@@ -69,8 +86,8 @@ uint8_t clipped(int32_t sum) { return uint8_t(std::clamp(sum >> PRECISION_BITS, 
 using Pixels = std::vector<uint8_t>;
 
 // Rows in another width.
-Pixels across(const Rgb &image, int64_t width) {
-    const Taps taps = taps_of(image.width, width);
+Pixels across(const Rgb &image, int64_t width, const Kernel &kernel) {
+    const Taps taps = taps_of(image.width, width, kernel);
     Pixels out(size_t(image.height * width * 3));
     uint8_t *to = out.data();
     for (int64_t i = 0; i < image.height * width; ++i) {
@@ -91,8 +108,8 @@ Pixels across(const Rgb &image, int64_t width) {
 }
 
 // Columns in another height: whole rows are added up.
-Pixels down(const Rgb &image, int64_t height) {
-    const Taps taps = taps_of(image.height, height);
+Pixels down(const Rgb &image, int64_t height, const Kernel &kernel) {
+    const Taps taps = taps_of(image.height, height, kernel);
     const auto row = size_t(image.width * 3);
     Pixels out(size_t(height) * row);
     std::vector<int32_t> sums(row);
@@ -128,6 +145,11 @@ void check(const ImageProcessing &spec) {
     for (const int64_t pixels : {spec.min_pixels, spec.max_pixels}) {
         if (pixels < 0 || pixels > MAX_PIXELS) throw Error(BUNDLE, "image.min_pixels or max_pixels is out of range");
     }
+    if ((spec.resize == Resize::TILES) != spec.tiles.has_value()) throw Error(BUNDLE, "image.tiles does not fit resize");
+    if (!spec.tiles) return;
+    for (const int64_t size : {spec.tiles->side, spec.tiles->longest_edge}) {
+        if (size < 1 || size > MAX_FACTOR) throw Error(BUNDLE, "image.tiles.side or longest_edge is out of range");
+    }
 }
 
 Size smart_resize(int64_t height, int64_t width, const ImageProcessing &spec) {
@@ -156,6 +178,34 @@ Size fixed_size(const ImageProcessing &spec) {
     return {side, side};
 }
 
+// A size whose longer edge is `edge` and whose shorter one is even.
+Size keep_ratio(int64_t height, int64_t width, int64_t edge) {
+    const double ratio = double(width) / double(height);
+    const auto shorter = int64_t(width >= height ? double(edge) / ratio : double(edge) * ratio);
+    const int64_t even = std::max<int64_t>(shorter + shorter % 2, 1);
+    return width >= height ? Size{even, edge} : Size{edge, even};
+}
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Multiples of `side`: the longer edge rounded up, the shorter one stretched with it and then rounded up.
+Size whole_tiles(Size size, int64_t side) {
+    const double ratio = double(size.width) / double(size.height);
+    const int64_t longer = round_up(std::max(size.height, size.width), side);
+    if (size.width >= size.height) return {round_up(int64_t(double(longer) / ratio), side), longer};
+    return {longer, round_up(int64_t(double(longer) * ratio), side)};
+}
+
+// Both sizes that a page is resized to before it is cut.
+std::array<Size, 2> tile_sizes(int64_t height, int64_t width, const ImageProcessing &spec) {
+    const int64_t side = spec.tiles->side;
+    for (int64_t edge = spec.tiles->longest_edge;; edge = (edge - 1) / side * side) {
+        const Size first = keep_ratio(height, width, edge), second = whole_tiles(first, side);
+        const int64_t tiles = Tiles::count(second.height / side, second.width / side);
+        if (edge <= side || tiles * side * side <= spec.max_pixels) return {first, second};
+    }
+}
+
 using Levels = std::array<std::array<float, 256>, 3>;
 
 // The float32 value of every 8-bit level of each channel: rescaled, then normalised.
@@ -181,44 +231,93 @@ float *write_patch(const uint8_t *corner, int64_t stride, int64_t side, const Le
     return out;
 }
 
+// Values of the patches in `size` pixels from `corner` on: merge groups row by row.
+float *write_patches(const uint8_t *corner, int64_t stride, Size size, const ImageProcessing &spec, const Levels &levels,
+                     float *out) {
+    const int64_t patch = spec.patch_size, merge = spec.merge_size, across = size.width / spec.factor();
+    for (int64_t i = 0; i < size.height / patch * (size.width / patch); ++i) {
+        const int64_t group = i / (merge * merge), inside = i % (merge * merge);
+        const int64_t y = (group / across * merge + inside / merge) * patch;
+        const int64_t x = (group % across * merge + inside % merge) * patch;
+        out = write_patch(corner + y * stride + x * 3, stride, patch, levels, out);
+    }
+    return out;
+}
+
+void check_size(Size size, const ImageProcessing &spec) {
+    if (std::min(size.height, size.width) < 1 || size.height % spec.factor() != 0 || size.width % spec.factor() != 0)
+        throw Error(BUNDLE, sizes(size.height, size.width) + " does not divide into visual tokens");
+    if (size.height * size.width > MAX_PIXELS) throw Error(BUNDLE, sizes(size.height, size.width) + " is too large");
+}
+
+PixelValues tiled(const Rgb &image, const ImageProcessing &spec) {
+    const auto [first, size] = tile_sizes(image.height, image.width, spec);
+    const int64_t side = spec.tiles->side, stride = size.width * 3, rows = size.height / side, columns = size.width / side;
+    const Size tile{side, side};
+    check_size(size, spec);
+    check_size(tile, spec);
+    const Pixels between = resized(image, first, Resampling::LANCZOS);
+    const Pixels page = resized({between.data(), first.width, first.height, first.width * 3}, size, Resampling::LANCZOS);
+    const Levels levels = normalised_levels(spec);
+    PixelValues result{{}, {size.height / spec.patch_size, size.width / spec.patch_size}, Tiles::count(rows, columns)};
+    result.values.resize(size_t(result.images * side * side * 3));
+    float *out = result.values.data();
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        const uint8_t *corner = page.data() + i / columns * side * stride + i % columns * side * 3;
+        out = write_patches(corner, stride, tile, spec, levels, out);
+    }
+    if (result.images == 1) return result;
+    const Pixels whole = resized({page.data(), size.width, size.height, stride}, tile, Resampling::LANCZOS);
+    write_patches(whole.data(), side * 3, tile, spec, levels, out);
+    return result;
+}
+
+std::string replaced(std::string text, const std::string &name, int64_t number) {
+    for (size_t at = 0; (at = text.find(name, at)) != std::string::npos;) text.replace(at, name.size(), std::to_string(number));
+    return text;
+}
+
 }  // namespace
+
+std::string Tiles::fill(int64_t rows, int64_t columns) const {
+    if (rows * columns == 1) return alone;
+    std::string text;
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        text += replaced(replaced(tile, "{row}", i / columns + 1), "{column}", i % columns + 1);
+        if (i % columns == columns - 1) text += row_end;
+    }
+    return text + page;
+}
 
 Size resized_size(int64_t height, int64_t width, const ImageProcessing &spec) {
     check(spec);
+    if (spec.tiles) return tile_sizes(height, width, spec)[1];
     return spec.resize == Resize::SMART ? smart_resize(height, width, spec) : fixed_size(spec);
 }
 
 // Rows first, unless the height loses more than twice as much as the width: Pillow's order, which shows in the bytes.
 // A side that stays as it is has one weight of 1 for each pixel.
-std::vector<uint8_t> resize_bicubic(const Rgb &image, Size size) {
+std::vector<uint8_t> resized(const Rgb &image, Size size, Resampling filter) {
     check(image);
+    const Kernel kernel = kernel_of(filter);
     const int64_t lost = image.height - size.height;
     if (lost > 0 && lost > 2 * (image.width - size.width)) {
-        const Pixels between = down(image, size.height);
-        return across({between.data(), image.width, size.height, image.width * 3}, size.width);
+        const Pixels between = down(image, size.height, kernel);
+        return across({between.data(), image.width, size.height, image.width * 3}, size.width, kernel);
     }
-    const Pixels between = across(image, size.width);
-    return down({between.data(), size.width, image.height, size.width * 3}, size.height);
+    const Pixels between = across(image, size.width, kernel);
+    return down({between.data(), size.width, image.height, size.width * 3}, size.height, kernel);
 }
 
 PixelValues preprocess(const Rgb &image, const ImageProcessing &spec) {
     check(image);
+    check(spec);
+    if (spec.tiles) return tiled(image, spec);
     const Size size = resized_size(image.height, image.width, spec);
-    if (std::min(size.height, size.width) < 1 || size.height % spec.factor() != 0 || size.width % spec.factor() != 0) {
-        throw Error(BUNDLE, sizes(size.height, size.width) + " does not divide into visual tokens");
-    }
-    if (size.height * size.width > MAX_PIXELS) throw Error(BUNDLE, sizes(size.height, size.width) + " is too large");
-    const std::vector<uint8_t> pixels = resize_bicubic(image, size);
-    const Levels levels = normalised_levels(spec);
-    const int64_t patch = spec.patch_size, merge = spec.merge_size, stride = size.width * 3;
-    PixelValues result{std::vector<float>(pixels.size()), {size.height / patch, size.width / patch}};
-    float *out = result.values.data();
-    for (int64_t i = 0; i < result.num_patches(); ++i) {
-        const int64_t group = i / (merge * merge), inside = i % (merge * merge), across = size.width / spec.factor();
-        const int64_t y = (group / across * merge + inside / merge) * patch;
-        const int64_t x = (group % across * merge + inside % merge) * patch;
-        out = write_patch(pixels.data() + y * stride + x * 3, stride, patch, levels, out);
-    }
+    check_size(size, spec);
+    const Pixels pixels = resized(image, size, Resampling::BICUBIC);
+    PixelValues result{std::vector<float>(pixels.size()), {size.height / spec.patch_size, size.width / spec.patch_size}};
+    write_patches(pixels.data(), size.width * 3, size, spec, normalised_levels(spec), result.values.data());
     return result;
 }
 

@@ -1,4 +1,5 @@
-// From an RGB image to `pixel_values`, as runtime/embed/preprocess.py: Pillow's bicubic resampling to the byte, then float32.
+// From an RGB image to `pixel_values`, as runtime/embed/preprocess.py and tiles.py: Pillow's resampling to the byte, then
+// float32.
 //
 // Letters: P patches, C pixels of a patch (3 * patch_size * patch_size).
 #pragma once
@@ -6,11 +7,25 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 namespace cembed {
 
-enum class Resize { SMART, FIXED };
+enum class Resize { SMART, FIXED, TILES };
+enum class Resampling { BICUBIC, LANCZOS };
+
+// The manifest's `image.tiles`.
+struct Tiles {
+    int64_t side = 0, longest_edge = 0;
+    std::string tile, row_end, page, alone;
+
+    // Tiles of a page, the whole page counted.
+    static int64_t count(int64_t rows, int64_t columns) { return rows * columns + (rows * columns > 1 ? 1 : 0); }
+    // What stands for `{image}` in the prompt of a page, with `{image}` once for each tile.
+    std::string fill(int64_t rows, int64_t columns) const;
+};
 
 // The manifest's `image`, field by field.
 struct ImageProcessing {
@@ -20,9 +35,15 @@ struct ImageProcessing {
     double rescale_factor = 1.0 / 255;
     std::array<double, 3> mean{}, std{};
     int64_t window_size = 0;
+    std::optional<Tiles> tiles;
 
     int64_t factor() const { return patch_size * merge_size; }
     int64_t max_visual_tokens() const { return max_pixels / (factor() * factor()); }
+    // Patches of one image of the vision graph; 0 where that depends on the page.
+    int64_t input_patches() const {
+        if (resize == Resize::SMART) return 0;
+        return (tiles ? tiles->side * tiles->side : max_pixels) / (patch_size * patch_size);
+    }
 };
 
 // Rows of `stride` bytes, each starting with `width` red, green and blue ones.
@@ -38,17 +59,18 @@ struct Size {
 using Grid = Size;  // of an image in patches
 
 struct PixelValues {
-    std::vector<float> values;  // [P, C]
-    Grid grid;
-    int64_t num_patches() const { return grid.height * grid.width; }
+    std::vector<float> values;  // [P, C]; tiles one after the other, the whole page last
+    Grid grid;                  // without the whole page behind tiles
+    int64_t images = 1;         // of the same number of patches
+    int64_t num_patches() const { return images == 1 ? grid.height * grid.width : grid.height * grid.width / (images - 1) * images; }
 };
 
-// Size in pixels that an image is resized to. Throws Error(INVALID_ARGUMENT) for sides that differ by over 200 times,
+// Size in pixels that an image is resized to, in whole tiles where there are any. Throws Error(INVALID_ARGUMENT) for sides that differ by over 200 times,
 // Error(BUNDLE) for processing that no bundle can ask for.
 Size resized_size(int64_t height, int64_t width, const ImageProcessing &spec);
 
 // Bytes [height, width, 3] of an image in another size.
-std::vector<uint8_t> resize_bicubic(const Rgb &image, Size size);
+std::vector<uint8_t> resized(const Rgb &image, Size size, Resampling filter);
 
 // Throws Error(INVALID_ARGUMENT) for an image without pixels, or a stride shorter than a row.
 PixelValues preprocess(const Rgb &image, const ImageProcessing &spec);

@@ -35,6 +35,9 @@ const std::map<std::string, Slots> SLOTS = {{"constant", Slots::CONSTANT},
 const std::map<std::string, Pooling> POOLING = {
     {"none", Pooling::NONE}, {"mean", Pooling::MEAN}, {"last", Pooling::LAST}, {"concat", Pooling::CONCAT}};
 
+const std::map<std::string, Resize> RESIZE = {
+    {"smart", Resize::SMART}, {"fixed", Resize::FIXED}, {"tiles", Resize::TILES}};
+
 void check_side(const Side &side, const std::string &where) {
     if ((side.slots == Slots::ALL_TOKENS) == side.num_vectors.has_value())
         refuse(where, "has num_vectors that do not fit its slots");
@@ -72,7 +75,7 @@ Side read_side(const Json &value, const std::string &where) {
 
 ImageProcessing read_image(const Json &value) {
     ImageProcessing image;
-    image.resize = value.at("resize") == "smart" ? Resize::SMART : Resize::FIXED;
+    image.resize = choice(RESIZE, value, "resize");
     image.patch_size = value.at("patch_size");
     image.merge_size = value.at("merge_size");
     image.min_pixels = value.at("min_pixels");
@@ -81,6 +84,10 @@ ImageProcessing read_image(const Json &value) {
     image.mean = value.at("mean").get<std::array<double, 3>>();
     image.std = value.at("std").get<std::array<double, 3>>();
     image.window_size = value.value("window_size", int64_t(0));
+    if (const auto tiles = value.find("tiles"); tiles != value.end() && !tiles->is_null()) {
+        image.tiles = {tiles->at("side"),    tiles->at("longest_edge"), tiles->at("tile"),
+                       tiles->at("row_end"), tiles->at("page"),         tiles->at("alone")};
+    }
     return image;
 }
 

@@ -23,6 +23,7 @@ constexpr const char *MANIFEST = "manifest.json", *DIGEST = "manifest.sha256";
 constexpr int64_t MAX_MANIFEST = 16777216;
 constexpr int64_t MAX_TOKENIZER = 268435456;
 constexpr int64_t MAX_VECTOR = 2147483647;
+constexpr int64_t MAX_TILES = 1024;
 constexpr int64_t MAX_ONNX = 2147483647;
 constexpr int MAX_DEPTH = 100;
 constexpr const char *FORBIDDEN = "EPContext";

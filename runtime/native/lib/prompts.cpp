@@ -21,6 +21,12 @@ bool is_blank(char32_t c) { return unicode::is_space(c) || (c >= 0x1c && c <= 0x
 
 }  // namespace
 
+std::string page_prompt(const std::string &prompt, const ImageProcessing &image, Grid grid) {
+    if (!image.tiles) return prompt;
+    const int64_t side = image.tiles->side / image.patch_size;
+    return filled(prompt, "{image}", image.tiles->fill(grid.height / side, grid.width / side));
+}
+
 Prompter::Prompter(Tokenizer tokenizer, int64_t image_token_id)
     : tokenizer_(std::move(tokenizer)), image_token_id_(image_token_id), image_token_(tokenizer_.token(image_token_id)) {
     if (image_token_.empty()) throw Error(BUNDLE, "the tokenizer has no image token " + std::to_string(image_token_id));

@@ -6,15 +6,19 @@
 #include <string_view>
 #include <vector>
 
+#include "image.h"
 #include "tokenizer.h"
 
 namespace cembed {
+
+// The prompt of a page of `grid` patches: where it comes in tiles, `{image}` is there for each, between markers.
+std::string page_prompt(const std::string &prompt, const ImageProcessing &image, Grid grid);
 
 class Prompter {
   public:
     Prompter(Tokenizer tokenizer, int64_t image_token_id);
 
-    // `input_ids` [S]: the prompt with its `{image}` become `num_visual_tokens` image tokens.
+    // `input_ids` [S]: the prompt with each `{image}` in it become `num_visual_tokens` image tokens.
     std::vector<int64_t> document(std::string_view prompt, int64_t num_visual_tokens) const;
 
     // `input_ids` [S] of a prompt with `{text}` filled in. Throws Error(INVALID_ARGUMENT) for a text that is not UTF-8, is

@@ -202,6 +202,12 @@ const WordRules *split_rules(const json &component) {
     return rules;
 }
 
+const WordRules *digits_rules(const json &digits, const json &behind) {
+    if (!get(digits, "individual_digits", false)) refuse("a Digits pre-tokenizer that keeps numbers together");
+    byte_level_rules(behind, nullptr);
+    return &GPT2_DIGITS;
+}
+
 const WordRules *pre_tokenizer_rules(const json &component, const Normalizer &normalizer) {
     if (component.is_null()) return nullptr;
     const std::string type = type_of(component);
@@ -209,6 +215,7 @@ const WordRules *pre_tokenizer_rules(const json &component, const Normalizer &no
     if (type == "Sequence") {
         const json &steps = component.at("pretokenizers");
         if (steps.size() != 2) refuse("a Sequence of " + std::to_string(steps.size()) + " pre-tokenizers");
+        if (type_of(steps.at(0)) == "Digits") return digits_rules(steps.at(0), steps.at(1));
         return byte_level_rules(steps.at(1), split_rules(steps.at(0)));
     }
     if (type != "Split") refuse("a pre-tokenizer of type " + type);
@@ -234,13 +241,16 @@ struct AddedToken {
     explicit AddedToken(const json &token)
         : content(token.at("content").get<std::string>()), normalized(get(token, "normalized", true)),
           special(get(token, "special", false)) {
-        for (const char *flag : {"single_word", "lstrip", "rstrip"}) {
-            if (get(token, flag, false)) refuse("the token '" + content + "' with " + flag);
+        if (get(token, "single_word", false)) refuse("the token '" + content + "' with single_word");
+        for (const char *flag : {"lstrip", "rstrip"}) {
+            strips = strips || get(token, flag, false);
+            if (strips && !special) refuse("the token '" + content + "' with " + flag);
         }
     }
 
     std::string content;
     bool normalized, special;
+    bool strips = false;  // takes white space beside it: a query never has it, and a prompt may not
 };
 
 }  // namespace
@@ -268,6 +278,12 @@ struct Tokenizer::Parts {
             id = same == added.end() ? next_id++ : same->first;
         }
         added.insert_or_assign(*id, token);
+    }
+
+    // The id of an added token that was found.
+    int64_t found(uint32_t id) const {
+        if (added.at(id).strips) refuse("the token '" + added.at(id).content + "', which strips white space, in a prompt");
+        return id;
     }
 
     void append_ids(std::string_view text, std::vector<int64_t> &ids) const {
@@ -306,12 +322,12 @@ std::vector<int64_t> Tokenizer::encode(std::string_view utf8) const {
     std::vector<int64_t> ids;
     for (const Piece &piece : parts_->raw.split(utf8)) {
         if (piece.id) {
-            ids.push_back(*piece.id);
+            ids.push_back(parts_->found(*piece.id));
             continue;
         }
         const std::string text = parts_->normalizer(piece.text);
         for (const Piece &inner : parts_->normalized.split(text)) {
-            inner.id ? ids.push_back(*inner.id) : parts_->append_ids(inner.text, ids);
+            inner.id ? ids.push_back(parts_->found(*inner.id)) : parts_->append_ids(inner.text, ids);
         }
     }
     return ids;

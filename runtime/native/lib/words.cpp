@@ -81,11 +81,12 @@ class Scanner {
 
 }  // namespace
 
-const WordRules GPT2{R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)", false, false, false,
-                     false};
+#define GPT2_PATTERN R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)"
+const WordRules GPT2{GPT2_PATTERN, false, false, false, false, false};
+const WordRules GPT2_DIGITS{GPT2_PATTERN, false, false, false, false, true};
 const WordRules QWEN2{R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|)"
                       R"(\s*[\r\n]+|\s+(?!\S)|\s+)",
-                      true, true, true, true};
+                      true, true, true, true, false};
 
 const WordRules *word_rules(std::string_view pattern) {
     for (const WordRules *rules : {&GPT2, &QWEN2}) {
@@ -94,13 +95,29 @@ const WordRules *word_rules(std::string_view pattern) {
     return nullptr;
 }
 
+namespace {
+
+// Where the text that the expression sees at once ends: the whole, or a number, or what is between two.
+size_t end_of_part(std::u32string_view text, size_t i, const WordRules &rules) {
+    if (!rules.digits_apart) return text.size();
+    if (unicode::is_number(text[i])) return i + 1;
+    while (i < text.size() && !unicode::is_number(text[i])) ++i;
+    return i;
+}
+
+}  // namespace
+
 std::vector<std::u32string_view> words(std::u32string_view text, const WordRules &rules) {
-    const Scanner scanner(text, rules);
     std::vector<std::u32string_view> found;
-    for (size_t i = 0; i < text.size();) {
-        const size_t end = scanner.end_of_word(i);
-        found.push_back(text.substr(i, end - i));
-        i = end;
+    for (size_t start = 0; start < text.size();) {
+        const std::u32string_view part = text.substr(start, end_of_part(text, start, rules) - start);
+        const Scanner scanner(part, rules);
+        for (size_t i = 0; i < part.size();) {
+            const size_t end = scanner.end_of_word(i);
+            found.push_back(part.substr(i, end - i));
+            i = end;
+        }
+        start += part.size();
     }
     return found;
 }
