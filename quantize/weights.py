@@ -143,8 +143,8 @@ class ByteRange:
     def of(cls, low: float, high: float, symmetric: bool = False) -> ByteRange:
         """Zero is one of the levels; `symmetric` makes them signed with zero in the middle, all that TensorRT takes.
 
-        >>> ByteRange.of(-1.0, 4.1), ByteRange.of(-1.0, 2.54, symmetric=True)
-        (ByteRange(scale=0.02, zero_point=50, low=0), ByteRange(scale=0.02, zero_point=0, low=-128))
+        >>> ByteRange.of(-1.0, 191 / 64), ByteRange.of(-1.0, 127 / 64, symmetric=True)
+        (ByteRange(scale=0.015625, zero_point=64, low=0), ByteRange(scale=0.015625, zero_point=0, low=-128))
         """
         low, high = min(low, 0.0), max(high, 0.0)
         if symmetric:

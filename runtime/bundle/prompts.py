@@ -20,7 +20,7 @@ QUERY_POSITIONS = 512
 
 
 _REFUSED = ("continuing_subword_prefix", "dropout")
-_PERHAPS_REFUSED = re.compile(rb'"(?:%s)"(?!\s*:\s*null)|\\u00[2-7]' % "|".join(_REFUSED).encode())
+_SIGNS = (re.compile(rb'"(?:%s)"(?!\s*:\s*null)' % "|".join(_REFUSED).encode()), re.compile(rb"\\u00[2-7]"))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -38,10 +38,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def check_model(path: Path, content: bytes) -> None:
     """Raises CembedError for what makes the `tokenizers` library end the process, or draw lots.
 
-    Parsing takes longer than all the rest of loading: only what may have such a model is parsed. An escape of an ASCII
-    character, which nobody writes, could hide a name.
+    Parsing takes longer than all the rest of loading: only what shows a sign of such a model is parsed. An escape of an
+    ASCII character, which nobody writes, could hide a name.
     """
-    if _PERHAPS_REFUSED.search(content) is None:
+    if not any(sign.search(content) for sign in _SIGNS):
         return
     parsed = parse(content.decode("utf-8"), str(path))
     model = parsed.get("model", {}) if isinstance(parsed, dict) else {}
