@@ -1,7 +1,7 @@
 """An index of synthetic pages: how fast it is built, searched and opened, what it takes on disk and in memory.
 
     python bench/index.py --pages 100000 --threads 2
-    python bench/index.py --pages 1000000 --store u8,bits --rounds 5    # 5 GB of disk
+    python bench/index.py --pages 1000000 --storage u8,bits --rounds 5    # 5 GB of disk
 
 Pages are correlated: each is one of some topics with noise. The writing speed of the disk is measured in the same run,
 with the same bytes in pieces of the same size, each waited for. Searches run in a process of their own, whose memory is
@@ -70,18 +70,18 @@ class Synthetic:
         return normalise(normalise(page) + normalise(rng.standard_normal(page.shape, np.float32)))
 
 
-def build(folder: Path, count: int, rows: int, dim: int, store: tuple[str, ...]) -> Numbers:
+def build(folder: Path, count: int, rows: int, dim: int, storage: tuple[str, ...]) -> Numbers:
     data = Synthetic(rows, dim)
     start = time.perf_counter()
     for _ in data.pages(min(count, 20_000)):
         pass
     making = (time.perf_counter() - start) * count / min(count, 20_000)
-    with Index.create(folder, dim=dim, bundle=BUNDLE, store=store) as index:
+    with Index.create(folder, dim=dim, bundle=BUNDLE, storage=storage) as index:
         start = time.perf_counter()
         index.add(data.pages(count), bundle=BUNDLE)
         seconds = time.perf_counter() - start
         stats = index.stats()
-    arithmetic = sum(rows * STORAGE[tier].vector_bytes(dim) for tier in store)
+    arithmetic = sum(rows * STORAGE[tier].vector_bytes(dim) for tier in storage)
     return {
         "seconds": seconds,
         "seconds of making pages": making,
@@ -90,7 +90,7 @@ def build(folder: Path, count: int, rows: int, dim: int, store: tuple[str, ...])
         "bytes a page": stats.bytes_per_page,
         "arithmetic bytes": arithmetic,
         "over arithmetic": stats.bytes_per_page / arithmetic - 1,
-        "scanned tier bytes": stats.bytes[store[-1]],
+        "scanned tier bytes": stats.bytes[storage[-1]],
         "peak rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -148,7 +148,7 @@ def timed(index: Index, query: NDArray[np.float32], threads: int) -> tuple[float
 
 def report(result: Numbers) -> None:
     built, found, shape = result["build"], result["search"], result["shape"]
-    table = Table(title=f"{shape['pages']:,} pages of {shape['rows']} x {shape['dim']}, {','.join(shape['store'])}")
+    table = Table(title=f"{shape['pages']:,} pages of {shape['rows']} x {shape['dim']}, {','.join(shape['storage'])}")
     table.add_column("")
     table.add_column("", justify="right")
     tier = built["scanned tier bytes"]
@@ -184,7 +184,7 @@ def main(
     pages: Annotated[int, typer.Option(min=1)] = 100_000,
     rows: Annotated[int, typer.Option(min=1)] = 32,
     dim: Annotated[int, typer.Option(min=8)] = 128,
-    store: Annotated[str, typer.Option(help="Storage types, the most exact first.")] = "f16,u8,bits",
+    storage: Annotated[str, typer.Option(help="Storage types, the most exact first.")] = "f16,u8,bits",
     threads: Annotated[int, typer.Option(min=1)] = 2,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     workdir: Annotated[Path | None, typer.Option(help="Where the index is made, and removed again.")] = None,
@@ -195,7 +195,7 @@ def main(
     if searched is not None:
         print(json.dumps(search(searched, rows, threads, rounds)))
         return
-    folder, tiers = Path(tempfile.mkdtemp(prefix="cembed-index-", dir=workdir)), tuple(store.split(","))
+    folder, tiers = Path(tempfile.mkdtemp(prefix="cembed-index-", dir=workdir)), tuple(storage.split(","))
     try:
         built = build(folder / "index", pages, rows, dim, tiers)
         options = ["--rows", rows, "--threads", threads, "--rounds", rounds, "--searched", folder / "index"]
@@ -205,7 +205,7 @@ def main(
         found = json.loads(child.stdout)
     finally:
         shutil.rmtree(folder)
-    shape = {"pages": pages, "rows": rows, "dim": dim, "store": tiers}
+    shape = {"pages": pages, "rows": rows, "dim": dim, "storage": tiers}
     result = {"hardware": pages_bench.hardware(threads), "shape": shape, "build": built, "search": found}
     report(result)
     if json_path is not None:

@@ -144,10 +144,12 @@ def open_to_add(path: Path, embedder: Embedder, dim: int | None, storage: Sequen
     Raises CembedError: it is of another bundle, or dim.
     """
     from cembed.runtime.index.files import CURRENT
-    from cembed.runtime.index.index import DEFAULT_STORE, Index
+    from cembed.runtime.index.index import DEFAULT_STORAGE, Index
 
     if not os.path.lexists(path / CURRENT):
-        return Index.create(path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, store=storage or DEFAULT_STORE)
+        return Index.create(
+            path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, storage=storage or DEFAULT_STORAGE
+        )
     index = Index.open(path, write=True)
     for note in index.notes:
         complain(note)

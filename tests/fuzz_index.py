@@ -44,7 +44,7 @@ LONG_WORDS = (*WORDS, 1 << 40, 1 << 60, (1 << 62) - 64, (1 << 63) - 1, (1 << 64)
 def make_index(folder: Path) -> None:
     """Commits of both kinds and a removal, with all tiers."""
     rng = np.random.default_rng(0)
-    with Index.create(folder, dim=DIM, bundle="b", store=("f32", "f16", "u8", "bits")) as index:
+    with Index.create(folder, dim=DIM, bundle="b", storage=("f32", "f16", "u8", "bits")) as index:
         for first in (0, 3):
             pages = [
                 NewPage(f"p{i}", rng.standard_normal((i + 1, DIM)).astype(np.float32), f"s{i}", i, {"k": i}, b"c%d" % i)

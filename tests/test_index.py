@@ -57,9 +57,9 @@ PAGES = some_pages(50)
 QUERY = unit(np.random.default_rng(1).standard_normal((5, DIM)))
 
 
-def make(folder: Path, pages: Sequence[NewPage] = PAGES, store: str = "f16,u8,bits") -> Index:
+def make(folder: Path, pages: Sequence[NewPage] = PAGES, storage: str = "f16,u8,bits") -> Index:
     """An index with pages, open for writing."""
-    made = Index.create(folder, dim=pages[0].vectors.shape[1], bundle=BUNDLE, store=store.split(","))
+    made = Index.create(folder, dim=pages[0].vectors.shape[1], bundle=BUNDLE, storage=storage.split(","))
     assert made.add(pages, bundle=BUNDLE) == Added(len(pages), 0, 0)
     return made
 
@@ -98,7 +98,7 @@ def best(pages: Sequence[NewPage], tier: str, top: int) -> list[str]:
 
 @pytest.mark.parametrize("store", ["f32", "f16", "u8", "bits", "f16,u8,bits", "f32,bits"])
 def test_pages_come_back(tmp_path: Path, store: str) -> None:
-    make(tmp_path / "index", store=store).close()
+    make(tmp_path / "index", storage=store).close()
     opened, tier = Index.open(tmp_path / "index"), store.split(",")[0]
     assert (len(opened), opened.dim, opened.bundle, opened.tiers) == (50, DIM, BUNDLE, tuple(store.split(",")))
     for info, page in zip(opened.find(), PAGES, strict=True):
@@ -171,7 +171,7 @@ def test_an_index_of_a_later_version_is_not_called_damaged(tmp_path: Path) -> No
     assert "damaged" not in said
 
 
-@pytest.mark.parametrize(("place", "number"), [(24, (1 << 64) - 1), (64 + 8 * len(index.DEFAULT_STORE), (1 << 63) - 1)])
+@pytest.mark.parametrize(("place", "number"), [(24, (1 << 64) - 1), (64 + 8 * len(index.DEFAULT_STORAGE), (1 << 63) - 1)])
 def test_numbers_that_have_no_next_one_are_refused(tmp_path: Path, place: int, number: int) -> None:
     """That of the record after a damaged one, or the serial of its page; its CRCs are good."""
     with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made:
@@ -226,7 +226,7 @@ def test_memory_of_a_page_may_be_used_again(tmp_path: Path) -> None:
             buffer[:] = i
             yield NewPage(str(i), buffer)
 
-    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE, store=["f32"]) as made:
+    with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE, storage=["f32"]) as made:
         made.add(pages(), bundle=BUNDLE)
         assert all((made.vectors(str(i)) == i).all() for i in range(0, 5000, 100))
 
@@ -514,7 +514,7 @@ def test_sources(small: Index) -> None:
 @pytest.mark.parametrize("store", ["f32", "f16", "u8", "bits", "f16,u8,bits"])
 def test_a_search_is_maxsim(tmp_path: Path, store: str) -> None:
     tier = store.split(",")[0]
-    with make(tmp_path / "index", store=store) as made:
+    with make(tmp_path / "index", storage=store) as made:
         found = made.search(QUERY, 7)
         coarse = tier in ("u8", "bits")  # their kernels round the query too
         assert coarse or ids(found) == best(PAGES, tier, 7)
@@ -745,10 +745,11 @@ def test_places_where_no_index_can_be_made(small: Index, tmp_path: Path) -> None
     (tmp_path / "file").touch()
     assert "file" in create("file")
     assert "No such file" in create("no/where")
-    assert "unknown storage 'f8'" in create("new", store=["f8"])
-    assert "unknown storage" in create("new", store=[])
+    assert "unknown storage 'f8'" in create("new", store=["f8"])  # as it was called
+    assert "unknown storage 'f8'" in create("new", storage=["f8"])
+    assert "unknown storage" in create("new", storage=[])
     assert "multiple of 8" in create("new", dim=12)
-    assert "dim is 0" in create("new", dim=0, store=["f32"])
+    assert "dim is 0" in create("new", dim=0, storage=["f32"])
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "no").exists()
 

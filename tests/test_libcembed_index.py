@@ -51,7 +51,7 @@ def told(hit: Hit) -> dict[str, Any]:
 def test_it_finds_what_python_finds(library: Library, tmp_path: Path, store: str) -> None:
     """Also what was added later, over segments, removed, and compacted."""
     folder = tmp_path / "index"
-    with make(folder, store=store) as index:
+    with make(folder, storage=store) as index:
         same(library, folder)  # while a writer has it open
         index.add(some_pages(30, seed=5), bundle=BUNDLE)
         index.remove([PAGES[0].id, PAGES[7].id])

@@ -56,7 +56,7 @@ def stored(name: str) -> Pages:
 
 
 def made(folder: Path) -> Index:
-    index = Index.create(folder, dim=DIM, bundle="b", store=["bits", "u8", "f16", "f32"])
+    index = Index.create(folder, dim=DIM, bundle="b", storage=["bits", "u8", "f16", "f32"])
     index.add([NewPage(f"p{seed}", vectors(seed)) for seed in range(30)], bundle="b")
     return index
 
@@ -114,7 +114,7 @@ def test_messages_and_choices_are_the_same_in_every_order(shuffled: None, tmp_pa
     with pytest.raises(CembedError, match=r"unknown storage 'f8': cembed has f32, f16, u8, bits$"):
         check_dim("f8", 8)
     with pytest.raises(CembedError, match=r"as bits: a multiple of 8 is needed"):
-        Index.create(tmp_path / "index", dim=12, bundle="b", store=["f32", "bits"])
+        Index.create(tmp_path / "index", dim=12, bundle="b", storage=["f32", "bits"])
     for tiers in (("u8", "f32"), ("f32", "f32"), ("f32", "f8"), ()):
         with pytest.raises(CembedError, match="storage types"):
             Current("i", DIM, tiers, "b", (1,), 2, 0)

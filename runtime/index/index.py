@@ -41,7 +41,7 @@ from cembed.runtime.index.segments import Segment
 from cembed.runtime.index.writer import SegmentWriter, StoredPage, add_segment
 from cembed.runtime.scoring.storage import by_exactness, storage_of
 
-DEFAULT_STORE = ("f16", "u8", "bits")
+DEFAULT_STORAGE = ("f16", "u8", "bits")
 SEGMENT_BYTES = 2 << 30
 
 
@@ -75,20 +75,23 @@ class Index(IndexReader):
         *,
         dim: int,
         bundle: str,
-        store: Sequence[str] = DEFAULT_STORE,
+        storage: Sequence[str] = DEFAULT_STORAGE,
+        store: Sequence[str] | None = None,
         disk: Disk | None = None,
     ) -> Index:
         """A new, empty index, open for writing.
 
         `dim` is the length of its vectors, `bundle` the hash of the bundle that makes them (any text, if nothing is to
-        be compared). `store` names the storage types to keep beside each other: the most exact one gives the scores,
-        `u8` and `bits` are what large indexes are searched with first. `disk` is for tests.
+        be compared). `storage` names the types to keep beside each other: the most exact one gives the scores,
+        `u8` and `bits` are what large indexes are searched with first. `store` is what
+        `storage` was called, `disk` is for tests.
         Raises CembedError: something else is there, an unknown storage type, no room.
         """
         folder, disk = Path(path), disk or Disk()
-        for name in store or ("",):
+        storage = storage if store is None else store
+        for name in storage or ("",):
             storage_of(name)
-        current = Current(secrets.token_hex(8), dim, by_exactness(store), bundle, (), 1, 0)
+        current = Current(secrets.token_hex(8), dim, by_exactness(storage), bundle, (), 1, 0)
         if os.path.lexists(folder / CURRENT):
             raise CembedError(f"{folder} is an index already: open it, or choose another place")
         with writing_to(folder):
