@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import pytest
 from numpy.typing import NDArray
 
 from cembed.runtime.bundle.image_processing import ImageProcessing
 
+pillows_pixels = pytest.mark.skipif(
+    int(PIL.__version__.partition(".")[0]) < 13, reason="the C library makes the pixels of Pillow 13"
+)
 TESTS = Path(__file__).parent
 LIBRARY = TESTS.parent / "runtime" / "native" / "lib"
 PARTS = ("bpe", "image", "matcher", "positions", "prompts", "tokenizer", "unicode", "words")

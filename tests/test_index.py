@@ -171,7 +171,9 @@ def test_an_index_of_a_later_version_is_not_called_damaged(tmp_path: Path) -> No
     assert "damaged" not in said
 
 
-@pytest.mark.parametrize(("place", "number"), [(24, (1 << 64) - 1), (64 + 8 * len(index.DEFAULT_STORAGE), (1 << 63) - 1)])
+@pytest.mark.parametrize(
+    ("place", "number"), [(24, (1 << 64) - 1), (64 + 8 * len(index.DEFAULT_STORAGE), (1 << 63) - 1)]
+)
 def test_numbers_that_have_no_next_one_are_refused(tmp_path: Path, place: int, number: int) -> None:
     """That of the record after a damaged one, or the serial of its page; its CRCs are good."""
     with Index.create(tmp_path / "index", dim=DIM, bundle=BUNDLE) as made:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import BundleMaker
 from libcembed import CallError, Library, run
+from preparation import pillows_pixels
 from test_trt_session import page
 
 from cembed.runtime import Embedder
@@ -111,6 +112,7 @@ def close(ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
+@pillows_pixels
 @pytest.mark.parametrize("name", ["causalqwen2_5", "causalpali", "colqwen2"])
 def test_vectors_are_those_of_the_cpu(name: str, open_both: Opener, fake: Path) -> None:
     """Shapes come again, so that runs are replayed, and some are given up for others."""
@@ -141,6 +143,7 @@ def test_a_graph_is_captured_once_for_a_shape(open_both: Opener, fake: Path) -> 
     ours.close()
 
 
+@pillows_pixels
 @pytest.mark.parametrize("aliased", [True, False], ids=["in place", "copied"])
 @pytest.mark.parametrize("name", ["causalqwen2_5", "causalpali"])
 def test_the_loop_keeps_its_cache_on_the_device(name: str, aliased: bool, open_both: Opener, fake: Path) -> None:

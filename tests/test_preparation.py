@@ -16,7 +16,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from preparation import MARKERS, Encoder, Library, RefusedError, compile_library, missing, processing
+from preparation import MARKERS, Encoder, Library, RefusedError, compile_library, missing, pillows_pixels, processing
 from texts import QWEN_SPECIAL, gemma, qwen, texts
 from tokenizers import Tokenizer
 
@@ -217,6 +217,7 @@ def images(seed: int, count: int, largest: int) -> list[NDArray[np.uint8]]:
     return found
 
 
+@pillows_pixels
 @pytest.mark.parametrize("lanczos", [False, True])
 def test_resized_bytes_equal_pillows(library: Library, lanczos: bool) -> None:
     resampling = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
@@ -230,6 +231,7 @@ def test_resized_bytes_equal_pillows(library: Library, lanczos: bool) -> None:
         )
 
 
+@pillows_pixels
 @pytest.mark.parametrize("spec", [QWEN_IMAGE, SIGLIP_IMAGE], ids=["qwen", "siglip"])
 def test_pixel_values_equal_pythons(spec: ImageProcessing, library: Library) -> None:
     for image in images(1, IMAGES // 3, 2000):
