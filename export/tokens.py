@@ -122,13 +122,13 @@ def prompts_of(backbone: Backbone, tokenizer: Tokenizer, root: Path) -> tuple[st
     """A backbone's prompts as its processor's begin and end: the runtime's tokenizer adds nothing by itself."""
     if not backbone.tokenizer_adds:
         return backbone.prompts
-    before, behind = around(tokenizer, root)
-    document, query = (before + prompt + behind for prompt in backbone.prompts)
+    before, after = around(tokenizer, root)
+    document, query = (before + prompt + after for prompt in backbone.prompts)
     return document, query
 
 
 def around(tokenizer: Tokenizer, path: Path) -> tuple[str, str]:
-    """The text of the tokens that the tokenizer itself puts before and behind every text.
+    """The text of the tokens that the tokenizer itself puts before and after every text.
 
     Raises CembedError if that cannot be written as text.
     """
@@ -136,11 +136,11 @@ def around(tokenizer: Tokenizer, path: Path) -> tuple[str, str]:
         encoding, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
         start = next(i for i, added in enumerate([*encoding.special_tokens_mask, 0]) if not added)
         parts = encoding.tokens[:start], encoding.tokens[start + len(bare.ids) :]
-        before, behind = ("".join(part) for part in parts)
-        again = tokenizer.encode(f"{before}a{behind}", add_special_tokens=False)
+        before, after = ("".join(part) for part in parts)
+        again = tokenizer.encode(f"{before}a{after}", add_special_tokens=False)
     if again.ids != encoding.ids:
         raise CembedError(f"{path} adds {encoding.tokens} to a text, which is no text that gives the same tokens")
-    return before, behind
+    return before, after
 
 
 def check_prompts(tokenizer: Tokenizer, image_token_id: int, sides: tuple[Side, Side], most: int) -> None:

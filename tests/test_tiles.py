@@ -1,4 +1,4 @@
-"""Pages in tiles: pixels as transformers has them, fewer tiles, slots behind them, an encoder that has none."""
+"""Pages in tiles: pixels as transformers has them, fewer tiles, slots after them, an encoder that has none."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_an_encoder_has_no_slots_and_no_mask() -> None:
 
 
 def test_what_the_tokenizer_adds_is_part_of_the_prompts(tmp_path: Path) -> None:
-    """ModernBERT's puts [CLS] before and [SEP] behind every text."""
+    """ModernBERT's puts [CLS] before and [SEP] after every text."""
     root = Path(shutil.copytree(GOLDEN / "colmodernvbert", tmp_path / "m"))
     tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
     bos, end = "<|begin_of_text|>", "<|im_end|>"

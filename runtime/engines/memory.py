@@ -29,7 +29,8 @@ RESERVE = 512 << 20  # for CUDA and TensorRT themselves: an allowance
 class Limits:
     """What engines take at most: B inputs at once, positions of prompt and slots, vectors, patches, windows.
 
-    `prompt` is the length of the largest page's prompt, which engines are tuned for.
+    `attended` are the patches that one of them sees: those of its tile, where there are tiles. `prompt` is the length
+    of the largest page's prompt, which engines are tuned for.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class Limits:
     positions: int
     vectors: int
     patches: int
+    attended: int
     windows: int
     capacity: int
 
@@ -64,6 +66,7 @@ class Limits:
             positions=positions,
             vectors=positions if 0 in room.values() else max(room.values()),
             patches=longest_row(image) * image.merge_size**2,
+            attended=image.input_patches or longest_row(image) * image.merge_size**2,
             windows=max_windows(image),
             capacity=capacity if isinstance(capacity, int) else positions,
         )
@@ -114,7 +117,7 @@ class Model:
         """An estimate of what an engine's layers hold at once."""
         rows = limits.patches if graph == "vision" else limits.positions
         batch = 1 if graph == "text_step" else limits.batch
-        seen = limits.capacity if graph == "text_step" else rows
+        seen = {"vision": limits.attended, "text_step": limits.capacity}.get(graph, rows)
         scores = 2 * NUM_HEADS * rows * seen * self.value if self.decomposed else 0
         return batch * (rows * ROW_WIDTHS * self.hidden_size * self.value + scores)
 
