@@ -26,7 +26,9 @@ from transformers.models.idefics3 import Idefics3Model
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
+from cembed.export.checkpoint import Checkpoint
 from cembed.export.exporter import export
+from cembed.export.layers import Decomposed
 from cembed.export.plan import ExportOptions, Plan
 from cembed.export.tiled import in_buckets
 from cembed.quantize.plan import QuantiseOptions
@@ -245,6 +247,34 @@ def test_what_the_tokenizer_adds_is_part_of_the_prompts(tmp_path: Path) -> None:
     assert ids.tolist() == tokenizer.encode("a question" + 10 * "<end_of_utterance>").ids
 
 
+def test_an_adapter_changes_the_projection_by_its_own_name(tmp_path: Path) -> None:
+    """ColSmol's projection is called `linear`, and its adapters change text_model's layers."""
+    random = torch.Generator().manual_seed(0)
+    names = {"model.text_model.layers.0.self_attn.q_proj": (96, 96), "linear": (96, 128)}
+    pairs = {
+        name: (torch.randn(4, inputs, generator=random), torch.randn(outputs, 4, generator=random))
+        for name, (inputs, outputs) in names.items()
+    }
+    halves = {f"base_model.model.{name}.lora_A.weight": a for name, (a, _) in pairs.items()}
+    halves |= {f"base_model.model.{name}.lora_B.weight": b for name, (_, b) in pairs.items()}
+    save_file(halves, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    checkpoint = Checkpoint.open(GOLDEN / "colidefics3", tmp_path)
+    base = load_file(GOLDEN / "colidefics3" / "model.safetensors")
+    for name, ours in zip(names, ("layers.0.self_attn.q_proj.weight", "custom_text_proj.weight"), strict=True):
+        a, b = pairs[name]
+        torch.testing.assert_close(checkpoint.load(ours), base[f"{name}.weight"] + 2 * b @ a)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_the_first_layers_alone(name: str) -> None:
+    plan = plan_of(name, GOLDEN / name, num_layers=2)
+    (text,) = (spec for spec in plan.graphs if spec.name == "text")
+    with torch.device("meta"):
+        parameters = dict(text.build(Decomposed()).named_parameters())
+    assert {key.split(".")[1] for key in parameters if key.startswith("layers.")} == {"0", "1"}
+
+
 # Fewer tiles ----------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +293,7 @@ def test_fewer_visual_tokens_are_fewer_tiles(name: str, bundle_of: BundleMaker) 
         assert counts[tokens] * 16 <= tokens
     assert list(counts.values()) == [13, 10, 5, 5, 1, 1]
     assert "smallest page takes 16" in refusal(lambda: Embedder.load(bundle_of(name), max_visual_tokens=15))
+    assert "the largest 272" in refusal(lambda: plan_of(name, GOLDEN / name, max_visual_tokens=300))
     assert "the largest 272" in refusal(lambda: Embedder.load(bundle_of(name), max_visual_tokens=273))
 
 

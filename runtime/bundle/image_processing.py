@@ -108,6 +108,8 @@ class ImageProcessing:
             return self
         if self.resize == "fixed":
             raise CembedError(f"max_visual_tokens is {tokens}: pages always take {self.max_visual_tokens} here")
+        if most is None and self.tiles is not None:
+            most = self.max_visual_tokens  # more tiles would need a larger page
         smallest = -(-self.min_pixels // self.factor**2)
         if tokens < smallest or (most is not None and tokens > most):
             raise CembedError(
