@@ -35,7 +35,7 @@ class Prompt:
     positions: IntArray
 
     def __len__(self) -> int:
-        return self.positions.shape[1]
+        return int(self.positions.shape[1])
 
     def followed_by(self, slots: Prompt) -> Prompt:
         rows = {name: np.concatenate([rows, slots.rows[name]]) for name, rows in self.rows.items()}
