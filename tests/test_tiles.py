@@ -247,10 +247,11 @@ def test_what_the_tokenizer_adds_is_part_of_the_prompts(tmp_path: Path) -> None:
     assert ids.tolist() == tokenizer.encode("a question" + 10 * "<end_of_utterance>").ids
 
 
-def test_an_adapter_changes_the_projection_by_its_own_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["linear", "embedding_proj_layer", "custom_text_proj"])
+def test_an_adapter_changes_the_projection_by_any_of_its_names(projection: str, tmp_path: Path) -> None:
     """ColSmol's projection is called `linear`, and its adapters change text_model's layers."""
     random = torch.Generator().manual_seed(0)
-    names = {"model.text_model.layers.0.self_attn.q_proj": (96, 96), "linear": (96, 128)}
+    names = {"model.text_model.layers.0.self_attn.q_proj": (96, 96), projection: (96, 128)}
     pairs = {
         name: (torch.randn(4, inputs, generator=random), torch.randn(outputs, 4, generator=random))
         for name, (inputs, outputs) in names.items()
@@ -261,9 +262,9 @@ def test_an_adapter_changes_the_projection_by_its_own_name(tmp_path: Path) -> No
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     checkpoint = Checkpoint.open(GOLDEN / "colidefics3", tmp_path)
     base = load_file(GOLDEN / "colidefics3" / "model.safetensors")
-    for name, ours in zip(names, ("layers.0.self_attn.q_proj.weight", "custom_text_proj.weight"), strict=True):
-        a, b = pairs[name]
-        torch.testing.assert_close(checkpoint.load(ours), base[f"{name}.weight"] + 2 * b @ a)
+    changed = {"layers.0.self_attn.q_proj": "model.text_model.layers.0.self_attn.q_proj", "custom_text_proj": "linear"}
+    for (ours, theirs), (a, b) in zip(changed.items(), pairs.values(), strict=True):
+        torch.testing.assert_close(checkpoint.load(f"{ours}.weight"), base[f"{theirs}.weight"] + 2 * b @ a)
 
 
 @pytest.mark.parametrize("name", TILED)

@@ -29,8 +29,8 @@ RESERVE = 512 << 20  # for CUDA and TensorRT themselves: an allowance
 class Limits:
     """What engines take at most: B inputs at once, positions of prompt and slots, vectors, patches, windows.
 
-    `attended` are the patches that one of them sees: those of its tile, where there are tiles. `prompt` is the length
-    of the largest page's prompt, which engines are tuned for.
+    `prompt` is the length of the largest page's prompt, which engines are tuned for; `attended` are the patches that one
+    of them sees, those of its image, and None if that is all.
     """
 
     batch: int
@@ -39,9 +39,9 @@ class Limits:
     positions: int
     vectors: int
     patches: int
-    attended: int
     windows: int
     capacity: int
+    attended: int | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, batch: int = 1, max_visual_tokens: int | None = None) -> Limits:
@@ -66,9 +66,9 @@ class Limits:
             positions=positions,
             vectors=positions if 0 in room.values() else max(room.values()),
             patches=longest_row(image) * image.merge_size**2,
-            attended=image.input_patches or longest_row(image) * image.merge_size**2,
             windows=max_windows(image),
             capacity=capacity if isinstance(capacity, int) else positions,
+            attended=image.input_patches,
         )
 
 
@@ -117,7 +117,7 @@ class Model:
         """An estimate of what an engine's layers hold at once."""
         rows = limits.patches if graph == "vision" else limits.positions
         batch = 1 if graph == "text_step" else limits.batch
-        seen = {"vision": limits.attended, "text_step": limits.capacity}.get(graph, rows)
+        seen = {"vision": limits.attended or rows, "text_step": limits.capacity}.get(graph, rows)
         scores = 2 * NUM_HEADS * rows * seen * self.value if self.decomposed else 0
         return batch * (rows * ROW_WIDTHS * self.hidden_size * self.value + scores)
 
