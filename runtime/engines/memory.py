@@ -29,8 +29,8 @@ RESERVE = 512 << 20  # for CUDA and TensorRT themselves: an allowance
 class Limits:
     """What engines take at most: B inputs at once, positions of prompt and slots, vectors, patches, windows.
 
-    `prompt` is the length of the largest page's prompt, which engines are tuned for; `attended` are the patches that one
-    of them sees, those of its image, and None if that is all.
+    `prompt` is the length of the largest page's prompt, which engines are tuned for; `attended` are the patches that
+    one of them sees, those of its image, and None if that is all.
     """
 
     batch: int
