@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import json
-import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import libcembed
 import numpy as np
 import pytest
-from conftest import BACKBONE_OF, CAUSAL, GOLDEN, BundleMaker, golden
+from conftest import BACKBONE_OF, CAUSAL, GOLDEN, BundleMaker
 from libcembed import Bundle, CallError, Library
 from PIL import Image
 from reference import Zoo
 
-from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import Embedder, maxsim
-from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.evaluate import Dataset
 
@@ -72,24 +67,6 @@ def test_heads_are_those_of_python(library: Library, name: str, zoo: Zoo) -> Non
     close(state.extend(3), embedder.embed_query(TEXT, Budget(3)))
     state.close()
     bundle.close()
-
-
-def test_tiles_with_slots_are_those_of_python(
-    library: Library, exported: Callable[[ExportOptions], Path], tmp_path: Path
-) -> None:
-    """Fewer tiles, one by one over a cache, and a page that is longer than the model's context."""
-    root = exported(replace(golden("colidefics3"), head="causal", latent_token="<|endoftext|>"))
-    picture = Image.open(GOLDEN / "colidefics3" / "page.png").convert("RGB")
-    for tokens in (80, 16):
-        embedder, bundle = Embedder.load(root, max_visual_tokens=tokens), library.open(root, max_visual_tokens=tokens)
-        close(bundle.embed_image(picture), embedder.embed_image(picture))
-        close(bundle.embed_image(picture, loop=1), embedder.embed_image(picture, Budget(decode="loop")))
-        bundle.close()
-    short = Path(shutil.copytree(root, tmp_path / "short"))
-    content = json.loads((short / "manifest.json").read_text())
-    write_manifest(short, json.dumps(content | {"max_sequence_length": 100}))
-    with pytest.raises(CallError, match="positions in 13 tiles, the model has 100: lower max_visual_tokens"):
-        library.open(short).embed_image(picture)
 
 
 @pytest.mark.parametrize("embeddings", ["fp16", "int8"])
