@@ -156,7 +156,7 @@ class Adapter:
         for module, pair in halves.items():
             if len(pair) != 2:
                 raise CembedError(f"{self.root}: {module} has only one half of a LoRA pair")
-            place, name = module.removeprefix("base_model.model."), canonical_name(module) + ".weight"
+            place, name = module.removeprefix("base_model.model."), canonical_name(f"{module}.weight")
             if name in pairs:
                 raise CembedError(f"{self.root}: {pair['A']} and {pairs[name].a} are for the same weight")
             pairs[name] = LoraPair(pair["A"], pair["B"], scaling.rank_of(place), scaling.factor(place))

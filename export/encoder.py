@@ -128,7 +128,7 @@ class Encoder(nn.Module):
             assert isinstance(layer, EncoderLayer)
             local = self.config.local[index]
             attended = layer.attn(layer.attn_norm(x), turns[local], window if local else None, self.dialect)
-            if index == len(self.layers) - 1:  # nothing but the rows read is needed behind the last attention
+            if index == len(self.layers) - 1:  # nothing but the rows read is needed after the last attention
                 x, attended = (torch.gather(t, 1, rows.expand(-1, -1, t.shape[-1])) for t in (x, attended))
             x = layer.finish(x, attended)
         x = self.final_norm(x)

@@ -304,12 +304,12 @@ def graph_specs(
 
 
 def refuse_slots(backbone: Backbone, options: ExportOptions, kinds: set[SlotKind]) -> None:
-    """Raises CembedError for what an encoder does not have: slots behind the prompt, a mask."""
+    """Raises CembedError for what an encoder does not have: slots after the prompt, a mask."""
     if isinstance(backbone.decoder, EncoderConfig) and (
         kinds != {"all_tokens"} or options.prompt_attention == "causal"
     ):
         raise CembedError(
-            f"{backbone.name} is an encoder, where every position sees all others: it has no slots behind the prompt "
+            f"{backbone.name} is an encoder, where every position sees all others: it has no slots after the prompt "
             "and no causal mask; use --head colbert"
         )
 

@@ -181,7 +181,7 @@ def takes(ranges: Mapping[str, Range], graph: Graph, shapes: Mapping[str, tuple[
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "colidefics3", "colmodernvbert"])
 def test_what_pages_and_queries_need_is_within_the_profiles(name: str, tensorrt_bundle_of: BundleMaker) -> None:
     bundle = Bundle(tensorrt_bundle_of(name))
     embedder, limits = Embedder.load(bundle.root), EngineLimits.of(bundle, batch=2)
@@ -246,3 +246,10 @@ def test_a_bundle_for_another_target_is_refused(causal_bundle: Path) -> None:
 
     with pytest.raises(CembedError, match="this bundle is for onnxruntime: export it with --target tensorrt"):
         Library(Newest, "tensorrt").check(Bundle(causal_bundle).manifest)
+
+
+def test_patches_of_a_tile_see_that_tile_only(tensorrt_bundle_of: BundleMaker) -> None:
+    limits = Limits.of(Bundle(tensorrt_bundle_of("colidefics3")))
+    assert (limits.patches, limits.attended) == (17 * 64, 64)
+    limits = Limits.of(Bundle(tensorrt_bundle_of("causalpali")))
+    assert limits.patches == limits.attended == 64

@@ -1,4 +1,4 @@
-"""Pages in tiles: pixels as transformers has them, fewer tiles, slots behind them, an encoder that has none."""
+"""Pages in tiles: pixels as transformers has them, fewer tiles, slots after them, an encoder that has none."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from conftest import GOLDEN, BundleMaker, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libcembed import CallError, Library
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,12 +27,17 @@ from transformers.models.idefics3 import Idefics3Model
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
+from cembed.export.backbones import load_backbone
+from cembed.export.checkpoint import Checkpoint
 from cembed.export.exporter import export
-from cembed.export.plan import ExportOptions, Plan
+from cembed.export.plan import ExportOptions
 from cembed.export.tiled import in_buckets
+from cembed.export.tokens import prompts_of, read_tokenizer
+from cembed.quantize.graph import SourceGraph
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import CembedError, Embedder
+from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.image_processing import ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.bundle.prompts import Prompter, longest_page
@@ -125,8 +131,10 @@ def changed_copy(name: str, to: Path, file: str, change: Callable[[Json], object
     return root
 
 
-def plan_of(name: str, root: Path, **more: Any) -> Plan:
-    return Plan.make(replace(golden(name), model=str(root), **more), root)
+def told(name: str, root: Path, out: Path, **more: Any) -> str:
+    """What an export is refused with, in one line."""
+    options = replace(golden(name), model=str(root), **more)
+    return refusal(lambda: export(options, out))
 
 
 GOOD_IMAGES: list[Callable[[Json], object]] = [
@@ -140,7 +148,7 @@ GOOD_IMAGES: list[Callable[[Json], object]] = [
 @pytest.mark.parametrize("change", GOOD_IMAGES)
 def test_image_settings_are_read_as_transformers_does(change: Callable[[Json], object], tmp_path: Path) -> None:
     root = changed_copy("colidefics3", tmp_path / "m", "processor_config.json", lambda c: change(c["image_processor"]))
-    image, given = plan_of("colidefics3", root).backbone.image, noise(90, 150)
+    image, given = load_backbone("idefics3", root).image, noise(90, 150)
     theirs = Idefics3ImageProcessorPil.from_pretrained(root)(images=given, return_tensors="np")["pixel_values"][0]
     values, _ = preprocess(given, image)
     blocks = theirs.reshape(-1, 3, 4, 2, 16, 4, 2, 16).transpose(0, 2, 5, 3, 6, 1, 4, 7)
@@ -165,7 +173,7 @@ BAD_IMAGES: list[tuple[Json, str]] = [
 @pytest.mark.parametrize(("change", "words"), BAD_IMAGES)
 def test_image_settings_that_are_refused(name: str, change: Json, words: str, tmp_path: Path) -> None:
     root = changed_copy(name, tmp_path / "m", "processor_config.json", lambda c: c["image_processor"].update(change))
-    assert words in refusal(lambda: plan_of(name, root))
+    assert words in told(name, root, tmp_path / "b")
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -218,19 +226,18 @@ def test_configurations_that_are_refused(
     name: str, change: Callable[[Json], object], words: str, tmp_path: Path
 ) -> None:
     root = changed_copy(name, tmp_path / "m", "config.json", change)
-    assert words in refusal(lambda: plan_of(name, root))
+    assert words in told(name, root, tmp_path / "b")
 
 
-def test_an_encoder_has_no_slots_and_no_mask() -> None:
+def test_an_encoder_has_no_slots_and_no_mask(tmp_path: Path) -> None:
     rows = {"head": "causal", "latent_token": LATENT}, {"head": "feedback"}, {"prompt_attention": "causal"}
     for more in rows:
-        assert "modernvbert is an encoder" in refusal(
-            lambda more=more: plan_of("colmodernvbert", GOLDEN / "colmodernvbert", **more)
-        )  # type: ignore[misc]
+        said = told("colmodernvbert", GOLDEN / "colmodernvbert", tmp_path / "b", **more)
+        assert "modernvbert is an encoder" in said
 
 
 def test_what_the_tokenizer_adds_is_part_of_the_prompts(tmp_path: Path) -> None:
-    """ModernBERT's puts [CLS] before and [SEP] behind every text."""
+    """ModernBERT's puts [CLS] before and [SEP] after every text."""
     root = Path(shutil.copytree(GOLDEN / "colmodernvbert", tmp_path / "m"))
     tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
     bos, end = "<|begin_of_text|>", "<|im_end|>"
@@ -239,17 +246,45 @@ def test_what_the_tokenizer_adds_is_part_of_the_prompts(tmp_path: Path) -> None:
     )
     tokenizer.post_processor = template
     tokenizer.save(str(root / "tokenizer.json"))
-    plan = plan_of("colmodernvbert", root)
-    assert plan.query.prompt == f"{bos}{{text}}" + 10 * "<end_of_utterance>" + end
-    ids = Prompter(plan.tokenizer, plan.backbone.image_token_id).query(plan.query.prompt, "a question")
+    backbone, ours = load_backbone("modernvbert", root), read_tokenizer([root])
+    _, prompt = prompts_of(backbone, ours, root)
+    assert prompt == f"{bos}{{text}}" + 10 * "<end_of_utterance>" + end
+    ids = Prompter(ours, backbone.image_token_id).query(prompt, "a question")
     assert ids.tolist() == tokenizer.encode("a question" + 10 * "<end_of_utterance>").ids
+
+
+@pytest.mark.parametrize("projection", ["linear", "embedding_proj_layer", "custom_text_proj"])
+def test_an_adapter_changes_the_projection_by_any_of_its_names(projection: str, tmp_path: Path) -> None:
+    """ColSmol's projection is called `linear`, and its adapters change text_model's layers."""
+    random = torch.Generator().manual_seed(0)
+    names = {"model.text_model.layers.0.self_attn.q_proj": (96, 96), projection: (96, 128)}
+    pairs = {
+        name: (torch.randn(4, inputs, generator=random), torch.randn(outputs, 4, generator=random))
+        for name, (inputs, outputs) in names.items()
+    }
+    halves = {f"base_model.model.{name}.lora_A.weight": a for name, (a, _) in pairs.items()}
+    halves |= {f"base_model.model.{name}.lora_B.weight": b for name, (_, b) in pairs.items()}
+    save_file(halves, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    checkpoint = Checkpoint.open(GOLDEN / "colidefics3", tmp_path)
+    base = load_file(GOLDEN / "colidefics3" / "model.safetensors")
+    changed = {"layers.0.self_attn.q_proj": "model.text_model.layers.0.self_attn.q_proj", "custom_text_proj": "linear"}
+    for (ours, theirs), (a, b) in zip(changed.items(), pairs.values(), strict=True):
+        torch.testing.assert_close(checkpoint.load(f"{ours}.weight"), base[f"{theirs}.weight"] + 2 * b @ a)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_the_first_layers_alone(name: str, tmp_path: Path) -> None:
+    export(replace(golden(name), num_layers=2), tmp_path / "b")
+    weights = SourceGraph(Bundle(tmp_path / "b").graph_path("text")).initializers
+    assert {weight.split(".")[1] for weight in weights if weight.startswith("layers.")} == {"0", "1"}
 
 
 # Fewer tiles ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TILED)
-def test_fewer_visual_tokens_are_fewer_tiles(name: str, bundle_of: BundleMaker) -> None:
+def test_fewer_visual_tokens_are_fewer_tiles(name: str, bundle_of: BundleMaker, tmp_path: Path) -> None:
     """16 tokens a tile; the page is 4 x 3 tiles and a whole one, then 3 x 3, then 2 x 2, then one alone."""
     whole = Embedder.load(bundle_of(name))
     assert whole.manifest.image.max_visual_tokens == 17 * 16
@@ -263,6 +298,7 @@ def test_fewer_visual_tokens_are_fewer_tiles(name: str, bundle_of: BundleMaker) 
         assert counts[tokens] * 16 <= tokens
     assert list(counts.values()) == [13, 10, 5, 5, 1, 1]
     assert "smallest page takes 16" in refusal(lambda: Embedder.load(bundle_of(name), max_visual_tokens=15))
+    assert "the largest 272" in told(name, GOLDEN / name, tmp_path / "b", max_visual_tokens=300)
     assert "the largest 272" in refusal(lambda: Embedder.load(bundle_of(name), max_visual_tokens=273))
 
 
@@ -423,3 +459,22 @@ def test_pooled_slots_are_the_mean_of_their_states(headed: Callable[[str], Embed
     pooled, whole = headed("btoks").embed_image(page("wide")), headed("metaembed").embed_image(page("wide"))
     assert pooled.shape == (1, 128)
     assert float(pooled[0] @ whole.mean(axis=0) / np.linalg.norm(whole.mean(axis=0))) > 0.99
+
+
+# The C library --------------------------------------------------------------------------------------------------------
+
+
+def test_libcembed_cuts_the_same_tiles(library: Library, headed: Callable[[str], Embedder], tmp_path: Path) -> None:
+    """Fewer tiles, slots after them, in one pass and one by one; and a page that is longer than the model's context."""
+    root, picture = headed("causal").bundle.root, page().convert("RGB")
+    for tokens in (80, 16):
+        embedder, bundle = Embedder.load(root, max_visual_tokens=tokens), library.open(root, max_visual_tokens=tokens)
+        for loop, budget in ((0, Budget()), (1, Budget(decode="loop"))):
+            found, expected = bundle.embed_image(picture, loop=loop), embedder.embed_image(picture, budget)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        bundle.close()
+    short = Path(shutil.copytree(root, tmp_path / "short"))
+    content = json.loads((short / "manifest.json").read_text())
+    write_manifest(short, json.dumps(content | {"max_sequence_length": 100}))
+    with pytest.raises(CallError, match="positions in 13 tiles, the model has 100: lower max_visual_tokens"):
+        library.open(short).embed_image(picture)

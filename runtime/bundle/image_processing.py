@@ -22,11 +22,11 @@ Level = Annotated[float, Range(-1e3, 1e3)]
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a page becomes square tiles of `side` pixels, row by row, and behind them the whole page in one (Idefics3,
+    """How a page becomes square tiles of `side` pixels, row by row, and the whole page in one more (Idefics3,
     arXiv 2408.12637).
 
     Its longer edge becomes `longest_edge` before it is stretched to whole tiles; a page of one tile is only that. In
-    the prompt `{image}` stands for `tile` once for each, with `{row}` and `{column}` counted from 1, `row_end` behind
+    the prompt `{image}` stands for `tile` once for each, with `{row}` and `{column}` counted from 1, `row_end` after
     each row, and `page`; for `alone` if there is but one.
     """
 
@@ -108,6 +108,8 @@ class ImageProcessing:
             return self
         if self.resize == "fixed":
             raise CembedError(f"max_visual_tokens is {tokens}: pages always take {self.max_visual_tokens} here")
+        if most is None and self.tiles is not None:
+            most = self.max_visual_tokens  # more tiles would need a larger page
         smallest = -(-self.min_pixels // self.factor**2)
         if tokens < smallest or (most is not None and tokens > most):
             raise CembedError(

@@ -29,7 +29,8 @@ RESERVE = 512 << 20  # for CUDA and TensorRT themselves: an allowance
 class EngineLimits:
     """What engines take at most: B inputs at once, positions of prompt and slots, vectors, patches, windows.
 
-    `prompt` is the length of the largest page's prompt, which engines are tuned for.
+    `prompt` is the length of the largest page's prompt, which engines are tuned for; `attended` are the patches that
+    one of them sees, those of its image, and None if that is all.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class EngineLimits:
     patches: int
     windows: int
     capacity: int
+    attended: int | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, batch: int = 1, max_visual_tokens: int | None = None) -> EngineLimits:
@@ -66,6 +68,7 @@ class EngineLimits:
             patches=longest_row(image) * image.merge_size**2,
             windows=max_windows(image),
             capacity=capacity if isinstance(capacity, int) else positions,
+            attended=image.input_patches,
         )
 
 
@@ -114,7 +117,7 @@ class Model:
         """An estimate of what an engine's layers hold at once."""
         rows = limits.patches if graph == "vision" else limits.positions
         batch = 1 if graph == "text_step" else limits.batch
-        seen = limits.capacity if graph == "text_step" else rows
+        seen = {"vision": limits.attended or rows, "text_step": limits.capacity}.get(graph, rows)
         scores = 2 * NUM_HEADS * rows * seen * self.value if self.decomposed else 0
         return batch * (rows * ROW_WIDTHS * self.hidden_size * self.value + scores)
 

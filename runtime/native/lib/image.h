@@ -60,7 +60,7 @@ using Grid = Size;  // of an image in patches
 
 struct PixelValues {
     std::vector<float> values;  // [P, C]; tiles one after the other, the whole page last
-    Grid grid;                  // without the whole page behind tiles
+    Grid grid;                  // without the whole page after tiles
     int64_t images = 1;         // of the same number of patches
     int64_t num_patches() const { return images == 1 ? grid.height * grid.width : grid.height * grid.width / (images - 1) * images; }
 };

@@ -202,9 +202,9 @@ const WordRules *split_rules(const json &component) {
     return rules;
 }
 
-const WordRules *digits_rules(const json &digits, const json &behind) {
+const WordRules *digits_rules(const json &digits, const json &after) {
     if (!get(digits, "individual_digits", false)) refuse("a Digits pre-tokenizer that keeps numbers together");
-    byte_level_rules(behind, nullptr);
+    byte_level_rules(after, nullptr);
     return &GPT2_DIGITS;
 }
 
