@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cembed.export.recurrence import DeltaInputs, in_chunks, linear_attention, stepwise
+
 Heads = tuple[int, int]
 """Query heads and key-value heads."""
 
@@ -44,9 +46,12 @@ class Dialect(Protocol):
         Causal, each of the S positions sees the cache up to itself; otherwise up to the last of them.
         """
 
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gated delta rule from a state, or from nothing: the output [B, S, N * E], and the state after it."""
+
 
 class Decomposed:
-    """Plain torch: the reference of the parity check, and the graphs for opsets below 23."""
+    """Plain torch: the graphs for opsets below 23."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         x = x.unflatten(-1, (heads, -1))  # B S N D
@@ -88,6 +93,16 @@ class Decomposed:
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q [B, N, S, D] on k and v [B, N_kv, C, D]."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return in_chunks(x, state)
+
+
+class Reference(Decomposed):
+    """What torch runs in the parity check."""
+
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return stepwise(x, state)
 
 
 class Standard(Decomposed):
@@ -164,6 +179,9 @@ class OnnxRuntime(Scattering):
             return super().cached_attention(qkv, past, start, heads, causal)
         lengths = (start + qkv[0].shape[1]).int()  # B
         return grouped_query_attention(*qkv, past, lengths, heads, past[0].shape)
+
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return linear_attention(x, state)
 
 
 def grouped_query_attention(
