@@ -44,6 +44,14 @@ class DeltaConfig:
     def channels(self) -> int:
         return 2 * self.keys + self.values
 
+    def kept(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Name, type and shape of what is kept for later positions."""
+        state = ("batch_size", self.value_heads, self.key_dim, self.value_dim)
+        return {
+            "conv_state": ("float32", ("batch_size", self.channels, self.kernel - 1)),
+            "recurrent_state": ("float32", state),
+        }
+
 
 class CausalConvolution(nn.Module):
     """Each channel over its own last `kernel` positions, then SiLU."""

@@ -34,11 +34,11 @@ TENSORRT_OPSETS = (*range(18, 21), 24, 25)  # TensorRT from 10.1 on, and from 10
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 EXAMPLE_SIZES = {
     "batch_size": 2,
-    "sequence_length": 24,
+    "sequence_length": 80,
     "num_vectors": 5,
     "num_patches": 96,
     "num_windows": 3,
-    "capacity": 40,
+    "capacity": 96,
 }
 
 

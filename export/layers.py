@@ -24,7 +24,7 @@ class Dialect(Protocol):
     """How rotary embedding and attention are written. Heads are side by side: query is [B, S, N * D]."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        """Rotate x [B, S, N * D] by cos and sin [B, S, D / 2], halves of a head paired."""
+        """Rotate x [B, S, N * D] by cos and sin [B, S, R / 2]: the first R components of a head, their halves paired."""
 
     def attention(
         self,
@@ -55,9 +55,10 @@ class Decomposed:
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         x = x.unflatten(-1, (heads, -1))  # B S N D
-        first, second = x.chunk(2, dim=-1)
+        half = cos.shape[-1]
+        first, second, *rest = x.split([half, half, *([x.shape[-1] - 2 * half] if x.shape[-1] > 2 * half else [])], dim=-1)
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(2)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, *rest], dim=-1).flatten(2)
 
     def attention(
         self,
@@ -109,7 +110,9 @@ class Standard(Decomposed):
     """The standard operators of ONNX opset 23 and later."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)
+        turning = 2 * cos.shape[-1]
+        part = 0 if turning * heads == x.shape[-1] else turning
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads, rotary_embedding_dim=part)
 
     def attention(
         self,
