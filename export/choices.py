@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from cembed.runtime.errors import CembedError
 
-BACKBONES = ("qwen2-vl", "qwen2.5-vl", "paligemma")
+BACKBONES = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "paligemma")
 """Module names are these with underscores, and are what checkpoints call their `model_type`."""
 HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
 POOLING = ("none", "mean", "last", "concat")

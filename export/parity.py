@@ -17,6 +17,7 @@ from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.layers import Arithmetic, Reference
 from cembed.runtime.bundle.manifest import ImageProcessing, Parity, Side
 from cembed.runtime.embed.positions import (
+    patch_fractions,
     patch_positions,
     prompt_positions,
     slot_positions,
@@ -111,6 +112,7 @@ def vision_case(
     values: dict[str, Array] = {
         "pixel_values": rng.standard_normal((1, num_patches, 3 * image.patch_size**2), np.float32),
         "patch_positions": patch_positions(grid, image.merge_size),
+        "patch_fractions": patch_fractions(grid, image.merge_size),
         "window_index": windows,
         "window_restore": window_restore(windows, num_patches) if image.window_size else windows,
     }

@@ -86,15 +86,20 @@ def unit_lower_inverse(matrix: Tensor) -> Tensor:
     Blocks on the diagonal are inverted, in sizes that double: [[A, 0], [X, B]] has the inverse
     [[A', 0], [-B' X A', B']]. Powers of the matrix, which need fewer products, overflow where keys repeat.
     """
-    rows = torch.arange(CHUNK)
-    inverse = torch.eye(CHUNK)
-    size = 1
-    while size < CHUNK:
-        block = rows // size
-        below = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)
-        inverse = inverse - inverse @ (matrix * below.to(matrix.dtype)) @ inverse
-        size *= 2
+    inverse = torch.eye(CHUNK) - matrix * below_blocks(1)
+    for doubling in range(1, CHUNK.bit_length() - 1):
+        inverse = inverse - inverse @ (matrix * below_blocks(1 << doubling)) @ inverse
     return inverse
+
+
+def below_blocks(size: int) -> Tensor:
+    """Ones in every second block of `size` below the diagonal ones, [C, C].
+
+    >>> below_blocks(CHUNK // 2).sum().item() == (CHUNK // 2) ** 2, below_blocks(1)[:4, :4].nonzero().tolist()
+    (True, [[1, 0], [3, 2]])
+    """
+    block = torch.arange(CHUNK) // size
+    return ((block[:, None] == block + 1) & (block[:, None] % 2 == 1)).float()
 
 
 def scan_chunks(state: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ ORDER = (
 TENSORS = (
     "vision in pixel_values - float32 batch_size num_patches|=image.max_pixels =image.patch_size",
     "vision in patch_positions ? int64 num_patches 2",
+    "vision in patch_fractions ?fractions float32 num_patches 2",
     "vision in window_index ?windows int64 num_windows =image.window_size",
     "vision in window_restore ?windows int64 num_patches",
     "vision out image_features - float32 batch_size num_visual_tokens =hidden_size",
