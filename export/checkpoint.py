@@ -24,7 +24,7 @@ from cembed.export.weights import Weights, canonical_name, weight_files
 from cembed.runtime.errors import CembedError
 
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.jinja")
-_NOT_USED = re.compile(r"^lm_head\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
+_NOT_USED = re.compile(r"^lm_head\.|^mtp\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
 
 
 def resolve(model: str, revision: str | None) -> tuple[Path, str | None]:

@@ -1,5 +1,7 @@
 """The text decoder of every backbone so far: pre-norm, rotary positions, grouped key-value heads, gated MLP.
 
+Layers attend, or are Gated DeltaNets, which keep a state in place of keys and values.
+
 Graph contract of `text.onnx` (B inputs, S positions, K positions read, H hidden, A position axes):
 
     inputs_embeds     float32 [B, S, H]   prompt and latent slots; shorter inputs are filled up behind their last slot
@@ -12,14 +14,17 @@ and of `text_step.onnx`, the same weights over a static cache of C positions (S 
 
     inputs_embeds, position_ids, slot_indices as above
     cache_position    int64   [B]         positions that the cache holds already
-    past_key_values.{i}.key, .value       [B, kv_heads, C, head_dim] in the type of the arithmetic
+    past_key_values.{i}.key, .value       [B, kv_heads, C, head_dim] in the type of the arithmetic; of other layers
+    past_key_values.{i}.conv_state        float32 [B, channels, kernel - 1] and
+    past_key_values.{i}.recurrent_state   float32 [B, value_heads, key_dim, value_dim]
     slot_states       as above
     hidden_states     float32 [B, K, H]   before the projection; only where there is one
-    present.{i}.key, .value               bound to the buffers of past_key_values
+    present.{i}.…                         as the past; keys and values are bound to its buffers
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cembed.export.delta_net import DeltaConfig, DeltaNet
 from cembed.export.layers import Dialect, GatedMLP, GemmaRMSNorm, Linear, RMSNorm, inverse_frequencies, rotary_tables
 
 Attending = Literal["causal", "bidirectional", "bidirectional-prompt"]
@@ -35,6 +41,15 @@ Attending = Literal["causal", "bidirectional", "bidirectional-prompt"]
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[int, QKV], Tensor]
+Recur = Callable[[int, DeltaNet, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How layers reach other positions: attention on a layer's q, k and v, and a DeltaNet's recurrence on its input."""
+
+    attend: Attend
+    recur: Recur
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,13 @@ class DecoderConfig:
     attention_bias: bool
     gemma: bool
     max_positions: int
+    qk_norm: bool = False
+    output_gate: bool = False
+    mrope_interleaved: bool = False
+    rotary_dim: int | None = None
+    """Components of a head that turn, the first ones; None: all."""
+    delta: DeltaConfig | None = None
+    delta_layers: frozenset[int] = frozenset()
 
     @property
     def position_axes(self) -> Literal[1, 3]:
@@ -61,37 +83,109 @@ class DecoderConfig:
     def heads(self) -> tuple[int, int]:
         return self.num_heads, self.num_kv_heads
 
+    @property
+    def turning(self) -> int:
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def axes_of_frequencies(self) -> list[int]:
+        """The position axis that each frequency belongs to (arXiv 2409.12191, 2.1): in runs, or taking turns."""
+        sections = self.mrope_section or (self.turning // 2,)
+        if not self.mrope_interleaved:
+            return [axis for axis, count in enumerate(sections) for _ in range(count)]
+        return [n % 3 if n < 3 * sections[n % 3] else 0 for n in range(self.turning // 2)]
+
+    def norm(self, size: int) -> RMSNorm:
+        return (GemmaRMSNorm if self.gemma else RMSNorm)(size, self.rms_norm_eps)
+
+    def kept(self, layer: int, capacity: int | str, cache_type: str) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """What a layer keeps for later positions: name, type and shape of two tensors."""
+        if layer in self.delta_layers:
+            assert self.delta is not None
+            return self.delta.kept()
+        shape = ("batch_size", self.num_kv_heads, capacity, self.head_dim)
+        return {"key": (cache_type, shape), "value": (cache_type, shape)}
+
 
 class SelfAttention(nn.Module):
-    """Query, key and value projections and rotary positions; what attends to what is the caller's."""
+    """Projections, norms of heads, rotary positions and gate; what attends to what is the caller's."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query, config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, query * (1 + config.output_gate), config.attention_bias)
         self.k_proj = Linear(config.hidden_size, key, config.attention_bias)
         self.v_proj = Linear(config.hidden_size, key, config.attention_bias)
         self.o_proj = Linear(query, config.hidden_size, bias=False)
-        self.heads = config.heads
+        self.q_norm = config.norm(config.head_dim) if config.qk_norm else None
+        self.k_norm = config.norm(config.head_dim) if config.qk_norm else None
+        self.heads, self.gated = config.heads, config.output_gate
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor, dialect: Dialect) -> QKV:
-        q = dialect.rotary(self.q_proj(x), cos, sin, self.heads[0])
-        k = dialect.rotary(self.k_proj(x), cos, sin, self.heads[1])
-        return q, k, self.v_proj(x)
+    def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, attend: Callable[[QKV], Tensor]) -> Tensor:
+        """What `o_proj` takes, [B, S, N * D]."""
+        q, gate = self.q_proj(x), None
+        if self.gated:  # each head's query and gate are side by side
+            q, gate = (part.flatten(2) for part in q.unflatten(-1, (self.heads[0], -1)).chunk(2, dim=-1))
+        q = dialect.rotary(normed(q, self.q_norm, self.heads[0]), *tables, self.heads[0])
+        k = dialect.rotary(normed(self.k_proj(x), self.k_norm, self.heads[1]), *tables, self.heads[1])
+        attended = attend((q, k, self.v_proj(x)))
+        return attended if gate is None else attended * torch.sigmoid(gate)
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+def normed(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+    """x [B, S, N * D] with each head normed, where there is a norm."""
+    if norm is None:
+        return x
+    result: Tensor = norm(x.unflatten(-1, (heads, -1))).flatten(2)
+    return result
+
+
+class DecoderLayer(nn.Module, ABC):
+    """Norms and MLP of the layer number `index`; how it reaches other positions is its kind's."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        norm = GemmaRMSNorm if config.gemma else RMSNorm
-        self.self_attn = SelfAttention(config)
+        self.index = index
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
-        self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = config.norm(config.hidden_size)
+        self.post_attention_layernorm = config.norm(config.hidden_size)
 
-    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        x = residual + self.self_attn.o_proj(attended)
+    @abstractmethod
+    def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, wiring: Wiring) -> Tensor:
+        """What the layer takes from the positions of its normed input, for `output`."""
+
+    @abstractmethod
+    def output(self, mixed: Tensor) -> Tensor:
+        """Back to the hidden size."""
+
+    def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
+        x = residual + self.output(mixed)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class AttentionLayer(DecoderLayer):
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.self_attn = SelfAttention(config)
+
+    def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, wiring: Wiring) -> Tensor:
+        return self.self_attn.mix(x, tables, dialect, lambda qkv: wiring.attend(self.index, qkv))
+
+    def output(self, mixed: Tensor) -> Tensor:
+        return self.self_attn.o_proj(mixed)
+
+
+class DeltaLayer(DecoderLayer):
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__(config, index)
+        assert config.delta is not None
+        self.linear_attn = DeltaNet(config.hidden_size, config.delta, config.rms_norm_eps)
+
+    def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, wiring: Wiring) -> Tensor:
+        return wiring.recur(self.index, self.linear_attn, x)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        return self.linear_attn.out_proj(mixed)
 
 
 class Decoder(nn.Module):
@@ -100,29 +194,31 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, attending: Attending, projection: int | None, dialect: Dialect) -> None:
         super().__init__()
         self.config, self.attending, self.dialect = config, attending, dialect
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.norm = (GemmaRMSNorm if config.gemma else RMSNorm)(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            (DeltaLayer if index in config.delta_layers else AttentionLayer)(config, index)
+            for index in range(config.num_layers)
+        )
+        self.norm = config.norm(config.hidden_size)
         self.custom_text_proj = Linear(config.hidden_size, projection, bias=True) if projection else None
 
     def rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, D / 2]. With M-RoPE each frequency belongs to one of the axes (arXiv 2409.12191, 2.1)."""
-        sections = self.config.mrope_section or (self.config.head_dim // 2,)
-        axis = torch.tensor([axis for axis, count in enumerate(sections) for _ in range(count)])
+        """cos and sin [B, S, D / 2], of the components that turn."""
+        axis = torch.tensor(self.config.axes_of_frequencies)
         positions = position_ids.permute(1, 2, 0).index_select(-1, axis)  # B S D/2
-        return rotary_tables(positions, inverse_frequencies(self.config.rope_theta, self.config.head_dim), dtype)
+        return rotary_tables(positions, inverse_frequencies(self.config.rope_theta, self.config.turning), dtype)
 
-    def run(self, inputs_embeds: Tensor, position_ids: Tensor, slot_indices: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [B, K, H] after the final norm; `attend` is told the layer's number and its q, k and v."""
+    def run(self, inputs_embeds: Tensor, position_ids: Tensor, slot_indices: Tensor, wiring: Wiring) -> Tensor:
+        """Hidden states [B, K, H] after the final norm."""
         x = inputs_embeds.to(self.norm.weight.dtype)
-        cos, sin = self.rotary_tables(position_ids, x.dtype)
+        tables = self.rotary_tables(position_ids, x.dtype)
         rows = slot_indices.unsqueeze(-1)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            attended = attend(index, layer.self_attn.project(layer.input_layernorm(x), cos, sin, self.dialect))
-            if index == len(self.layers) - 1:  # nothing but the slots is needed behind the last attention
-                attended = torch.gather(attended, 1, rows.expand(-1, -1, attended.shape[-1]))
+            mixed = layer.mix(layer.input_layernorm(x), tables, self.dialect, wiring)
+            if index == len(self.layers) - 1:  # nothing but the slots is needed after the last attention
+                mixed = torch.gather(mixed, 1, rows.expand(-1, -1, mixed.shape[-1]))
                 x = torch.gather(x, 1, rows.expand(-1, -1, x.shape[-1]))
-            x = layer.finish(x, attended)
+            x = layer.finish(x, mixed)
         return self.norm(x)
 
     def project(self, x: Tensor) -> Tensor:
@@ -138,7 +234,10 @@ class SinglePass(Decoder):
                 return self.dialect.attention(*qkv, self.config.heads, causal=self.attending == "causal")
             return self.attend_prompt_and_slots(*qkv, prompt_length)
 
-        return self.project(self.run(inputs_embeds, position_ids, slot_indices, attend))
+        def recur(_: int, net: DeltaNet, x: Tensor) -> Tensor:
+            return net.mix(x, None, self.dialect)[0]
+
+        return self.project(self.run(inputs_embeds, position_ids, slot_indices, Wiring(attend, recur)))
 
     def attend_prompt_and_slots(self, q: Tensor, k: Tensor, v: Tensor, prompt_length: Tensor) -> Tensor:
         """In two parts, cut before the prompt's last position, which sees the prompt either way.
@@ -171,12 +270,19 @@ class Step(Decoder):
         present: list[Tensor] = []
         causal = self.attending == "causal"
 
+        def past(index: int) -> tuple[Tensor, Tensor]:
+            return past_key_values[2 * index], past_key_values[2 * index + 1]
+
         def attend(index: int, qkv: QKV) -> Tensor:
-            past = past_key_values[2 * index], past_key_values[2 * index + 1]
-            out, *cache = self.dialect.cached_attention(qkv, past, cache_position, self.config.heads, causal)
+            out, *cache = self.dialect.cached_attention(qkv, past(index), cache_position, self.config.heads, causal)
             present.extend(cache)
             return out
 
-        hidden = self.run(inputs_embeds, position_ids, slot_indices, attend)
+        def recur(index: int, net: DeltaNet, x: Tensor) -> Tensor:
+            out, memory = net.mix(x, past(index), self.dialect)
+            present.extend(memory)
+            return out
+
+        hidden = self.run(inputs_embeds, position_ids, slot_indices, Wiring(attend, recur))
         fed_back = () if self.custom_text_proj is None else (hidden.float(),)
         return (self.project(hidden), *fed_back, *present)

@@ -14,10 +14,11 @@ from torch import nn
 
 from cembed.export.backbones import Backbone
 from cembed.export.graph import GraphSpec, empty_module
-from cembed.export.layers import Arithmetic, Decomposed
+from cembed.export.layers import Arithmetic, Reference
 from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import Parity, Side
 from cembed.runtime.embed.positions import (
+    patch_fractions,
     patch_positions,
     prompt_positions,
     slot_positions,
@@ -37,7 +38,7 @@ def reference_module(spec: GraphSpec, load: Callable[[str], torch.Tensor]) -> nn
     """The module of `spec` in float32, with the values the graph was written from."""
     arithmetic = Arithmetic(torch.float32, torch.float32)
     with torch.device("meta"):
-        module = empty_module(spec, Decomposed(), arithmetic)
+        module = empty_module(spec, Reference(), arithmetic)
     for name, _ in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(load(name).float(), requires_grad=False))
@@ -115,6 +116,7 @@ def vision_case(
             (images, image.input_patches or num_patches, 3 * image.patch_size**2), np.float32
         ),
         "patch_positions": patch_positions(grid, image.merge_size),
+        "patch_fractions": patch_fractions(grid, image.merge_size),
         "window_index": windows,
         "window_restore": window_restore(windows, num_patches) if image.window_size else windows,
     }

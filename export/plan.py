@@ -338,11 +338,10 @@ def step_spec(
     config, text = backbone.decoder, text_spec(backbone, attends, projection)
     assert isinstance(config, DecoderConfig), "encoders have no slots"
     cache_type = str(DTYPES[dtype].compute).removeprefix("torch.")
-    shape = ("batch_size", config.num_kv_heads, capacity, config.head_dim)
 
     def cache(what: str) -> list[Tensor]:
-        names = [f"{what}.{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
-        return [Tensor(name, cache_type, shape) for name in names]
+        layers = [config.kept(layer, capacity, cache_type) for layer in range(config.num_layers)]
+        return [Tensor(f"{what}.{n}.{part}", *kind) for n, kept in enumerate(layers) for part, kind in kept.items()]
 
     outputs = list(text.outputs)
     if projection:

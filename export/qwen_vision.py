@@ -139,6 +139,16 @@ class PatchProjection(nn.Module):
         self.proj = PatchEmbedding(3 * config.patch_size**2, config.hidden_size, bias=False)
 
 
+def vision_rotary_tables(
+    config: QwenVisionConfig, patch_positions: Tensor, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, P, D / 2]: the first half of the frequencies turn by row, the second by column."""
+    frequencies = inverse_frequencies(ROPE_THETA, config.head_dim // 2)
+    tables = rotary_tables(patch_positions.unsqueeze(-1), frequencies, dtype)  # P 2 D/4
+    cos, sin = (table.flatten(1).unsqueeze(0).expand(batch, -1, -1) for table in tables)
+    return cos, sin
+
+
 class QwenVisionTower(nn.Module):
     def __init__(self, config: QwenVisionConfig, dialect: Dialect) -> None:
         super().__init__()
@@ -146,13 +156,6 @@ class QwenVisionTower(nn.Module):
         self.patch_embed = PatchProjection(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
         self.merger = PatchMerger(config)
-
-    def rotary_tables(self, patch_positions: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, P, D / 2]: the first half of the frequencies turn by row, the second by column."""
-        frequencies = inverse_frequencies(ROPE_THETA, self.config.head_dim // 2)
-        tables = rotary_tables(patch_positions.unsqueeze(-1), frequencies, dtype)  # P 2 D/4
-        cos, sin = (table.flatten(1).unsqueeze(0).expand(batch, -1, -1) for table in tables)
-        return cos, sin
 
     def forward(
         self,
@@ -162,7 +165,7 @@ class QwenVisionTower(nn.Module):
         window_restore: Tensor | None = None,
     ) -> Tensor:
         x = self.patch_embed.proj(pixel_values.to(self.merger.mlp[0].get_parameter("bias").dtype))
-        cos, sin = self.rotary_tables(patch_positions, x.shape[0], x.dtype)
+        cos, sin = vision_rotary_tables(self.config, patch_positions, x.shape[0], x.dtype)
         windows = None
         if window_index is not None and window_restore is not None:
             windows = Windows(window_index, window_restore)

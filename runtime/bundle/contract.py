@@ -30,6 +30,7 @@ ORDER = (
 TENSORS = (
     "vision in pixel_values - float32 batch_size num_patches|=image.max_pixels =image.patch_size",
     "vision in patch_positions ? int64 num_patches 2",
+    "vision in patch_fractions ?fractions float32 num_patches 2",
     "vision in window_index ?windows int64 num_windows =image.window_size",
     "vision in window_restore ?windows int64 num_patches",
     "vision out image_features - float32 batch_size num_visual_tokens =hidden_size",
@@ -44,10 +45,14 @@ TENSORS = (
     "text_step in cache_position - int64 batch_size",
     "text_step in past_key_values.#.key - float32|float16 batch_size * capacity|* *",
     "text_step in past_key_values.#.value - float32|float16 batch_size * capacity|* *",
+    "text_step in past_key_values.#.conv_state ?states float32 batch_size * *",
+    "text_step in past_key_values.#.recurrent_state ?states float32 batch_size * * *",
     "text_step out slot_states - float32 batch_size num_vectors =dim",
     "text_step out hidden_states ? float32 batch_size num_vectors =hidden_size",
     "text_step out present.#.key - float32|float16 batch_size * capacity|* *",
     "text_step out present.#.value - float32|float16 batch_size * capacity|* *",
+    "text_step out present.#.conv_state ?states float32 batch_size * *",
+    "text_step out present.#.recurrent_state ?states float32 batch_size * * *",
 )
 """Graph, direction, name (# is a number), whether it must be there, types, and axes.
 
@@ -259,12 +264,21 @@ def check_step(manifest: Manifest, graph: Graph) -> None:
     past, present = caches(graph.inputs, "past_key_values."), caches(graph.outputs, "present.")
     if different := sorted(name for name in past.keys() | present.keys() if past.get(name) != present.get(name)):
         raise CembedError(f"graphs.text_step: past_key_values.{different[0]} and its present are not alike")
-    if len({tensor[3] for tensor in past.values()}) > 1:
+    if len({tensor[3] for name, tensor in past.items() if not is_state(name)}) > 1:
         raise CembedError("graphs.text_step: past_key_values hold different numbers of positions")
     if manifest.dim != manifest.hidden_size and all(tensor.name != "hidden_states" for tensor in graph.outputs):
         raise CembedError(
             f"graphs.text_step.outputs: hidden_states is missing, as dim {manifest.dim} is a projection's"
         )
+
+
+def is_state(name: str) -> bool:
+    """Whether what a layer keeps is a state of fixed size, each position replaces it; caches grow by position.
+
+    >>> is_state("past_key_values.0.recurrent_state"), is_state("present.3.key")
+    (True, False)
+    """
+    return name.endswith("_state")
 
 
 def caches(tensors: Sequence[Tensor], prefix: str) -> dict[str, tuple[int | str, ...]]:

@@ -19,6 +19,7 @@ from cembed.runtime.embed.pooling import require_finite
 from cembed.runtime.embed.positions import (
     Grid,
     IntArray,
+    patch_fractions,
     patch_positions,
     prompt_positions,
     window_index,
@@ -89,6 +90,8 @@ class InputBuilder:
         feeds: dict[str, Array] = {"pixel_values": pixel_values.reshape(-1, patches, pixel_values.shape[1])}
         if "patch_positions" in wanted:
             feeds["patch_positions"] = patch_positions(grid, self.image.merge_size)
+        if "patch_fractions" in wanted:
+            feeds["patch_fractions"] = patch_fractions(grid, self.image.merge_size)
         if "window_index" in wanted:
             feeds["window_index"] = window_index(grid, self.image)
             feeds["window_restore"] = window_restore(feeds["window_index"], len(pixel_values))
