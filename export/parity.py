@@ -17,15 +17,9 @@ from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.layers import Arithmetic, Reference
 from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import Parity, Side
-from cembed.runtime.embed.positions import (
-    patch_fractions,
-    patch_positions,
-    prompt_positions,
-    slot_positions,
-    window_index,
-    window_restore,
-)
+from cembed.runtime.embed.positions import prompt_positions, slot_positions
 from cembed.runtime.embed.preprocess import resized_size
+from cembed.runtime.embed.vision_feeds import vision_feeds
 from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.errors import CembedError
 
@@ -110,17 +104,8 @@ def vision_case(
     grid = (height // image.patch_size, width // image.patch_size)
     num_patches = grid[0] * grid[1]
     images = 1 if image.tiles is None else max(1, size[0] // 28 - 1)
-    windows = window_index(grid, image) if image.window_size else np.empty((0, 0), np.int64)
-    values: dict[str, Array] = {
-        "pixel_values": rng.standard_normal(
-            (images, image.input_patches or num_patches, 3 * image.patch_size**2), np.float32
-        ),
-        "patch_positions": patch_positions(grid, image.merge_size),
-        "patch_fractions": patch_fractions(grid, image.merge_size),
-        "window_index": windows,
-        "window_restore": window_restore(windows, num_patches) if image.window_size else windows,
-    }
-    return {tensor.name: values[tensor.name] for tensor in spec.inputs}
+    shape = (images * (image.input_patches or num_patches), 3 * image.patch_size**2)
+    return vision_feeds(spec.inputs, rng.standard_normal(shape, np.float32), grid, image)
 
 
 def text_case(

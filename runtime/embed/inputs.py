@@ -16,16 +16,9 @@ from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, page_prompt
 from cembed.runtime.embed.pooling import require_finite
-from cembed.runtime.embed.positions import (
-    Grid,
-    IntArray,
-    patch_fractions,
-    patch_positions,
-    prompt_positions,
-    window_index,
-    window_restore,
-)
+from cembed.runtime.embed.positions import Grid, IntArray, prompt_positions
 from cembed.runtime.embed.preprocess import preprocess
+from cembed.runtime.embed.vision_feeds import vision_feeds
 from cembed.runtime.engines.session import Array, Session
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages.images import to_rgb
@@ -85,16 +78,7 @@ class InputBuilder:
 
     def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:
         """Features [V, H] of one image, from the inputs that the vision graph declares."""
-        wanted = {tensor.name for tensor in self.manifest.graphs["vision"].inputs}
-        patches = self.image.input_patches or len(pixel_values)
-        feeds: dict[str, Array] = {"pixel_values": pixel_values.reshape(-1, patches, pixel_values.shape[1])}
-        if "patch_positions" in wanted:
-            feeds["patch_positions"] = patch_positions(grid, self.image.merge_size)
-        if "patch_fractions" in wanted:
-            feeds["patch_fractions"] = patch_fractions(grid, self.image.merge_size)
-        if "window_index" in wanted:
-            feeds["window_index"] = window_index(grid, self.image)
-            feeds["window_restore"] = window_restore(feeds["window_index"], len(pixel_values))
+        feeds = vision_feeds(self.manifest.graphs["vision"].inputs, pixel_values, grid, self.image)
         output: Array = self._session("vision").run(feeds)
         features = output.reshape(-1, output.shape[-1])
         expected = (len(pixel_values) // self.image.merge_size**2, self.manifest.hidden_size)
