@@ -183,6 +183,8 @@ def limit_layers(backbone: Backbone, num_layers: int | None, checkpoint: Checkpo
     most = backbone.decoder.num_layers
     if not 1 <= num_layers <= most:
         raise CembedError(f"--num-layers {num_layers}: the decoder has 1 to {most}")
+    if backbone.decoder.delta_layers >= set(range(num_layers)):
+        raise CembedError(f"--num-layers {num_layers}: none of these layers attends, and the loop needs one that does")
     checkpoint.drop(re.compile(rf"^layers\.({'|'.join(map(str, range(num_layers, most))) or 'none'})\."))
     return replace(backbone, decoder=replace(backbone.decoder, num_layers=num_layers))
 

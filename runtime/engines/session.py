@@ -20,6 +20,8 @@ from cembed.runtime.errors import CembedError
 Array = NDArray[Any]
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Where ONNX Runtime keeps a cache, by provider; others are given the host's memory."""
+UNKNOWN_OPERATOR = "is not a registered function/op"
+TOO_OLD = "this is version {}, and the bundle has an operator of a later one: upgrade it, or export with --target onnx"
 PACKED_SCHEMES = ("int8", "int4")
 """Weights that ONNX Runtime multiplies as they are where it may pack them, and else widens in every run."""
 
@@ -98,7 +100,8 @@ class OrtSession:
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # its exceptions share no other base class
             reason = str(error).strip().splitlines()[0]
-            raise CembedError(f"ONNX Runtime cannot load {path}: {reason}") from error
+            hint = f"; {TOO_OLD.format(ort.__version__)}" if UNKNOWN_OPERATOR in reason else ""
+            raise CembedError(f"ONNX Runtime cannot load {path}: {reason}{hint}") from error
         obtained = self._session.get_providers()
         if providers[0] not in obtained:
             message = f"{path.name} does not run on {providers[0]}, which could not be started, but on {obtained[0]}"

@@ -203,6 +203,15 @@ void check_tensors(const std::string &where, const std::vector<Row> &rows, const
         refuse(where + ": " + rows[0].name + " must be the first");
 }
 
+}  // namespace
+
+bool is_state(const std::string &name) {
+    const std::string end = "_state";
+    return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+}
+
+namespace {
+
 // Type and shape of the tensors with a prefix, by the rest of their names.
 std::map<std::string, TensorSpec> caches(const std::vector<TensorSpec> &tensors, const std::string &prefix) {
     std::map<std::string, TensorSpec> found;
@@ -221,7 +230,9 @@ void check_step(const Manifest &m, const Graph &graph) {
     if (!std::equal(past.begin(), past.end(), present.begin(), present.end(), alike))
         refuse("graphs.text_step: past_key_values and present are not alike");
     std::set<std::pair<std::string, int64_t>> positions;
-    for (const auto &tensor : past) positions.insert({tensor.second.axes[2], tensor.second.shape[2]});
+    for (const auto &tensor : past) {
+        if (!is_state(tensor.first)) positions.insert({tensor.second.axes[2], tensor.second.shape[2]});
+    }
     if (positions.size() > 1) refuse("graphs.text_step: past_key_values hold different numbers of positions");
     const auto hidden = [](const TensorSpec &tensor) { return tensor.name == "hidden_states"; };
     if (m.dim != m.hidden_size && std::none_of(graph.outputs.begin(), graph.outputs.end(), hidden))
