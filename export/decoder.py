@@ -121,7 +121,9 @@ class SelfAttention(nn.Module):
         self.k_norm = config.norm(config.head_dim) if config.qk_norm else None
         self.heads, self.gated = config.heads, config.output_gate
 
-    def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, attend: Callable[[QKV], Tensor]) -> Tensor:
+    def mix(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, attend: Callable[[QKV], Tensor]
+    ) -> Tensor:
         """What `o_proj` takes, [B, S, N * D]."""
         q, gate = self.q_proj(x), None
         if self.gated:  # each head's query and gate are side by side

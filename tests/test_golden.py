@@ -60,7 +60,9 @@ def test_equals_the_reference(name: str, bundle_of: BundleMaker) -> None:
     vectors |= {f"query{i}": v for i, v in enumerate(embedder.embed_queries(queries))}
     assert len(vectors) == 6
     for key, actual in vectors.items():
-        np.testing.assert_allclose(actual, expected[f"{key}.vectors"], rtol=0, atol=TOLERANCE.get(name, 1e-4), err_msg=key)
+        np.testing.assert_allclose(
+            actual, expected[f"{key}.vectors"], rtol=0, atol=TOLERANCE.get(name, 1e-4), err_msg=key
+        )
 
 
 @pytest.mark.parametrize("name", BACKBONE_OF)

@@ -78,7 +78,9 @@ def test_states_of_fixed_size_are_those_of_python(library: Library, exported: Ca
     pictures = [page().resize(size) for size in ((90, 60), (64, 200))]
     for picture in pictures:
         close(bundle.embed_image(picture, num_vectors=9), embedder.embed_image(picture, Budget(9)))
-        close(bundle.embed_image(picture, num_vectors=9, loop=1), embedder.embed_image(picture, Budget(9, decode="loop")))
+        close(
+            bundle.embed_image(picture, num_vectors=9, loop=1), embedder.embed_image(picture, Budget(9, decode="loop"))
+        )
     texts = [TEXT, "a longer question about something else, with more words"]
     states = [bundle.start(text) for text in texts]
     for budget in (1, 2, 3, 6, 16):

@@ -23,6 +23,9 @@ from safetensors.torch import load_file as load_tensors
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions
+from cembed.quantize.graph import SourceGraph
+from cembed.quantize.plan import QuantiseOptions
+from cembed.quantize.quantizer import quantise
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.contract import is_state
@@ -305,3 +308,44 @@ def test_what_is_not_supported_is_refused_by_name(
 def test_the_first_layers_must_attend_somewhere(zoo: Zoo, tmp_path: Path) -> None:
     with pytest.raises(CembedError, match="--num-layers 3: none of these layers attends"):
         export(options(zoo, num_layers=3), tmp_path / "out")
+
+
+# Quantised bundles
+
+KEPT = ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "A_log", "dt_bias")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounding", "cosine"),
+    [("int8", "nearest", 0.99), ("int4", "gptq", 0.8), ("w8a8", "nearest", 0.9), ("fp16", "nearest", 0.999)],
+)
+def test_quantised_bundles_recur_in_float(
+    model: Model, tmp_path: Path, scheme: str, rounding: str, cosine: float
+) -> None:
+    quantise(model.bundle, QuantiseOptions(scheme, rounding=rounding, accept_loss=True), tmp_path / "small")
+    other = replace(model, embedder=Embedder(Bundle(tmp_path / "small"), EngineSettings(threads=1)))
+    for kind in KINDS:
+        mine, theirs = under(model, kind).embedder, under(other, kind).embedder
+        loop = theirs.embed_image(PAGES[0], Budget(9, decode="loop"))
+        assert (loop * mine.embed_image(PAGES[0], Budget(9, decode="loop"))).sum(axis=1).min() > cosine
+        if kind != "feedback":
+            assert (loop * theirs.embed_image(PAGES[0], Budget(9))).sum(axis=1).min() > cosine
+    for graph in ("text", "text_step"):
+        source = SourceGraph(Bundle(tmp_path / "small").graph_path(graph))
+        stored = {name: tensor.data_type for name, tensor in source.initializers.items()}
+        for layer in range(3):
+            for name in KEPT:
+                assert stored[f"layers.{layer}.linear_attn.{name}"] == onnx.TensorProto.FLOAT
+        states = [t for t in (*source.model.graph.input, *source.model.graph.output) if is_state(t.name)]
+        assert all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in states)
+        assert len(states) == (12 if graph == "text_step" else 0)
+
+
+def test_the_gate_of_quantisation_works_on_it(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(CembedError, match="cosine"):
+        quantise(model.bundle, QuantiseOptions("int4", min_cosine=0.9999), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    quantise(model.bundle, QuantiseOptions("int4", min_cosine=0.99, mixed=True), tmp_path / "mixed")
+    report = Bundle(tmp_path / "mixed").manifest.quantisation
+    assert report is not None
+    assert report.comparison.min_cosine >= 0.99
