@@ -24,7 +24,7 @@ class Dialect(Protocol):
     """How rotary embedding and attention are written. Heads are side by side: query is [B, S, N * D]."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        """Rotate x [B, S, N * D] by cos and sin [B, S, R / 2]: the first R components of a head, their halves paired."""
+        """Rotate x [B, S, N * D] by cos and sin [B, S, R / 2]: the first R of a head, their halves paired."""
 
     def attention(
         self,

@@ -28,6 +28,7 @@ from cembed.export.head_weights import (
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
 from cembed.export.tokens import check_prompts, read_tokenizer
+from cembed.runtime.bundle.graph_tensors import present_of
 from cembed.runtime.bundle.manifest import (
     EmbeddingTable,
     Graph,
@@ -314,13 +315,12 @@ def step_spec(
     config, text = backbone.decoder, text_spec(backbone, attends, projection)
     cache_type = str(DTYPES[dtype].compute).removeprefix("torch.")
 
-    def cache(what: str) -> list[Tensor]:
-        layers = [config.kept(layer, capacity, cache_type) for layer in range(config.num_layers)]
-        return [Tensor(f"{what}.{n}.{part}", *kind) for n, kept in enumerate(layers) for part, kind in kept.items()]
+    past = [tensor for layer in range(config.num_layers) for tensor in config.kept(layer, capacity, cache_type)]
+    present = [replace(tensor, name=present_of(tensor.name)) for tensor in past]
 
     outputs = list(text.outputs)
     if projection:
         outputs.append(Tensor("hidden_states", "float32", ("batch_size", "num_vectors", config.hidden_size)))
-    inputs = (*text.inputs[:3], Tensor("cache_position", "int64", ("batch_size",)), *cache("past_key_values"))
+    inputs = (*text.inputs[:3], Tensor("cache_position", "int64", ("batch_size",)), *past)
     build = partial(Step, config, attends, projection)
-    return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data", grouped=4)
+    return GraphSpec("text_step", build, "", inputs, (*outputs, *present), "text.data")

@@ -19,7 +19,7 @@ CHUNK = 32  # of 16, 32 and 64 the fastest on a CPU; what a single step computes
 
 @dataclass(frozen=True)
 class DeltaInputs:
-    """query and key [B, S, N * D], value [B, S, N * E], decay and rate [B, S, N]; all float32, scaled and normalised."""
+    """query and key [B, S, N * D], value [B, S, N * E], decay and rate [B, S, N]; in float32, keys of length 1."""
 
     query: Tensor
     key: Tensor

@@ -38,8 +38,10 @@ def still_frame(pixel_values: NDArray[np.float32], spec: ImageProcessing) -> NDA
 
 
 def page(name: str, key: str, spec: ImageProcessing) -> Image.Image:
-    """A golden page, in the size it will have where the reference resized it with torchvision, which rounds its own way:
-    one level more or less in 4 of 1,000 numbers, and up to 6e-3 in a vector."""
+    """A golden page; where the reference resized with torchvision, in the size that it will have.
+
+    That rounds its own way: one level more or less in 4 of 1,000 numbers, which is up to 6e-3 in a vector.
+    """
     image = Image.open(GOLDEN / name / f"{key}.png")
     if name not in TORCHVISION:
         return image

@@ -28,7 +28,7 @@ from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.contract import is_state
+from cembed.runtime.bundle.graph_tensors import grows, is_past, is_present, state_tensors
 from cembed.runtime.bundle.manifest import Side, SlotKind, SlotPositions
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.embed.pooling import normalise
@@ -175,15 +175,15 @@ def test_a_step_that_failed_is_not_half_done(model: Model) -> None:
 def test_states_and_caches_are_counted(model: Model) -> None:
     state = under(model, "feedback").embedder.start_query(TEXT, 5)
     buffers = state.cache.buffers
-    assert sorted({name.split(".")[2] for name in buffers}) == ["conv_state", "key", "recurrent_state", "value"]
-    assert state.nbytes == sum(array.nbytes * (2 if is_state(name) else 1) for name, array in buffers.items())
+    assert sorted({name.split(".")[2] for name in buffers}) == ["conv", "key", "recurrent", "value"]
+    assert state.nbytes == sum(array.nbytes * (1 if grows(name) else 2) for name, array in buffers.items())
     twice = under(model, "feedback").embedder.start_query(TEXT, 64)
-    assert all(buffers[name].shape == twice.cache.buffers[name].shape for name in buffers if is_state(name))
+    assert all(buffers[name].shape == twice.cache.buffers[name].shape for name in buffers if not grows(name))
 
 
 # Files of states
 
-STATE = "past_key_values.0.recurrent_state"
+STATE = "past_states.0.recurrent"
 
 
 def without(name: str) -> Callable[[dict[str, Any]], None]:
@@ -204,7 +204,7 @@ def broken(array: Any) -> Any:
     ("change", "words"),
     [
         (without(STATE), f"{STATE} is missing"),
-        (without("past_key_values.2.conv_state"), "conv_state is missing"),
+        (without("past_states.2.conv"), "past_states.2.conv is missing"),
         (changed(STATE, lambda a: a[:, :, :-1]), STATE),
         (changed(STATE, lambda a: a.astype(np.float16)), "F16"),
         (changed(STATE, broken), f"{STATE} has NaN"),
@@ -244,16 +244,17 @@ def test_other_targets_give_the_same_vectors(
     for kind in KINDS:
         mine, theirs = under(model, kind).embedder, under(other, kind).embedder
         for decode in ("loop",) if kind == "feedback" else ("single-pass", "loop"):
-            close(theirs.embed_image(PAGES[0], Budget(9, decode=decode)), mine.embed_image(PAGES[0], Budget(9, decode=decode)), 1e-5)  # fmt: skip
-            close(theirs.embed_query(TEXT, Budget(9, decode=decode)), mine.embed_query(TEXT, Budget(9, decode=decode)), 1e-5)  # fmt: skip
+            budget = Budget(9, decode=decode)
+            close(theirs.embed_image(PAGES[0], budget), mine.embed_image(PAGES[0], budget), 1e-5)
+            close(theirs.embed_query(TEXT, budget), mine.embed_query(TEXT, budget), 1e-5)
 
 
 def test_half_floats(model: Model, zoo: Zoo, exported: Exported) -> None:
     """States stay in float32."""
     embedder = Embedder(Bundle(exported(options(zoo, dtype="fp16"))), EngineSettings(threads=1))
-    kept = {t.name: t.dtype for t in embedder.manifest.graphs["text_step"].inputs[4:]}
-    assert {dtype for name, dtype in kept.items() if is_state(name)} == {"float32"}
-    assert {dtype for name, dtype in kept.items() if not is_state(name)} == {"float16"}
+    kept = {t.name: t.dtype for t in state_tensors(embedder.manifest.graphs["text_step"])}
+    assert {dtype for name, dtype in kept.items() if not grows(name)} == {"float32"}
+    assert {dtype for name, dtype in kept.items() if grows(name)} == {"float16"}
     close(embedder.embed_query(TEXT, Budget(8)), under(model, "learned").embedder.embed_query(TEXT, Budget(8)), 5e-2)
     close(embedder.embed_query(TEXT, Budget(8, decode="loop")), embedder.embed_query(TEXT, Budget(8)), 5e-2)
 
@@ -336,7 +337,8 @@ def test_quantised_bundles_recur_in_float(
         for layer in range(3):
             for name in KEPT:
                 assert stored[f"layers.{layer}.linear_attn.{name}"] == onnx.TensorProto.FLOAT
-        states = [t for t in (*source.model.graph.input, *source.model.graph.output) if is_state(t.name)]
+        values = [*source.model.graph.input, *source.model.graph.output]
+        states = [v for v in values if (is_past(v.name) or is_present(v.name)) and not grows(v.name)]
         assert all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in states)
         assert len(states) == (12 if graph == "text_step" else 0)
 

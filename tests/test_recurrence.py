@@ -1,4 +1,4 @@
-"""The gated delta rule as graphs compute it, in chunks and by ONNX Runtime's operator, against float64 by definition."""
+"""The gated delta rule as graphs compute it, in chunks and by ONNX Runtime's operator, against its definition."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from itertools import groupby
 from math import isqrt
 from operator import attrgetter
 
+from cembed.runtime.bundle.graph_tensors import grows, is_past, is_present, past_of
 from cembed.runtime.bundle.manifest import (
     MAX_TOKENIZER,
     MAX_VECTOR,
@@ -53,14 +54,14 @@ TENSORS = (
     "text_step in cache_position - int64 batch_size",
     "text_step in past_key_values.#.key - float32|float16 batch_size * capacity|* *",
     "text_step in past_key_values.#.value - float32|float16 batch_size * capacity|* *",
-    "text_step in past_key_values.#.conv_state ?states float32 batch_size * *",
-    "text_step in past_key_values.#.recurrent_state ?states float32 batch_size * * *",
+    "text_step in past_states.#.conv ?states float32 batch_size * *",
+    "text_step in past_states.#.recurrent ?states float32 batch_size * * *",
     "text_step out slot_states - float32 batch_size num_vectors =dim",
     "text_step out hidden_states ? float32 batch_size num_vectors =hidden_size",
     "text_step out present.#.key - float32|float16 batch_size * capacity|* *",
     "text_step out present.#.value - float32|float16 batch_size * capacity|* *",
-    "text_step out present.#.conv_state ?states float32 batch_size * *",
-    "text_step out present.#.recurrent_state ?states float32 batch_size * * *",
+    "text_step out present_states.#.conv ?states float32 batch_size * *",
+    "text_step out present_states.#.recurrent ?states float32 batch_size * * *",
 )
 """Graph, direction, name (# is a number), whether it must be there, types, and axes.
 
@@ -249,27 +250,13 @@ def missing_rows(rows: Sequence[Row], found: Sequence[Row]) -> Iterator[Row]:
 
 def check_step(manifest: Manifest, graph: Graph) -> None:
     """Each past has its present, all hold the same positions, and there is what a feedback slot is fed."""
-    past, present = caches(graph.inputs, "past_key_values."), caches(graph.outputs, "present.")
+    past = {tensor.name: (tensor.dtype, *tensor.shape) for tensor in graph.inputs if is_past(tensor.name)}
+    present = {past_of(t.name): (t.dtype, *t.shape) for t in graph.outputs if is_present(t.name)}
     if different := sorted(name for name in past.keys() | present.keys() if past.get(name) != present.get(name)):
-        raise CembedError(f"graphs.text_step: past_key_values.{different[0]} and its present are not alike")
-    if len({tensor[3] for name, tensor in past.items() if not is_state(name)}) > 1:
+        raise CembedError(f"graphs.text_step: {different[0]} and its present are not alike")
+    if len({tensor[3] for name, tensor in past.items() if grows(name)}) > 1:
         raise CembedError("graphs.text_step: past_key_values hold different numbers of positions")
     if manifest.dim != manifest.hidden_size and all(tensor.name != "hidden_states" for tensor in graph.outputs):
         raise CembedError(
             f"graphs.text_step.outputs: hidden_states is missing, as dim {manifest.dim} is a projection's"
         )
-
-
-def is_state(name: str) -> bool:
-    """Whether what a layer keeps is a state of fixed size, each position replaces it; caches grow by position.
-
-    >>> is_state("past_key_values.0.recurrent_state"), is_state("present.3.key")
-    (True, False)
-    """
-    return name.endswith("_state")
-
-
-def caches(tensors: Sequence[Tensor], prefix: str) -> dict[str, tuple[int | str, ...]]:
-    """Type and shape of the tensors with a prefix, by the rest of their names."""
-    found = [tensor for tensor in tensors if tensor.name.startswith(prefix)]
-    return {tensor.name.removeprefix(prefix): (tensor.dtype, *tensor.shape) for tensor in found}

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.bundle.contract import is_state
+from cembed.runtime.bundle.graph_tensors import grows, is_present, present_of
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.engines.quiet import ort
 from cembed.runtime.errors import CembedError
@@ -138,22 +138,22 @@ class OrtStep:
     def __init__(self, session: ort.InferenceSession, cache: Mapping[str, Array], device: str) -> None:
         self._session, self._binding = session, session.io_binding()
         outputs = [output.name for output in session.get_outputs()]
-        self._states = [name for name in outputs if not name.startswith("present.")]
+        self._states = [name for name in outputs if not is_present(name)]
         for name in self._states:
             self._binding.bind_output(name, "cpu")
-        self._arrays = {name: array for name, array in cache.items() if device != "cpu" or is_state(name)}
+        self._arrays = {name: array for name, array in cache.items() if device != "cpu" or not grows(name)}
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in cache.items()}
         self._spare = {
             name: ort.OrtValue.ortvalue_from_numpy(np.zeros_like(array), device)
             for name, array in cache.items()
-            if is_state(name)
+            if not grows(name)
         }
         for name, buffer in self._buffers.items():
             self._bind(name, buffer, self._spare.get(name, buffer))
 
     def _bind(self, name: str, past: ort.OrtValue, present: ort.OrtValue) -> None:
         self._binding.bind_ortvalue_input(name, past)
-        self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), present)
+        self._binding.bind_ortvalue_output(present_of(name), present)
 
     def _turn(self) -> None:
         """What was written of each state is read next."""

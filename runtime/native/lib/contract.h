@@ -10,7 +10,10 @@ namespace cembed {
 // Throws Error(BUNDLE) that names the fields which do not fit each other.
 void check_contract(const Manifest &manifest);
 
-// Whether what a layer keeps is a state of fixed size, which each position replaces; caches grow by position.
-bool is_state(const std::string &name);
+// What goes from step to step, as runtime/bundle/graph_tensors.py: whether an input is such a state, which output
+// replaces it, and whether it has a row a position or is of fixed size.
+bool is_past(const std::string &name);
+std::string present_of(const std::string &past);
+bool grows(const std::string &past);
 
 }  // namespace cembed
