@@ -46,7 +46,7 @@ class SlotSide(RuntimeSide):
         self.image, self.pool = draw_page(), ThreadPoolExecutor(threads)
         self.buffer = np.ones(BUFFER // 4, np.float32)
         self.parts = np.array_split(self.buffer, threads)
-        self.length = len(self.embedder.inputs.query(QUERY).embeds)
+        self.length = len(self.embedder.inputs.query(QUERY))
         self.states = {size: self.embedder.start_query(QUERY, size - self.length + 1) for size in CAPACITIES}
 
     def bandwidth(self) -> dict[str, float]:

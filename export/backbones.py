@@ -34,7 +34,7 @@ class Backbone:
     """One checkpoint's architecture and the conventions it was trained with.
 
     `prompts` are (document, query), with `{image}` and `{text}`; `vision_prefix` is where the checkpoint has the tower;
-    `embedding_scale` is folded into the embedding table.
+    `embedding_scale` is folded into the embedding table; the decoder's first `deepstack` layers take more of an image.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Backbone:
     vision_prefix: str
     build_vision: Callable[[Dialect], nn.Module]
     embedding_scale: float = 1.0
+    deepstack: int = 0
 
 
 def load_backbone(name: str, root: Path, adapter: Path | None = None) -> Backbone:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from cembed.runtime.errors import CembedError
 
-BACKBONES = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "paligemma", "idefics3", "modernvbert")
+BACKBONES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "paligemma", "idefics3", "modernvbert")
 """Module names are these with underscores, and are what checkpoints call their `model_type`."""
 HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
 POOLING = ("none", "mean", "last", "concat")

@@ -8,18 +8,20 @@ Graph contract of `text.onnx` (B inputs, S positions, K positions read, H hidden
     position_ids      int64   [A, B, S]   rotary positions
     slot_indices      int64   [B, K]      the positions whose state is returned
     prompt_length     int64   [1]         only where the prompt attends bidirectionally and slots follow it
+    deepstack_embeds  float32 [B, S, L * H]  only of Qwen3-VL: what is added behind each of the first L layers
     slot_states       float32 [B, K, dim] after the final norm and the projection, not yet L2-normalised
 
 and of `text_step.onnx`, the same weights over a static cache of C positions (S = n: prefill, S = 1: decode step):
 
-    inputs_embeds, position_ids, slot_indices as above
+    inputs_embeds, position_ids, slot_indices, deepstack_embeds as above
     cache_position    int64   [B]         positions that the cache holds already
     past_key_values.{i}.key, .value       [B, kv_heads, C, head_dim] in the type of the arithmetic; of other layers
-    past_key_values.{i}.conv_state        float32 [B, channels, kernel - 1] and
-    past_key_values.{i}.recurrent_state   float32 [B, value_heads, key_dim, value_dim]
+    past_states.{i}.conv                  float32 [B, channels, kernel - 1] and
+    past_states.{i}.recurrent             float32 [B, value_heads, key_dim, value_dim]
     slot_states       as above
     hidden_states     float32 [B, K, H]   before the projection; only where there is one
-    present.{i}.…                         as the past; keys and values are bound to its buffers
+    present.{i}.key, .value               bound to the buffers of past_key_values
+    present_states.{i}.conv, .recurrent   as the past, in buffers of their own
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from cembed.export.delta_net import DeltaConfig, DeltaNet
 from cembed.export.layers import Dialect, GatedMLP, GemmaRMSNorm, Linear, RMSNorm, inverse_frequencies, rotary_tables
+from cembed.runtime.bundle.manifest import Tensor as GraphTensor
 
 Attending = Literal["causal", "bidirectional", "bidirectional-prompt"]
 """`bidirectional-prompt`: the prompt attends to all of itself, each slot to the prompt and the slots up to itself."""
@@ -49,7 +52,7 @@ class Wiring:
     """How layers reach other positions: attention on a layer's q, k and v, and a DeltaNet's recurrence on its input."""
 
     attend: Attend
-    recur: Recur
+    recur: Recur | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,13 @@ class DecoderConfig:
     def norm(self, size: int) -> RMSNorm:
         return (GemmaRMSNorm if self.gemma else RMSNorm)(size, self.rms_norm_eps)
 
-    def kept(self, layer: int, capacity: int | str, cache_type: str) -> dict[str, tuple[str, tuple[int | str, ...]]]:
-        """What a layer keeps for later positions: name, type and shape of two tensors."""
+    def kept(self, layer: int, capacity: int | str, cache_type: str) -> list[GraphTensor]:
+        """What a layer keeps for later positions, as inputs of the step."""
         if layer in self.delta_layers:
             assert self.delta is not None
-            return self.delta.kept()
+            return self.delta.kept(layer)
         shape = ("batch_size", self.num_kv_heads, capacity, self.head_dim)
-        return {"key": (cache_type, shape), "value": (cache_type, shape)}
+        return [GraphTensor(f"past_key_values.{layer}.{part}", cache_type, shape) for part in ("key", "value")]
 
 
 class SelfAttention(nn.Module):
@@ -121,15 +124,14 @@ class SelfAttention(nn.Module):
         self.k_norm = config.norm(config.head_dim) if config.qk_norm else None
         self.heads, self.gated = config.heads, config.output_gate
 
-    def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, attend: Callable[[QKV], Tensor]) -> Tensor:
-        """What `o_proj` takes, [B, S, N * D]."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, dialect: Dialect) -> tuple[QKV, Tensor | None]:
+        """What attends, and the gate of what comes of it, before the sigmoid."""
         q, gate = self.q_proj(x), None
         if self.gated:  # each head's query and gate are side by side
             q, gate = (part.flatten(2) for part in q.unflatten(-1, (self.heads[0], -1)).chunk(2, dim=-1))
-        q = dialect.rotary(normed(q, self.q_norm, self.heads[0]), *tables, self.heads[0])
-        k = dialect.rotary(normed(self.k_proj(x), self.k_norm, self.heads[1]), *tables, self.heads[1])
-        attended = attend((q, k, self.v_proj(x)))
-        return attended if gate is None else attended * torch.sigmoid(gate)
+        q = dialect.rotary(normed(q, self.q_norm, self.heads[0]), cos, sin, self.heads[0])
+        k = dialect.rotary(normed(self.k_proj(x), self.k_norm, self.heads[1]), cos, sin, self.heads[1])
+        return (q, k, self.v_proj(x)), gate
 
 
 def normed(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
@@ -138,6 +140,11 @@ def normed(x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
         return x
     result: Tensor = norm(x.unflatten(-1, (heads, -1))).flatten(2)
     return result
+
+
+def rows_at(x: Tensor, indices: Tensor) -> Tensor:
+    """The rows `indices` [B, K] of x [B, S, H]."""
+    return torch.gather(x, 1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class DecoderLayer(nn.Module, ABC):
@@ -169,7 +176,9 @@ class AttentionLayer(DecoderLayer):
         self.self_attn = SelfAttention(config)
 
     def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, wiring: Wiring) -> Tensor:
-        return self.self_attn.mix(x, tables, dialect, lambda qkv: wiring.attend(self.index, qkv))
+        qkv, gate = self.self_attn.project(x, *tables, dialect)
+        attended = wiring.attend(self.index, qkv)
+        return attended if gate is None else attended * torch.sigmoid(gate)
 
     def output(self, mixed: Tensor) -> Tensor:
         return self.self_attn.o_proj(mixed)
@@ -182,6 +191,7 @@ class DeltaLayer(DecoderLayer):
         self.linear_attn = DeltaNet(config.hidden_size, config.delta, config.rms_norm_eps)
 
     def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], dialect: Dialect, wiring: Wiring) -> Tensor:
+        assert wiring.recur is not None, "nothing was said of recurrence"
         return wiring.recur(self.index, self.linear_attn, x)
 
     def output(self, mixed: Tensor) -> Tensor:
@@ -207,18 +217,27 @@ class Decoder(nn.Module):
         positions = position_ids.permute(1, 2, 0).index_select(-1, axis)  # B S D/2
         return rotary_tables(positions, inverse_frequencies(self.config.rope_theta, self.config.turning), dtype)
 
-    def run(self, inputs_embeds: Tensor, position_ids: Tensor, slot_indices: Tensor, wiring: Wiring) -> Tensor:
-        """Hidden states [B, K, H] after the final norm."""
+    def run(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        slot_indices: Tensor,
+        attend: Attend,
+        recur: Recur | None = None,
+        deepstack_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, K, H] after the final norm; `attend` and `recur` are told a layer's number."""
+        wiring = Wiring(attend, recur)
         x = inputs_embeds.to(self.norm.weight.dtype)
         tables = self.rotary_tables(position_ids, x.dtype)
-        rows = slot_indices.unsqueeze(-1)
+        added = [] if deepstack_embeds is None else list(deepstack_embeds.to(x.dtype).split(x.shape[-1], dim=-1))
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             mixed = layer.mix(layer.input_layernorm(x), tables, self.dialect, wiring)
             if index == len(self.layers) - 1:  # nothing but the slots is needed after the last attention
-                mixed = torch.gather(mixed, 1, rows.expand(-1, -1, mixed.shape[-1]))
-                x = torch.gather(x, 1, rows.expand(-1, -1, x.shape[-1]))
+                mixed, x, *added[index:] = (rows_at(t, slot_indices) for t in (mixed, x, *added[index:]))
             x = layer.finish(x, mixed)
+            x = x + added[index] if index < len(added) else x
         return self.norm(x)
 
     def project(self, x: Tensor) -> Tensor:
@@ -227,7 +246,12 @@ class Decoder(nn.Module):
 
 class SinglePass(Decoder):
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, slot_indices: Tensor, prompt_length: Tensor | None = None
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        slot_indices: Tensor,
+        prompt_length: Tensor | None = None,
+        deepstack_embeds: Tensor | None = None,
     ) -> Tensor:
         def attend(_: int, qkv: QKV) -> Tensor:
             if prompt_length is None:
@@ -237,7 +261,7 @@ class SinglePass(Decoder):
         def recur(_: int, net: DeltaNet, x: Tensor) -> Tensor:
             return net.mix(x, None, self.dialect)[0]
 
-        return self.project(self.run(inputs_embeds, position_ids, slot_indices, Wiring(attend, recur)))
+        return self.project(self.run(inputs_embeds, position_ids, slot_indices, attend, recur, deepstack_embeds))
 
     def attend_prompt_and_slots(self, q: Tensor, k: Tensor, v: Tensor, prompt_length: Tensor) -> Tensor:
         """In two parts, cut before the prompt's last position, which sees the prompt either way.
@@ -265,24 +289,29 @@ class Step(Decoder):
         position_ids: Tensor,
         slot_indices: Tensor,
         cache_position: Tensor,
-        past_key_values: list[Tensor],
+        deepstack_embeds: Tensor | None = None,
+        *,
+        past: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
         present: list[Tensor] = []
         causal = self.attending == "causal"
 
-        def past(index: int) -> tuple[Tensor, Tensor]:
-            return past_key_values[2 * index], past_key_values[2 * index + 1]
+        def held(kind: str, index: int, *names: str) -> tuple[Tensor, Tensor]:
+            first, second = (past[f"{kind}.{index}.{name}"] for name in names)
+            return first, second
 
         def attend(index: int, qkv: QKV) -> Tensor:
-            out, *cache = self.dialect.cached_attention(qkv, past(index), cache_position, self.config.heads, causal)
+            out, *cache = self.dialect.cached_attention(
+                qkv, held("past_key_values", index, "key", "value"), cache_position, self.config.heads, causal
+            )
             present.extend(cache)
             return out
 
         def recur(index: int, net: DeltaNet, x: Tensor) -> Tensor:
-            out, memory = net.mix(x, past(index), self.dialect)
+            out, memory = net.mix(x, held("past_states", index, "conv", "recurrent"), self.dialect)
             present.extend(memory)
             return out
 
-        hidden = self.run(inputs_embeds, position_ids, slot_indices, Wiring(attend, recur))
+        hidden = self.run(inputs_embeds, position_ids, slot_indices, attend, recur, deepstack_embeds)
         fed_back = () if self.custom_text_proj is None else (hidden.float(),)
         return (self.project(hidden), *fed_back, *present)

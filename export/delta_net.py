@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cembed.export.layers import Dialect, Linear, RMSNorm, repeat_heads
 from cembed.export.recurrence import DeltaInputs
+from cembed.runtime.bundle.manifest import Tensor as GraphTensor
 
 UNIT_EPS = 1e-6  # added to a squared length
 
@@ -44,13 +45,13 @@ class DeltaConfig:
     def channels(self) -> int:
         return 2 * self.keys + self.values
 
-    def kept(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
-        """Name, type and shape of what is kept for later positions."""
+    def kept(self, layer: int) -> list[GraphTensor]:
+        """What is kept for later positions, as inputs of the step."""
         state = ("batch_size", self.value_heads, self.key_dim, self.value_dim)
-        return {
-            "conv_state": ("float32", ("batch_size", self.channels, self.kernel - 1)),
-            "recurrent_state": ("float32", state),
-        }
+        return [
+            GraphTensor(f"past_states.{layer}.conv", "float32", ("batch_size", self.channels, self.kernel - 1)),
+            GraphTensor(f"past_states.{layer}.recurrent", "float32", state),
+        ]
 
 
 class CausalConvolution(nn.Module):

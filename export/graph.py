@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cembed.export.layers import (
     Scattering,
     Standard,
 )
+from cembed.runtime.bundle.graph_tensors import is_past
 from cembed.runtime.bundle.manifest import Graph, Tensor
 from cembed.runtime.errors import CembedError
 
@@ -63,7 +64,8 @@ def choose_dialect(target: str, opset: int) -> Dialect:
 class GraphSpec:
     """A module to trace: how it is built for a dialect, its inputs and outputs by name.
 
-    The inputs from number `grouped` on are one list to the module. The weights go to the data file called `data`.
+    The module takes its inputs by name, and those that are state as one mapping, `past`. The weights go to the data
+    file called `data`.
     """
 
     name: str
@@ -72,11 +74,16 @@ class GraphSpec:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     data: str
-    grouped: int | None = None
 
-    def arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
+    @property
+    def graph(self) -> Graph:
+        """As the manifest will have it."""
+        return Graph(f"{self.name}.onnx", (self.data,), self.inputs, self.outputs)
+
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """`values`, one for each input, as the module's forward takes them."""
-        return tuple(values) if self.grouped is None else (*values[: self.grouped], list(values[self.grouped :]))
+        past = {name: value for name, value in values.items() if is_past(name)}
+        return {n: v for n, v in values.items() if n not in past} | ({"past": past} if past else {})
 
 
 def empty_module(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic) -> nn.Module:
@@ -94,22 +101,23 @@ def empty_module(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic) -> n
     return module
 
 
-def example_inputs(inputs: Sequence[Tensor]) -> list[torch.Tensor]:
+def example_inputs(inputs: Sequence[Tensor]) -> dict[str, torch.Tensor]:
     def sizes(tensor: Tensor) -> list[int]:
         return [EXAMPLE_SIZES[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
 
-    return [torch.zeros(sizes(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in inputs]
+    return {tensor.name: torch.zeros(sizes(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in inputs}
 
 
 def trace(spec: GraphSpec, dialect: Dialect, arithmetic: Arithmetic, opset: int) -> ir.Model:
     """The graph of `spec`, its parameters as initializers without data, named as in the module."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    axes = [{i: torch.export.Dim.DYNAMIC for i, a in enumerate(t.shape) if isinstance(a, str)} for t in spec.inputs]
+    dynamic = torch.export.Dim.DYNAMIC
+    axes = {t.name: {i: dynamic for i, a in enumerate(t.shape) if isinstance(a, str)} for t in spec.inputs}
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         program = torch.onnx.export(
             empty_module(spec, dialect, arithmetic),
-            spec.arguments(example_inputs(spec.inputs)),
+            kwargs=spec.arguments(example_inputs(spec.inputs)),
             dynamo=True,
             opset_version=opset,
             input_names=[tensor.name for tensor in spec.inputs],
@@ -177,7 +185,7 @@ def write_graph(model: ir.Model, spec: GraphSpec, data: WeightFile, load: Callab
     for value, tensor in zip([*model.graph.inputs, *model.graph.outputs], [*spec.inputs, *spec.outputs], strict=True):
         value.shape = ir.Shape(tensor.shape)
     ir.save(model, data.path.parent / f"{spec.name}.onnx")
-    return Graph(f"{spec.name}.onnx", (data.path.name,), spec.inputs, spec.outputs)
+    return spec.graph
 
 
 def _drop_provenance(model: ir.Model) -> None:

@@ -24,7 +24,7 @@ class Dialect(Protocol):
     """How rotary embedding and attention are written. Heads are side by side: query is [B, S, N * D]."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        """Rotate x [B, S, N * D] by cos and sin [B, S, R / 2]: the first R components of a head, their halves paired."""
+        """Rotate x [B, S, N * D] by cos and sin [B, S, R / 2]: the first R of a head, their halves paired."""
 
     def attention(
         self,
@@ -56,7 +56,9 @@ class Decomposed:
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         x = x.unflatten(-1, (heads, -1))  # B S N D
         half = cos.shape[-1]
-        first, second, *rest = x.split([half, half, *([x.shape[-1] - 2 * half] if x.shape[-1] > 2 * half else [])], dim=-1)
+        first, second, *rest = x.split(
+            [half, half, *([x.shape[-1] - 2 * half] if x.shape[-1] > 2 * half else [])], dim=-1
+        )
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, *rest], dim=-1).flatten(2)
 

@@ -15,6 +15,7 @@ from torch import nn
 from cembed.export.backbones import Backbone
 from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.layers import Arithmetic, Reference
+from cembed.runtime.bundle.graph_tensors import row_tensors, row_width, state_tensors
 from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import Parity, Side
 from cembed.runtime.embed.positions import prompt_positions, slot_positions
@@ -41,9 +42,10 @@ def reference_module(spec: GraphSpec, load: Callable[[str], torch.Tensor]) -> nn
 
 def run_reference(module: nn.Module, spec: GraphSpec, feeds: Mapping[str, Array]) -> Array:
     """The first output, computed in float32."""
-    tensors = [torch.from_numpy(feeds[tensor.name]) for tensor in spec.inputs]
+    tensors = {tensor.name: torch.from_numpy(feeds[tensor.name]) for tensor in spec.inputs}
     with torch.inference_mode():
-        outputs = module(*spec.arguments([t.float() if t.is_floating_point() else t for t in tensors]))
+        floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        outputs = module(**spec.arguments(floats))
     first: torch.Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
     return first.numpy()
 
@@ -117,8 +119,12 @@ def text_case(
     """
     prompt = prompt_positions(np.zeros(length, bool), None, backbone.positions, 1)
     positions = np.concatenate([prompt, slot_positions(prompt, 4, side.slot_positions)], axis=1)
+    rows = {
+        tensor.name: rng.standard_normal((1, length + 4, row_width(tensor)), np.float32)
+        for tensor in row_tensors(spec.graph)
+    }
     values: dict[str, Array] = {
-        "inputs_embeds": rng.standard_normal((1, length + 4, backbone.decoder.hidden_size), np.float32),
+        **rows,
         "position_ids": positions[:, None],
         "slot_indices": np.arange(length - 1, length + 4)[None],
         "prompt_length": np.array([length]),
@@ -126,10 +132,10 @@ def text_case(
     if spec.name == "text_step":
         new = slice(0, length) if length < 10 else slice(length, length + 1)
         count = new.stop - new.start
-        values["inputs_embeds"], values["position_ids"] = values["inputs_embeds"][:, new], positions[:, None, new]
+        values |= {name: array[:, new] for name, array in rows.items()} | {"position_ids": positions[:, None, new]}
         values["slot_indices"] = np.array([[count - 1]])
         values["cache_position"] = np.array([new.start])
-        for tensor in spec.inputs[4:]:
+        for tensor in state_tensors(spec.graph):
             shape = [
                 length + 8 if axis == "capacity" else 1 if isinstance(axis, str) else axis for axis in tensor.shape
             ]

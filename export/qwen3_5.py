@@ -114,7 +114,9 @@ def sections(rope: Settings, frequencies: int) -> tuple[int, ...]:
     if len(found) != 3 or sum(found) != frequencies:
         rope.refuse("mrope_section", f"three numbers with the sum {frequencies}")
     if 3 * found[1] - 2 >= frequencies or 3 * found[2] - 1 >= frequencies:
-        rope.refuse("mrope_section", f"as many of height and width as find a place among {frequencies} in turns of three")
+        rope.refuse(
+            "mrope_section", f"as many of height and width as find a place among {frequencies} in turns of three"
+        )
     return found
 
 

@@ -5,7 +5,7 @@ Graph contract of `vision.onnx` (B images of one size, P patches, V = P / merge_
     pixel_values      float32 [B, P, 3 * patch**2]
     patch_positions   int64   [P, 2]   row and column of each patch, in merge groups
     patch_fractions   float32 [P, 2]   the same from 0 at the first to 1 at the last row and column
-    image_features    float32 [B, V, hidden]
+    image_features    float32 [B, V, (1 + L) * hidden]   for the positions, then for each of L layers of the decoder
 """
 
 from __future__ import annotations
@@ -65,15 +65,16 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(VisionMLP):
-    """Four neighbouring patches become one visual token."""
+    """Four neighbouring patches become one visual token; the norm is of each patch, or of all of them (`grouped`)."""
 
-    def __init__(self, config: QwenVisionConfig) -> None:
+    def __init__(self, config: QwenVisionConfig, *, grouped: bool = False) -> None:
         self.width = config.hidden_size * config.merge_size**2
         super().__init__(self.width, self.width, config.out_hidden_size, "gelu")
-        self.norm = LayerNorm(config.hidden_size, NORM_EPS)
+        self.norm, self.grouped = LayerNorm(self.width if grouped else config.hidden_size, NORM_EPS), grouped
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.norm(x).reshape(x.shape[0], -1, self.width))
+        shape = (x.shape[0], -1, self.width)
+        return super().forward(self.norm(x.reshape(shape)) if self.grouped else self.norm(x).reshape(shape))
 
 
 class PatchProjection(nn.Module):
@@ -90,11 +91,16 @@ class Qwen3VisionTower(nn.Module):
         self.pos_embed = LearnedPositions(side, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
         self.merger = PatchMerger(config)
+        self.deepstack_merger_list = nn.ModuleList(PatchMerger(config, grouped=True) for _ in config.deepstack_layers)
 
     def forward(self, pixel_values: Tensor, patch_positions: Tensor, patch_fractions: Tensor) -> Tensor:
         x = self.patch_embed.proj(pixel_values.to(self.pos_embed.weight.dtype))
         x = x + self.pos_embed(patch_fractions)
         cos, sin = vision_rotary_tables(self.config, patch_positions, x.shape[0], x.dtype)
-        for block in self.blocks:
+        deep: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, self.dialect)
-        return self.merger(x).float()
+            if index in self.config.deepstack_layers:
+                deep.append(self.deepstack_merger_list[len(deep)](x))
+        merged: Tensor = self.merger(x)
+        return (torch.cat([merged, *deep], dim=-1) if deep else merged).float()

@@ -48,6 +48,8 @@ class QwenVisionConfig:
     windowed: bool = False
     window_size: int = 0
     full_attention_layers: tuple[int, ...] = ()
+    deepstack_layers: tuple[int, ...] = ()
+    """Layers behind which there are features for the decoder's first layers (Qwen3-VL)."""
 
     @property
     def head_dim(self) -> int:
@@ -157,6 +159,9 @@ class QwenVisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
         self.merger = PatchMerger(config)
 
+    def rotary_tables(self, patch_positions: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return vision_rotary_tables(self.config, patch_positions, batch, dtype)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -165,7 +170,7 @@ class QwenVisionTower(nn.Module):
         window_restore: Tensor | None = None,
     ) -> Tensor:
         x = self.patch_embed.proj(pixel_values.to(self.merger.mlp[0].get_parameter("bias").dtype))
-        cos, sin = vision_rotary_tables(self.config, patch_positions, x.shape[0], x.dtype)
+        cos, sin = self.rotary_tables(patch_positions, x.shape[0], x.dtype)
         windows = None
         if window_index is not None and window_restore is not None:
             windows = Windows(window_index, window_restore)

@@ -19,7 +19,7 @@ CHUNK = 32  # of 16, 32 and 64 the fastest on a CPU; what a single step computes
 
 @dataclass(frozen=True)
 class DeltaInputs:
-    """query and key [B, S, N * D], value [B, S, N * E], decay and rate [B, S, N]; all float32, scaled and normalised."""
+    """query and key [B, S, N * D], value [B, S, N * E], decay and rate [B, S, N]; in float32, keys of length 1."""
 
     query: Tensor
     key: Tensor
@@ -58,7 +58,9 @@ def in_chunks(x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     query, key, value, decay, rate = (chunked(t, x.heads) for t in (x.query, x.key, x.value, x.decay, x.rate))
     lower = torch.ones(CHUNK, CHUNK).tril()
-    within = (lower @ (decay * lower.tril(-1))).exp() * lower  # what is left of column j in row i; summed, not subtracted
+    within = (
+        lower @ (decay * lower.tril(-1))
+    ).exp() * lower  # what is left of column j in row i; summed, not subtracted
     left = (lower @ decay).exp()  # G B N C 1: of the state before the chunk
     solve = unit_lower_inverse(key * rate @ key.transpose(-1, -2) * within)
     parts = (

@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cembed.quantize.activations import Watcher
 from cembed.quantize.graph import DataFile, SourceGraph
-from cembed.runtime.bundle.contract import is_state
+from cembed.runtime.bundle.graph_tensors import grows, is_past, is_present
 
 LARGEST = float(np.finfo(np.float16).max) / 2  # of the values seen: others may be twice as large
 START = "inputs"  # the segment before the first weight
-_DATA = ("inputs_embeds", "pixel_values", "past_key_values")  # what is not computed from positions
+_POSITIONS = ("position_weights", "patch_fractions")  # what positions are computed from, which stay in float32
 _RECURRENT = (".in_proj_a.weight", ".in_proj_b.weight", ".conv1d.weight")  # what rounding would add up in
 
 
@@ -36,7 +36,9 @@ def segments(source: SourceGraph) -> Iterator[tuple[onnx.NodeProto, str]]:
 
 def data_nodes(source: SourceGraph) -> set[str]:
     """The outputs of nodes that data flows through: the others compute positions, which stay in float32."""
-    reached = {tensor.name for tensor in source.model.graph.input if tensor.name.startswith(_DATA)}
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    inputs = [tensor for tensor in source.model.graph.input if tensor.type.tensor_type.elem_type in floats]
+    reached = {tensor.name for tensor in inputs if tensor.name not in _POSITIONS}
     for node in source.model.graph.node:
         if reached & set(node.input):
             reached |= set(node.output)
@@ -83,7 +85,7 @@ class OverflowScan(Watcher):
 
 
 class Halver:
-    """Writes a graph in float16 but for its islands; the graph's inputs, outputs and states stay, KV caches are half."""
+    """Writes a graph in float16 but for its islands; its inputs, outputs and states stay, KV caches are half."""
 
     def __init__(self, source: SourceGraph, islands: Collection[str], data: DataFile) -> None:
         self._source, self._data = source, data
@@ -95,7 +97,7 @@ class Halver:
             node.name
             for node, segment in segments(source)
             if segment not in islands and flowing & set(node.output) and node.op_type != "Cast"
-            if not any(map(is_state, node.input))
+            if all(map(grows, filter(is_past, node.input)))
         }
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
@@ -125,7 +127,7 @@ class Halver:
         """A KV cache is as half as the node that reads it."""
         readers = {name: node.name for node in model.graph.node for name in node.input}
         for value in model.graph.input:
-            half = value.name.startswith("past_key_values") and readers.get(value.name) in self._half_nodes
+            half = is_past(value.name) and readers.get(value.name) in self._half_nodes
             self._given[value.name] = half
             if half:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
@@ -135,7 +137,7 @@ class Halver:
         for value in model.graph.output:
             if not self._given.get(value.name, False):
                 continue
-            if value.name.startswith("present"):
+            if is_present(value.name):
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
             else:
                 inner = f"{value.name}.inner"

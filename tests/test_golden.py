@@ -18,7 +18,7 @@ from cembed.runtime.bundle.prompts import page_prompt
 from cembed.runtime.embed.preprocess import preprocess, resized_size
 
 IMAGES = ("page", "wide", "small")
-TORCHVISION = ("colqwen3_5",)
+TORCHVISION = ("colqwen3", "colqwen3_5")
 TOLERANCE = {"colqwen3_5": 2e-4}  # its own float32 differs from float64 by 4e-5
 
 
@@ -45,8 +45,10 @@ def still_frame(pixel_values: NDArray[np.float32], spec: ImageProcessing) -> NDA
 
 
 def page(name: str, key: str, spec: ImageProcessing) -> Image.Image:
-    """A golden page, in the size it will have where the reference resized it with torchvision, which rounds its own way:
-    one level more or less in 4 of 1,000 numbers, and up to 6e-3 in a vector."""
+    """A golden page; where the reference resized with torchvision, in the size that it will have.
+
+    That rounds its own way: one level more or less in 4 of 1,000 numbers, which is up to 6e-3 in a vector.
+    """
     image = Image.open(GOLDEN / name / f"{key}.png")
     if name not in TORCHVISION:
         return image
@@ -67,7 +69,9 @@ def test_equals_the_reference(name: str, bundle_of: BundleMaker) -> None:
     vectors |= {f"query{i}": v for i, v in enumerate(embedder.embed_queries(queries))}
     assert len(vectors) == 6
     for key, actual in vectors.items():
-        np.testing.assert_allclose(actual, expected[f"{key}.vectors"], rtol=0, atol=TOLERANCE.get(name, 1e-4), err_msg=key)
+        np.testing.assert_allclose(
+            actual, expected[f"{key}.vectors"], rtol=0, atol=TOLERANCE.get(name, 1e-4), err_msg=key
+        )
 
 
 @pytest.mark.parametrize("name", BACKBONE_OF)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.graph_tensors import state_tensors
 from cembed.runtime.bundle.manifest import Side, SideName
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.inputs import ImageLike, InputBuilder, Prompt, check_length
@@ -257,16 +258,13 @@ class Embedder:
     def _single_pass(self, side: Side, prompt: Prompt, num_vectors: int | None) -> Array:
         """States [K, D] of prompt and slots in one run of the text graph; all positions where K is None."""
         num_slots = 0 if num_vectors is None else side.num_slots(num_vectors)
-        length = len(prompt.embeds)
+        length = len(prompt)
         check_length(self.manifest, length + num_slots)
-        slots = slot_positions(prompt.positions, num_slots, side.slot_positions)
-        embeds = np.concatenate([prompt.embeds, self._slot_rows(side, 0, num_slots)]) if num_slots else prompt.embeds
+        if num_slots:
+            positions = slot_positions(prompt.positions, num_slots, side.slot_positions)
+            prompt = prompt.followed_by(self.inputs.slots(self._slot_rows(side, 0, num_slots), positions))
         first = 0 if num_vectors is None else length + num_slots - num_vectors
-        feeds = {
-            "inputs_embeds": embeds[None],
-            "position_ids": np.concatenate([prompt.positions, slots], axis=1)[:, None],
-            "slot_indices": np.arange(first, length + num_slots)[None],
-        }
+        feeds = prompt.feeds() | {"slot_indices": np.arange(first, length + num_slots)[None]}
         if any(tensor.name == "prompt_length" for tensor in self.manifest.graphs["text"].inputs):
             feeds["prompt_length"] = np.array([length])
         states: Array = self.session("text").run(feeds)[0]
@@ -281,12 +279,12 @@ class Embedder:
     ) -> LatentState:
         """A state with room for `num_vectors`, its prompt run; one that is kept counts in `memory`."""
         side = self.manifest.side(name)
-        capacity = len(prompt.embeds) + side.num_slots(num_vectors)
+        capacity = len(prompt) + side.num_slots(num_vectors)
         check_length(self.manifest, capacity)
         state = LatentState(self._loop(name), self._cache(capacity))
         if memory is not None:
             memory.add(state)
-        return state.start(prompt.embeds, prompt.positions)
+        return state.start(prompt)
 
     def _max_vectors(self, side: Side, max_vectors: int | None) -> int:
         if side.num_vectors is None:
@@ -305,12 +303,12 @@ class Embedder:
             axes=self.manifest.positions.axes,
             step=self.session("text_step"),
             row=lambda slot: self._slot_rows(side, slot, 1)[0],
+            slot=self.inputs.slots,
             finish=lambda states: self._finish(side, states),
         )
 
     def _cache(self, capacity: int) -> StaticKVCache:
-        inputs = self.manifest.graphs["text_step"].inputs
-        return StaticKVCache([tensor for tensor in inputs if tensor.name.startswith("past_key_values.")], capacity)
+        return StaticKVCache(state_tensors(self.manifest.graphs["text_step"]), capacity)
 
 
 def items(values: Iterable[Any], what: str) -> Iterable[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cembed.runtime.bundle.contract import is_state
+from cembed.runtime.bundle.graph_tensors import grows
 from cembed.runtime.bundle.manifest import Tensor
 from cembed.runtime.engines.session import Array
 from cembed.runtime.errors import CembedError
@@ -24,7 +24,7 @@ class StaticKVCache:
 
         Graphs for TensorRT have a number there: raises CembedError if that is less.
         """
-        fixed = next(tensor.shape[2] for tensor in inputs if not is_state(tensor.name))
+        fixed = next(tensor.shape[2] for tensor in inputs if grows(tensor.name))
         if isinstance(fixed, int) and fixed < capacity:
             raise CembedError(f"{capacity} positions are needed, the bundle's cache has {fixed}: ask for fewer vectors")
         self.capacity, self.length = fixed if isinstance(fixed, int) else capacity, 0
@@ -38,7 +38,7 @@ class StaticKVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes * (1 + is_state(name)) for name, buffer in self.buffers.items())
+        return sum(buffer.nbytes * (1 if grows(name) else 2) for name, buffer in self.buffers.items())
 
     def filled(self) -> dict[str, Array]:
         """The filled part of each cache, and whole states."""
@@ -51,7 +51,7 @@ class StaticKVCache:
         self.length = length
 
     def _part(self, name: str, length: int) -> Array:
-        return self.buffers[name] if is_state(name) else self.buffers[name][:, :, :length]
+        return self.buffers[name][:, :, :length] if grows(name) else self.buffers[name]
 
     def require(self, positions: int) -> int:
         """Where the next `positions` positions start. Raises CembedError if they do not fit."""

@@ -1,4 +1,4 @@
-"""Latent slots one after the other, over a static cache: `prefill`, `decode_step`, and the loop around them.
+"""Latent slots one after the other, over a static cache: `prefill`, and the loop around it.
 
 Letters: A position axes, S positions of the prompt, H hidden, D length of a state.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from cembed.runtime.bundle.manifest import Side, SideName
 from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.inputs import Prompt
 from cembed.runtime.embed.kv_cache import StaticKVCache
 from cembed.runtime.embed.positions import IntArray, slot_positions
 from cembed.runtime.embed.state_files import write_state
@@ -25,7 +26,8 @@ from cembed.runtime.errors import CembedError
 
 @dataclass(frozen=True)
 class Loop:
-    """What the slots of pages or queries need: their step, what is fed into slot n ([H]), how states become vectors."""
+    """What the slots of pages or queries need: their step, what is fed into slot n ([H]), what rows [n, H] at positions
+    [A, n] are as inputs, how states become vectors."""
 
     bundle: str
     name: SideName
@@ -33,6 +35,7 @@ class Loop:
     axes: int
     step: Session
     row: Callable[[int], Array]
+    slot: Callable[[Array, IntArray], Prompt]
     finish: Callable[[Array], Vectors]
 
 
@@ -44,25 +47,14 @@ class Output:
     hidden: Array
 
 
-def prefill(step: StepSession, cache: StaticKVCache, inputs_embeds: Array, positions: IntArray) -> Output:
-    """Runs a prompt [S, H] at positions [A, S]; the output is that of its last position."""
-    start = cache.require(len(inputs_embeds))
-    outputs = step.run(
-        {
-            "cache_position": np.array([start]),
-            "inputs_embeds": inputs_embeds[None],
-            "position_ids": positions[:, None],
-            "slot_indices": np.array([[len(inputs_embeds) - 1]]),
-        }
-    )
-    cache.length = start + len(inputs_embeds)
+def prefill(step: StepSession, cache: StaticKVCache, prompt: Prompt) -> Output:
+    """Runs a prompt, or slots; the output is that of the last position."""
+    start = cache.require(len(prompt))
+    last = np.array([[len(prompt) - 1]])
+    outputs = step.run(prompt.feeds() | {"cache_position": np.array([start]), "slot_indices": last})
+    cache.length = start + len(prompt)
     state = outputs["slot_states"][0]
     return Output(state, outputs["hidden_states"][0] if "hidden_states" in outputs else state)
-
-
-def decode_step(step: StepSession, cache: StaticKVCache, row: Array, position: IntArray) -> Output:
-    """Runs one slot that is fed `row` [H] at `position` [A]."""
-    return prefill(step, cache, row[None], position[:, None])
 
 
 class LatentState:
@@ -84,10 +76,10 @@ class LatentState:
         """Memory of the cache, in bytes."""
         return self.cache.nbytes
 
-    def start(self, inputs_embeds: Array, positions: IntArray) -> LatentState:
-        """Runs the prompt [S, H] at positions [A, S]."""
-        output = prefill(self._open(), self.cache, inputs_embeds, positions)
-        self.prompt_end[:] = positions.max()
+    def start(self, prompt: Prompt) -> LatentState:
+        """Runs the prompt."""
+        output = prefill(self._open(), self.cache, prompt)
+        self.prompt_end[:] = prompt.positions.max()
         self.hidden = output.hidden
         if self.side.first_vector == "prompt_end":
             self.states.append(output.state)
@@ -117,8 +109,8 @@ class LatentState:
             row = self.hidden[0]
         else:
             row = self.loop.row(slot)
-        position = slot_positions(self.prompt_end, slot + 1, self.side.slot_positions)[:, -1]
-        output = decode_step(self._open(), self.cache, row, position)
+        position = slot_positions(self.prompt_end, slot + 1, self.side.slot_positions)[:, -1:]
+        output = prefill(self._open(), self.cache, self.loop.slot(row[None], position))
         self.hidden = output.hidden
         self.states.append(output.state)
 

@@ -76,7 +76,8 @@ def patch_fractions(grid: Grid, merge_size: int) -> NDArray[np.float32]:
     [0.0, 0.333, 0.0, 0.333, 0.667, 1.0]
     """
     last = np.maximum(np.array(grid) - 1, 1).astype(np.float32)
-    return patch_positions(grid, merge_size).astype(np.float32) / last
+    fractions: NDArray[np.float32] = patch_positions(grid, merge_size).astype(np.float32) / last
+    return fractions
 
 
 def _merge_order(plane: IntArray, merge_size: int) -> IntArray:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.graph_tensors import grows, state_tensors
 from cembed.runtime.bundle.image_processing import MAX_ASPECT_RATIO, ImageProcessing
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, load_tokenizer, longest_page
@@ -55,7 +56,7 @@ class EngineLimits:
         room = {side: 0 if side.num_vectors is None else side.room for _, side in sides}
         positions = min(max(length + room[side] for length, side in sides), manifest.max_sequence_length)
         step = manifest.graphs.get("text_step")
-        capacity = next((t.shape[2] for t in step.inputs if t.name.startswith("past_key_values.")), 0) if step else 0
+        capacity = next((t.shape[2] for t in state_tensors(step) if grows(t.name)), 0) if step else 0
         return cls(
             batch=batch,
             visual_tokens=image.max_visual_tokens,
@@ -101,11 +102,10 @@ class Model:
         weights = {
             name: widened * sum(manifest.files[data].size for data in manifest.graphs[name].data) for name in graphs
         }
-        past = manifest.graphs["text_step"].inputs if "text_step" in graphs else ()
+        past = state_tensors(manifest.graphs["text_step"]) if "text_step" in graphs else ()
         sizes = [
             prod(axis for axis in tensor.shape if isinstance(axis, int)) * np.dtype(tensor.dtype).itemsize
             for tensor in past
-            if tensor.name.startswith("past_key_values.")
         ]
         value = 2 if manifest.dtype == "fp16" else 4
         return cls(manifest.hidden_size, weights, sum(sizes), value, manifest.opset < 23)

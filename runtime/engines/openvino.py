@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.graph_tensors import is_present, present_of
 from cembed.runtime.engines.quiet import import_openvino
 from cembed.runtime.engines.session import Array, EngineSettings
 from cembed.runtime.errors import CembedError, missing_extra
@@ -82,7 +83,7 @@ class OpenVinoStep:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         for name in self._cache:
             self._request.set_tensor(name, self._tensor(self._past[name], shared_memory=True))
-            written = name.replace("past_key_values.", "present.")
+            written = present_of(name)
             self._request.set_tensor(written, self._tensor(self._present[name], shared_memory=True))
         outputs = infer(self._request, feeds)
         self._past, self._present = self._present, self._past
@@ -90,7 +91,7 @@ class OpenVinoStep:
 
 
 def named_present(output: Any) -> bool:
-    return any(name.startswith("present.") for name in output.names)
+    return any(is_present(name) for name in output.names)
 
 
 def infer(request: Any, feeds: Mapping[str, Array]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.bundle.contract import is_state
+from cembed.runtime.bundle.graph_tensors import grows, is_present, present_of
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.engines.quiet import ort
 from cembed.runtime.errors import CembedError
@@ -20,6 +20,8 @@ from cembed.runtime.errors import CembedError
 Array = NDArray[Any]
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Where ONNX Runtime keeps a cache, by provider; others are given the host's memory."""
+UNKNOWN_OPERATOR = "is not a registered function/op"
+TOO_OLD = "this is version {}, and the bundle has an operator of a later one: upgrade it, or export with --target onnx"
 PACKED_SCHEMES = ("int8", "int4")
 """Weights that ONNX Runtime multiplies as they are where it may pack them, and else widens in every run."""
 
@@ -98,7 +100,8 @@ class OrtSession:
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # its exceptions share no other base class
             reason = str(error).strip().splitlines()[0]
-            raise CembedError(f"ONNX Runtime cannot load {path}: {reason}") from error
+            hint = f"; {TOO_OLD.format(ort.__version__)}" if UNKNOWN_OPERATOR in reason else ""
+            raise CembedError(f"ONNX Runtime cannot load {path}: {reason}{hint}") from error
         obtained = self._session.get_providers()
         if providers[0] not in obtained:
             message = f"{path.name} does not run on {providers[0]}, which could not be started, but on {obtained[0]}"
@@ -135,22 +138,22 @@ class OrtStep:
     def __init__(self, session: ort.InferenceSession, cache: Mapping[str, Array], device: str) -> None:
         self._session, self._binding = session, session.io_binding()
         outputs = [output.name for output in session.get_outputs()]
-        self._states = [name for name in outputs if not name.startswith("present.")]
+        self._states = [name for name in outputs if not is_present(name)]
         for name in self._states:
             self._binding.bind_output(name, "cpu")
-        self._arrays = {name: array for name, array in cache.items() if device != "cpu" or is_state(name)}
+        self._arrays = {name: array for name, array in cache.items() if device != "cpu" or not grows(name)}
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in cache.items()}
         self._spare = {
             name: ort.OrtValue.ortvalue_from_numpy(np.zeros_like(array), device)
             for name, array in cache.items()
-            if is_state(name)
+            if not grows(name)
         }
         for name, buffer in self._buffers.items():
             self._bind(name, buffer, self._spare.get(name, buffer))
 
     def _bind(self, name: str, past: ort.OrtValue, present: ort.OrtValue) -> None:
         self._binding.bind_ortvalue_input(name, past)
-        self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), present)
+        self._binding.bind_ortvalue_output(present_of(name), present)
 
     def _turn(self) -> None:
         """What was written of each state is read next."""

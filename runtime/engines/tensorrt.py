@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cembed.runtime.bundle.graph_tensors import is_present, past_of
 from cembed.runtime.bundle.manifest import Graph
 from cembed.runtime.engines.cuda import Cuda, CudaGraph, DeviceBuffer, PinnedArray
 from cembed.runtime.engines.session import Array
@@ -150,8 +151,8 @@ class ShapeContext:
             self._set(name, buffer.address, tuple(1 if isinstance(axis, str) else axis for axis in shape))
         if missing := self._context.infer_shapes():
             raise AssertionError(f"{session.name} still wants {missing}")
-        self._outputs = {n: self._bind_output(n) for n in session.outputs if not n.startswith("present.")}
-        self._presents = [pair for n in session.outputs if n.startswith("present.") for pair in self._bind_present(n)]
+        self._outputs = {n: self._bind_output(n) for n in session.outputs if not is_present(n)}
+        self._presents = [pair for n in session.outputs if is_present(n) for pair in self._bind_present(n)]
 
     def _make_context(self, profile: int) -> Any:
         """Contexts of a session run one after the other, in the same scratch memory."""
@@ -188,7 +189,7 @@ class ShapeContext:
 
     def _bind_present(self, name: str) -> list[tuple[DeviceBuffer, DeviceBuffer]]:
         """Onto the past, if the engine updates that in place; else beside it, to be copied over the past each time."""
-        past = self._cache[name.replace("present.", "past_key_values.")]
+        past = self._cache[past_of(name)]
         aliased = getattr(self._session.engine, "get_aliased_input_tensor", lambda _: None)(name)
         present = past if aliased else self._cuda.device_buffer(past.nbytes)
         self._set(name, present.address)
