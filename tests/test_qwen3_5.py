@@ -259,6 +259,17 @@ def test_half_floats(model: Model, zoo: Zoo, exported: Exported) -> None:
     close(embedder.embed_query(TEXT, Budget(8, decode="loop")), embedder.embed_query(TEXT, Budget(8)), 5e-2)
 
 
+def test_an_onnxruntime_without_the_operator_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 1.25 says of it, word for word."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Fatal error: com.microsoft:LinearAttention(-1) is not a registered function/op")
+
+    monkeypatch.setattr("cembed.runtime.engines.session.ort.InferenceSession", fail)
+    with pytest.raises(CembedError, match="LinearAttention.*upgrade it, or export with --target onnx"):
+        Embedder(Bundle(model.bundle), EngineSettings()).embed_query(TEXT)
+
+
 # Configurations
 
 
