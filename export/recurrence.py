@@ -58,9 +58,7 @@ def in_chunks(x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     query, key, value, decay, rate = (chunked(t, x.heads) for t in (x.query, x.key, x.value, x.decay, x.rate))
     lower = torch.ones(CHUNK, CHUNK).tril()
-    within = (
-        lower @ (decay * lower.tril(-1))
-    ).exp() * lower  # what is left of column j in row i; summed, not subtracted
+    within = (lower @ (decay * lower.tril(-1))).exp() * lower  # what is left of column j in row i
     left = (lower @ decay).exp()  # G B N C 1: of the state before the chunk
     solve = unit_lower_inverse(key * rate @ key.transpose(-1, -2) * within)
     parts = (

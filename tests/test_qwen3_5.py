@@ -266,7 +266,7 @@ def test_an_onnxruntime_without_the_operator_is_told(model: Model, monkeypatch: 
         raise RuntimeError("Fatal error: com.microsoft:LinearAttention(-1) is not a registered function/op")
 
     monkeypatch.setattr("cembed.runtime.engines.session.ort.InferenceSession", fail)
-    with pytest.raises(CembedError, match="LinearAttention.*upgrade it, or export with --target onnx"):
+    with pytest.raises(CembedError, match=r"LinearAttention.*upgrade it, or export with --target onnx"):
         Embedder(Bundle(model.bundle), EngineSettings()).embed_query(TEXT)
 
 
