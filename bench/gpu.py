@@ -49,7 +49,7 @@ class Random:
     def __init__(self, folder: Path, size: str, dtype: str) -> None:
         from cembed.export.plan import ExportOptions, ExportPlan
         from cembed.runtime.bundle.prompts import Prompter
-        from cembed.runtime.embed.positions import patch_positions, window_index, window_restore
+        from cembed.runtime.embed.vision_feeds import vision_feeds
 
         self.checkpoint, self.folder, self.grid = folder / f"{size}-checkpoint", folder, GRIDS[size]
         if not (self.checkpoint / "config.json").exists():
@@ -59,15 +59,10 @@ class Random:
         self.config = json.loads((self.checkpoint / "config.json").read_text())
         options = ExportOptions("qwen2.5-vl", str(self.checkpoint), num_vectors=NUM_VECTORS, dtype=dtype)
         self.plan = ExportPlan.make(options, self.checkpoint)
-        image = self.plan.backbone.image
-        windows, patches = window_index(self.grid, image), self.grid[0] * self.grid[1]
-        self.vision = {
-            "patch_positions": patch_positions(self.grid, image.merge_size),
-            "window_index": windows,
-            "window_restore": window_restore(windows, patches),
-        }
-        self.ids = Prompter(self.plan.tokenizer, self.plan.backbone.image_token_id).document(PROMPT_OURS, patches // 4)
+        patches = self.grid[0] * self.grid[1]
         self.pixels = np.random.default_rng(0).standard_normal((1, patches, 588), np.float32)
+        self.vision = vision_feeds(self.plan.graphs[0].inputs, self.pixels[0], self.grid, self.plan.backbone.image)
+        self.ids = Prompter(self.plan.tokenizer, self.plan.backbone.image_token_id).document(PROMPT_OURS, patches // 4)
         rows = self.ids.tolist() + [self.plan.document.latent_token_id] * (NUM_VECTORS - 1)
         self.embeds: Floats = self.plan.checkpoint.load(self.plan.checkpoint.embeddings_name)[rows].float().numpy()
 
@@ -110,7 +105,7 @@ class Ours:
 
     def run(self, batch: int) -> Floats:
         pixels = self.model.pixels.repeat(batch, 0)
-        features = self.sessions["vision"].run({"pixel_values": pixels, **self.model.vision})
+        features = self.sessions["vision"].run({**self.model.vision, "pixel_values": pixels})
         embeds = self.model.embeds[None].repeat(batch, 0)
         embeds[:, : len(self.is_image)][:, self.is_image] = features
         feeds = {"inputs_embeds": embeds, "position_ids": self.positions.repeat(batch, 1)}

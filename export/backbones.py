@@ -34,8 +34,8 @@ class Backbone:
     """One checkpoint's architecture and the conventions it was trained with.
 
     `prompts` are (document, query), with `{image}` and `{text}`, between what the tokenizer itself adds where
-    `tokenizer_adds`; `vision_prefix` is where the checkpoint has the tower;
-    `embedding_scale` is folded into the embedding table.
+    `tokenizer_adds`; `vision_prefix` is where the checkpoint has the tower; `embedding_scale` is folded into the
+    embedding table; the decoder's first `deepstack` layers take more of an image.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Backbone:
     build_vision: Callable[[Dialect], nn.Module]
     embedding_scale: float = 1.0
     tokenizer_adds: bool = False
+    deepstack: int = 0
 
 
 def load_backbone(name: str | None, root: Path, adapter: Path | None = None) -> Backbone:

@@ -22,7 +22,7 @@ from cembed.export.adapter import Adapter, Shape, refuse_alone
 from cembed.export.weights import Weights, canonical_name, weight_files
 from cembed.runtime.errors import CembedError
 
-_NOT_USED = re.compile(r"^lm_head\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
+_NOT_USED = re.compile(r"^lm_head\.|^mtp\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
 
 
 def named_weights(root: Path, sources: Sequence[Sequence[Path]]) -> dict[str, tuple[Weights, str]]:

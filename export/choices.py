@@ -18,6 +18,8 @@ class Known:
 BACKBONES = {
     "qwen2-vl": Known("vidore/colqwen2-v1.0"),
     "qwen2.5-vl": Known("vidore/colqwen2.5-v0.2"),
+    "qwen3-vl": Known("TomoroAI/tomoro-colqwen3-embed-4b"),
+    "qwen3.5": Known("athrael-soju/colqwen3.5-4.5B-v3"),
     "paligemma": Known("vidore/colpali-v1.3"),
     "idefics3": Known("vidore/colSmol-256M"),
     "modernvbert": Known("ModernVBERT/colmodernvbert"),

@@ -35,11 +35,11 @@ TENSORRT_OPSETS = (*range(18, 21), 24, 25)  # TensorRT from 10.1 on, and from 10
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 EXAMPLE_SIZES = {
     "batch_size": 2,
-    "sequence_length": 24,
+    "sequence_length": 80,
     "num_vectors": 5,
     "num_patches": 96,
     "num_windows": 3,
-    "capacity": 40,
+    "capacity": 96,
 }
 
 
@@ -191,11 +191,12 @@ def write_graph(model: ir.Model, spec: GraphSpec, data: WeightFile, load: Callab
 def _drop_provenance(model: ir.Model) -> None:
     """Stack traces and module names of the exporting machine do not belong into a bundle, and were half of a graph."""
     model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    values: list[Any] = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        values.extend(node.outputs)
-    for value in values:
-        value.metadata_props.clear()
+    for graph in (model.graph, *model.graph.subgraphs()):
+        graph.metadata_props.clear()
+        values: list[Any] = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            values.extend(node.outputs)
+        for value in values:
+            value.metadata_props.clear()

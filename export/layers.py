@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cembed.export.recurrence import DeltaInputs, in_chunks, linear_attention, stepwise
+
 Heads = tuple[int, int]
 """Query heads and key-value heads."""
 
@@ -22,7 +24,7 @@ class Dialect(Protocol):
     """How rotary embedding and attention are written. Heads are side by side: query is [B, S, N * D]."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        """Rotate x [B, S, N * D] by cos and sin [B, S, D / 2], halves of a head paired."""
+        """Rotate x [B, S, N * D] by cos and sin [B, S, R / 2]: the first R of a head, their halves paired."""
 
     def attention(
         self,
@@ -44,15 +46,21 @@ class Dialect(Protocol):
         Causal, each of the S positions sees the cache up to itself; otherwise up to the last of them.
         """
 
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gated delta rule from a state, or from nothing: the output [B, S, N * E], and the state after it."""
+
 
 class Decomposed:
-    """Plain torch: the reference of the parity check, and the graphs for opsets below 23."""
+    """Plain torch: the graphs for opsets below 23."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         x = x.unflatten(-1, (heads, -1))  # B S N D
-        first, second = x.chunk(2, dim=-1)
+        half = cos.shape[-1]
+        first, second, *rest = x.split(
+            [half, half, *([x.shape[-1] - 2 * half] if x.shape[-1] > 2 * half else [])], dim=-1
+        )
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(2)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, *rest], dim=-1).flatten(2)
 
     def attention(
         self,
@@ -89,12 +97,24 @@ class Decomposed:
         """q [B, N, S, D] on k and v [B, N_kv, C, D]."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return in_chunks(x, state)
+
+
+class Reference(Decomposed):
+    """What torch runs in the parity check."""
+
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return stepwise(x, state)
+
 
 class Standard(Decomposed):
     """The standard operators of ONNX opset 23 and later."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)
+        turning = 2 * cos.shape[-1]
+        part = 0 if turning * heads == x.shape[-1] else turning
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads, rotary_embedding_dim=part)
 
     def attention(
         self,
@@ -164,6 +184,9 @@ class OnnxRuntime(Scattering):
             return super().cached_attention(qkv, past, start, heads, causal)
         lengths = (start + qkv[0].shape[1]).int()  # B
         return grouped_query_attention(*qkv, past, lengths, heads, past[0].shape)
+
+    def delta_rule(self, x: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return linear_attention(x, state)
 
 
 def grouped_query_attention(

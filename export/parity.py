@@ -14,7 +14,7 @@ from torch import nn
 
 from cembed.export.backbones import Backbone
 from cembed.export.graph import GraphSpec, empty_module
-from cembed.export.layers import Arithmetic, Decomposed
+from cembed.export.layers import Arithmetic, Reference
 from cembed.runtime.bundle.graph_tensors import row_tensors, row_width, state_tensors
 from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import Parity, Side
@@ -33,7 +33,7 @@ def reference_module(spec: GraphSpec, load: Callable[[str], torch.Tensor]) -> nn
     """The module of `spec` in float32, with the values the graph was written from."""
     arithmetic = Arithmetic(torch.float32, torch.float32)
     with torch.device("meta"):
-        module = empty_module(spec, Decomposed(), arithmetic)
+        module = empty_module(spec, Reference(), arithmetic)
     for name, _ in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(load(name).float(), requires_grad=False))

@@ -29,6 +29,8 @@ from cembed.export.head_weights import (
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
 from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
+from cembed.runtime.bundle.contract import DEEPSTACK
+from cembed.runtime.bundle.graph_tensors import present_of
 from cembed.runtime.bundle.manifest import (
     EmbeddingTable,
     Graph,
@@ -200,6 +202,8 @@ def limit_layers(backbone: Backbone, num_layers: int | None, checkpoint: Checkpo
     most = backbone.decoder.num_layers
     if not 1 <= num_layers <= most:
         raise CembedError(f"--num-layers {num_layers}: the decoder has 1 to {most}")
+    if isinstance(backbone.decoder, DecoderConfig) and backbone.decoder.delta_layers >= set(range(num_layers)):
+        raise CembedError(f"--num-layers {num_layers}: none of these layers attends, and the loop needs one that does")
     checkpoint.drop(re.compile(rf"^layers\.({'|'.join(map(str, range(num_layers, most))) or 'none'})\."))
     decoder: DecoderConfig | EncoderConfig = replace(backbone.decoder, num_layers=num_layers)
     return replace(backbone, decoder=decoder)
@@ -315,7 +319,8 @@ def refuse_slots(backbone: Backbone, options: ExportOptions, kinds: set[SlotKind
 
 
 def vision_spec(backbone: Backbone) -> GraphSpec:
-    output = Tensor("image_features", "float32", ("batch_size", "num_visual_tokens", backbone.decoder.hidden_size))
+    width = backbone.decoder.hidden_size * (1 + backbone.deepstack)
+    output = Tensor("image_features", "float32", ("batch_size", "num_visual_tokens", width))
     return GraphSpec(
         "vision", backbone.build_vision, backbone.vision_prefix, backbone.vision_inputs, (output,), "vision.data"
     )
@@ -331,6 +336,8 @@ def text_spec(backbone: Backbone, attends: Attending, projection: int | None) ->
     ]
     if attends == "bidirectional-prompt":
         inputs.append(Tensor("prompt_length", "int64", (1,)))
+    if backbone.deepstack:
+        inputs.append(Tensor(DEEPSTACK, "float32", (*axes, backbone.deepstack * config.hidden_size)))
     output = Tensor("slot_states", "float32", ("batch_size", "num_vectors", projection or config.hidden_size))
     if isinstance(config, EncoderConfig):
         return GraphSpec("text", partial(Encoder, config, projection), "", tuple(inputs), (output,), "text.data")
@@ -344,15 +351,14 @@ def step_spec(
     config, text = backbone.decoder, text_spec(backbone, attends, projection)
     assert isinstance(config, DecoderConfig), "encoders have no slots"
     cache_type = str(DTYPES[dtype].compute).removeprefix("torch.")
-    shape = ("batch_size", config.num_kv_heads, capacity, config.head_dim)
 
-    def cache(what: str) -> list[Tensor]:
-        names = [f"{what}.{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
-        return [Tensor(name, cache_type, shape) for name in names]
+    past = [tensor for layer in range(config.num_layers) for tensor in config.kept(layer, capacity, cache_type)]
+    present = [replace(tensor, name=present_of(tensor.name)) for tensor in past]
 
     outputs = list(text.outputs)
     if projection:
         outputs.append(Tensor("hidden_states", "float32", ("batch_size", "num_vectors", config.hidden_size)))
-    inputs = (*text.inputs[:3], Tensor("cache_position", "int64", ("batch_size",)), *cache("past_key_values"))
+    inputs = [tensor for tensor in text.inputs if tensor.name != "prompt_length"]
+    inputs[3:3] = [Tensor("cache_position", "int64", ("batch_size",))]
     build = partial(Step, config, attends, projection)
-    return GraphSpec("text_step", build, "", inputs, (*outputs, *cache("present")), "text.data")
+    return GraphSpec("text_step", build, "", (*inputs, *past), (*outputs, *present), "text.data")

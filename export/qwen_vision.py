@@ -48,6 +48,8 @@ class QwenVisionConfig:
     windowed: bool = False
     window_size: int = 0
     full_attention_layers: tuple[int, ...] = ()
+    deepstack_layers: tuple[int, ...] = ()
+    """Layers behind which there are features for the decoder's first layers (Qwen3-VL)."""
 
     @property
     def head_dim(self) -> int:
@@ -139,6 +141,16 @@ class PatchProjection(nn.Module):
         self.proj = PatchEmbedding(3 * config.patch_size**2, config.hidden_size, bias=False)
 
 
+def vision_rotary_tables(
+    config: QwenVisionConfig, patch_positions: Tensor, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, P, D / 2]: the first half of the frequencies turn by row, the second by column."""
+    frequencies = inverse_frequencies(ROPE_THETA, config.head_dim // 2)
+    tables = rotary_tables(patch_positions.unsqueeze(-1), frequencies, dtype)  # P 2 D/4
+    cos, sin = (table.flatten(1).unsqueeze(0).expand(batch, -1, -1) for table in tables)
+    return cos, sin
+
+
 class QwenVisionTower(nn.Module):
     def __init__(self, config: QwenVisionConfig, dialect: Dialect) -> None:
         super().__init__()
@@ -148,11 +160,7 @@ class QwenVisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def rotary_tables(self, patch_positions: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, P, D / 2]: the first half of the frequencies turn by row, the second by column."""
-        frequencies = inverse_frequencies(ROPE_THETA, self.config.head_dim // 2)
-        tables = rotary_tables(patch_positions.unsqueeze(-1), frequencies, dtype)  # P 2 D/4
-        cos, sin = (table.flatten(1).unsqueeze(0).expand(batch, -1, -1) for table in tables)
-        return cos, sin
+        return vision_rotary_tables(self.config, patch_positions, batch, dtype)
 
     def forward(
         self,

@@ -142,18 +142,19 @@ class Balance:
 def balance(source: SourceGraph, seen: Mapping[str, Observed]) -> Balance:
     """Moves outliers of activations into the weights after them (SmoothQuant, arXiv 2211.10438, section 4).
 
-    Possible where a norm, or the ungated half of a gated MLP, makes the activation for quantised weights alone.
+    Possible where a norm, or the ungated half of a gated MLP, makes the activation for stored weights alone.
     """
     rows: dict[str, Floats] = {}
     columns: dict[str, Floats] = {}
     for tensor, weights in groups(source, seen).items():
-        folds = producers(source, tensor, weights)
+        floats = [name for node, name in source.weights() if node.input[0] == tensor and name not in weights]
+        folds = producers(source, tensor, [*weights, *floats])
         if not folds:
             continue
         heaviest = np.max([np.abs(source.load(name)).max(axis=1) for name in weights], axis=0)
         divisors = np.maximum(seen[weights[0]].largest, 1e-5) ** BALANCE / np.maximum(heaviest, 1e-5) ** (1 - BALANCE)
         divisors = np.clip(divisors / np.exp(np.log(divisors).mean()), 0.05, 20).astype(np.float32)
-        rows |= dict.fromkeys(weights, divisors)
+        rows |= dict.fromkeys([*weights, *floats], divisors)
         columns |= dict.fromkeys(folds, divisors)
     return Balance(rows, columns)
 

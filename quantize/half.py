@@ -17,11 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cembed.quantize.activations import Watcher
 from cembed.quantize.graph import DataFile, SourceGraph
-from cembed.runtime.bundle.graph_tensors import is_past, is_present
+from cembed.runtime.bundle.graph_tensors import grows, is_past, is_present
 
 LARGEST = float(np.finfo(np.float16).max) / 2  # of the values seen: others may be twice as large
 START = "inputs"  # the segment before the first weight
-_POSITIONS = ("position_weights",)  # float inputs that positions are computed from, which stay in float32
+_POSITIONS = ("position_weights", "patch_fractions")  # what positions are computed from, which stay in float32
+_RECURRENT = (".in_proj_a.weight", ".in_proj_b.weight", ".conv1d.weight")  # what rounding would add up in
 
 
 def segments(source: SourceGraph) -> Iterator[tuple[onnx.NodeProto, str]]:
@@ -74,16 +75,17 @@ class OverflowScan(Watcher):
             self.largest[name] = max(self.largest[name], seen)
 
     def islands(self) -> set[str]:
-        """The segments that read or give a value beyond LARGEST."""
+        """The segments that read or give a value beyond LARGEST, and those that recur."""
         return {
             segment
             for node, segment in segments(self._source)
-            if any(self.largest.get(name, 0.0) > LARGEST for name in (*node.input, *node.output))
+            if segment.endswith(_RECURRENT)
+            or any(self.largest.get(name, 0.0) > LARGEST for name in (*node.input, *node.output))
         }
 
 
 class Halver:
-    """Writes a graph in float16 but for its islands; the graph's inputs and outputs stay, KV caches are half."""
+    """Writes a graph in float16 but for its islands; its inputs, outputs and states stay, KV caches are half."""
 
     def __init__(self, source: SourceGraph, islands: Collection[str], data: DataFile) -> None:
         self._source, self._data = source, data
@@ -95,6 +97,7 @@ class Halver:
             node.name
             for node, segment in segments(source)
             if segment not in islands and flowing & set(node.output) and node.op_type != "Cast"
+            if all(map(grows, filter(is_past, node.input)))
         }
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}

@@ -20,7 +20,10 @@ from cembed.runtime.errors import CembedError
 
 FALLBACK, HALF = "int8", "fp16"
 SINGLE_PASS = ("vision", "text")
-KEPT = ("patch_embed.*", "embeddings.*")  # the first look at the pixels: small, and everything hangs on it
+KEPT = (
+    *("patch_embed.*", "embeddings.*"),  # the first look at the pixels: small, and everything hangs on it
+    *("*.in_proj_a.weight", "*.in_proj_b.weight"),  # what a recurrence forgets and takes in: a few columns
+)
 RANGE_ROWS = 24  # of each input
 GPTQ_ROWS = 8192  # of all inputs of a weight, and bytes of all weights' rows
 GPTQ_BYTES = 2**31

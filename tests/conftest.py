@@ -27,6 +27,8 @@ BACKBONE_OF = {
     "causalpali": "paligemma",
     "colqwen2": "qwen2-vl",
     "colqwen2_5": "qwen2.5-vl",
+    "colqwen3": "qwen3-vl",
+    "colqwen3_5": "qwen3.5",
     "colpali": "paligemma",
     "colidefics3": "idefics3",
     "colmodernvbert": "modernvbert",

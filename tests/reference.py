@@ -29,6 +29,7 @@ from transformers.models.gemma import GemmaModel
 from transformers.models.paligemma import PaliGemmaModel
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl import Qwen2VLModel
+from transformers.models.qwen3_5 import Qwen3_5Model
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions, ExportPlan
@@ -45,11 +46,17 @@ from random_checkpoint import make_checkpoint
 
 torch.set_num_threads(1)  # more cost more than they save in models as small as these
 
-MODELS = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "paligemma": PaliGemmaModel}
+MODELS = {
+    "qwen2_vl": Qwen2VLModel,
+    "qwen2_5_vl": Qwen2_5_VLModel,
+    "qwen3_5": Qwen3_5Model,
+    "paligemma": PaliGemmaModel,
+}
 PREFIXES = (
     ("model.language_model.model.", "language_model."),
     ("model.vision_tower.vision_model.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("language_model.", "language_model."),
     ("visual.", "visual."),
     ("model.", "language_model."),
 )

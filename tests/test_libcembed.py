@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from libcembed import Bundle, CallError, Library
 from PIL import Image
 from reference import Zoo
 
+from cembed.export.plan import ExportOptions
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import quantise
 from cembed.runtime import CembedError, Embedder, maxsim
@@ -66,6 +68,26 @@ def test_heads_are_those_of_python(library: Library, name: str, zoo: Zoo) -> Non
     state = bundle.start(TEXT)
     close(state.extend(3), embedder.embed_query(TEXT, Budget(3)))
     state.close()
+    bundle.close()
+
+
+def test_states_of_fixed_size_are_those_of_python(library: Library, exported: Callable[[ExportOptions], Path]) -> None:
+    """Qwen3.5 in the loop: after odd and even numbers of steps, and in several states beside each other."""
+    options = ExportOptions("qwen3.5", str(GOLDEN / "colqwen3_5"), head="causal", latent_token="<|video_pad|>")
+    embedder, bundle = Embedder.load(exported(options)), library.open(exported(options))
+    pictures = [page().resize(size) for size in ((90, 60), (64, 200))]
+    for picture in pictures:
+        close(bundle.embed_image(picture, num_vectors=9), embedder.embed_image(picture, Budget(9)))
+        close(
+            bundle.embed_image(picture, num_vectors=9, loop=1), embedder.embed_image(picture, Budget(9, decode="loop"))
+        )
+    texts = [TEXT, "a longer question about something else, with more words"]
+    states = [bundle.start(text) for text in texts]
+    for budget in (1, 2, 3, 6, 16):
+        for state, text in zip(states, texts, strict=True):
+            close(state.extend(budget), embedder.embed_query(text, Budget(budget, decode="loop")))
+    for state in states:
+        state.close()
     bundle.close()
 
 

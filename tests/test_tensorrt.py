@@ -249,7 +249,7 @@ def test_a_bundle_for_another_target_is_refused(causal_bundle: Path) -> None:
 
 
 def test_patches_of_a_tile_see_that_tile_only(tensorrt_bundle_of: BundleMaker) -> None:
-    limits = Limits.of(Bundle(tensorrt_bundle_of("colidefics3")))
+    limits = EngineLimits.of(Bundle(tensorrt_bundle_of("colidefics3")))
     assert (limits.patches, limits.attended) == (17 * 64, 64)
-    limits = Limits.of(Bundle(tensorrt_bundle_of("causalpali")))
+    limits = EngineLimits.of(Bundle(tensorrt_bundle_of("causalpali")))
     assert limits.patches == limits.attended == 64

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BundleMaker
+from conftest import GOLDEN, BundleMaker
 from fake_gpu import FakeContext, FakeCuda, FakeEngine, FakeTrt
 from PIL import Image
 from test_cli import cembed
 
+from cembed.export.plan import ExportOptions
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.embed.embedder import Budget
@@ -48,8 +49,8 @@ class Rig:
 
 @pytest.fixture
 def rig_of(tensorrt_bundle_of: BundleMaker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rig]:
-    def make(name: str, aliased: bool = True) -> Rig:
-        bundle = Bundle(tensorrt_bundle_of(name))
+    def make(name: str | Path, aliased: bool = True) -> Rig:
+        bundle = Bundle(tensorrt_bundle_of(name) if isinstance(name, str) else name)
         cuda = FakeCuda()
         trt = FakeTrt(cuda, {bundle.root / g.file: g for g in bundle.manifest.graphs.values()}, aliased)
         cache = EngineCache(bundle, Library(trt, "tensorrt"), Cuda(cuda).gpu())
@@ -74,6 +75,26 @@ def test_vectors_are_those_of_the_cpu(name: str, rig_of: Callable[..., Rig]) -> 
     texts = ["one", "a rather longer query about invoices", "one", "one"]
     for ours, theirs in zip(embedder.embed_queries(texts), cpu.embed_queries(texts), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("aliased", [True, False])
+def test_states_of_fixed_size_are_those_of_the_cpu(
+    exported: Callable[[ExportOptions], Path], rig_of: Callable[..., Rig], tmp_path: Path, aliased: bool
+) -> None:
+    """Qwen3.5: no engine updates them in place, whatever it does with caches."""
+    model = str(GOLDEN / "colqwen3_5")
+    options = ExportOptions("qwen3.5", model, head="causal", latent_token="<|video_pad|>", target="tensorrt")
+    rig = rig_of(exported(options), aliased)
+    embedder, cpu = rig.open(), rig.cpu
+    for image in (page(90, 60), page(64, 200)):
+        np.testing.assert_allclose(embedder.embed_image(image, LOOP), cpu.embed_image(image, LOOP), atol=TOLERANCE)
+    state = embedder.start_query("one", 9)
+    state.extend(4)
+    state.save(tmp_path / "state.safetensors")
+    expected = cpu.embed_query("one", Budget(9, decode="loop"))
+    np.testing.assert_allclose(state.extend(9), expected, atol=TOLERANCE)
+    for other in (embedder, cpu):
+        np.testing.assert_allclose(other.resume(tmp_path / "state.safetensors", 9).extend(9), expected, atol=TOLERANCE)
 
 
 def test_a_graph_is_captured_once_for_a_shape(rig_of: Callable[..., Rig]) -> None:

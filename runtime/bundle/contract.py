@@ -12,7 +12,7 @@ from itertools import groupby
 from math import isqrt
 from operator import attrgetter
 
-from cembed.runtime.bundle.graph_tensors import is_past, is_present, past_of
+from cembed.runtime.bundle.graph_tensors import grows, is_past, is_present, past_of
 from cembed.runtime.bundle.image_processing import MAX_TILES, ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest import MAX_TOKENIZER, MAX_VECTOR, EmbeddingTable, Graph, Manifest, Side, Tensor
 from cembed.runtime.bundle.schema import shown
@@ -31,24 +31,31 @@ ORDER = (
 TENSORS = (
     "vision in pixel_values - float32 batch_size num_patches|=image.max_pixels =image.patch_size",
     "vision in patch_positions ? int64 num_patches 2",
+    "vision in patch_fractions ?fractions float32 num_patches 2",
     "vision in window_index ?windows int64 num_windows =image.window_size",
     "vision in window_restore ?windows int64 num_patches",
-    "vision out image_features - float32 batch_size num_visual_tokens =hidden_size",
+    "vision out image_features - float32 batch_size num_visual_tokens =image_features",
     "text in inputs_embeds - float32 batch_size sequence_length =hidden_size",
     "text in position_ids - int64 =positions.axes batch_size sequence_length",
     "text in slot_indices - int64 batch_size num_vectors",
     "text in prompt_length ? int64 1",
+    "text in deepstack_embeds ?deepstack float32 batch_size sequence_length =deepstack",
     "text out slot_states - float32 batch_size num_vectors =dim",
     "text_step in inputs_embeds - float32 batch_size sequence_length =hidden_size",
     "text_step in position_ids - int64 =positions.axes batch_size sequence_length",
     "text_step in slot_indices - int64 batch_size num_vectors",
     "text_step in cache_position - int64 batch_size",
+    "text_step in deepstack_embeds ?deepstack float32 batch_size sequence_length =deepstack",
     "text_step in past_key_values.#.key - float32|float16 batch_size * capacity|* *",
     "text_step in past_key_values.#.value - float32|float16 batch_size * capacity|* *",
+    "text_step in past_states.#.conv ?states float32 batch_size * *",
+    "text_step in past_states.#.recurrent ?states float32 batch_size * * *",
     "text_step out slot_states - float32 batch_size num_vectors =dim",
     "text_step out hidden_states ? float32 batch_size num_vectors =hidden_size",
     "text_step out present.#.key - float32|float16 batch_size * capacity|* *",
     "text_step out present.#.value - float32|float16 batch_size * capacity|* *",
+    "text_step out present_states.#.conv ?states float32 batch_size * *",
+    "text_step out present_states.#.recurrent ?states float32 batch_size * * *",
 )
 """Graph, direction, name (# is a number), whether it must be there, types, and axes.
 
@@ -57,6 +64,7 @@ number, or `=` for the number that `axis_numbers` gives from the field named; `|
 first output is the first in its graph too.
 """
 
+DEEPSTACK = "deepstack_embeds"
 ITEM_SIZES = {"float32": 4, "float16": 2, "int8": 1}
 
 
@@ -176,14 +184,25 @@ def check_graphs(manifest: Manifest) -> None:
             raise CembedError(f"graphs.{name}.file is {graph.file}: a graph is a file *.onnx")
         check_tensors(f"graphs.{name}.inputs", rows_of(name, "in"), graph.inputs, numbers)
         check_tensors(f"graphs.{name}.outputs", rows_of(name, "out"), graph.outputs, numbers)
+    check_rows(manifest)
     if "text_step" in graphs:
         check_step(manifest, graphs["text_step"])
 
 
+def check_rows(manifest: Manifest) -> None:
+    """Both text graphs are fed the same for each position."""
+    graphs = {name: graph for name, graph in manifest.graphs.items() if name != "vision"}
+    takers = {name for name, graph in graphs.items() if any(tensor.name == DEEPSTACK for tensor in graph.inputs)}
+    if takers and (others := graphs.keys() - takers):
+        raise CembedError(f"graphs.{min(others)}.inputs: {DEEPSTACK} is missing, which {min(takers)} has")
+
+
 def axis_numbers(manifest: Manifest) -> dict[str, int]:
     """What stands for `=FIELD` in `TENSORS`; patches are a number where images have one size."""
-    image = manifest.image
+    image, deepstack = manifest.image, deepstack_width(manifest)
     return {
+        "deepstack": deepstack,
+        "image_features": manifest.hidden_size + deepstack,
         "hidden_size": manifest.hidden_size,
         "dim": manifest.dim,
         "positions.axes": manifest.positions.axes,
@@ -191,6 +210,14 @@ def axis_numbers(manifest: Manifest) -> dict[str, int]:
         "image.patch_size": 3 * image.patch_size**2,
         "image.window_size": (image.window_size // image.factor * image.merge_size) ** 2,
     }
+
+
+def deepstack_width(manifest: Manifest) -> int:
+    """Of what the decoder's first layers take of images, side by side: a multiple of hidden_size."""
+    inputs = (tensor for graph in manifest.graphs.values() for tensor in graph.inputs if tensor.name == DEEPSTACK)
+    widths = [tensor.shape[-1] for tensor in inputs if tensor.shape]
+    widest = max((width for width in widths if isinstance(width, int)), default=0)
+    return widest // manifest.hidden_size * manifest.hidden_size
 
 
 @dataclass(frozen=True)
@@ -263,7 +290,7 @@ def check_step(manifest: Manifest, graph: Graph) -> None:
     present = {past_of(t.name): (t.dtype, *t.shape) for t in graph.outputs if is_present(t.name)}
     if different := sorted(name for name in past.keys() | present.keys() if past.get(name) != present.get(name)):
         raise CembedError(f"graphs.text_step: {different[0]} and its present are not alike")
-    if len({tensor[3] for tensor in past.values()}) > 1:
+    if len({tensor[3] for name, tensor in past.items() if grows(name)}) > 1:
         raise CembedError("graphs.text_step: past_key_values hold different numbers of positions")
     if manifest.dim != manifest.hidden_size and all(tensor.name != "hidden_states" for tensor in graph.outputs):
         raise CembedError(

@@ -23,12 +23,26 @@ class State:
     grows: bool
 
 
-STATES = (State("past_key_values.", "present.", grows=True),)
+STATES = (
+    State("past_key_values.", "present.", grows=True),
+    State("past_states.", "present_states.", grows=False),
+)
 
 
 def state_of(name: str) -> State | None:
     """What kind of state an input or output is, if it is one."""
     return next((state for state in STATES if name.startswith((state.past, state.present))), None)
+
+
+def grows(name: str) -> bool:
+    """Whether a state has a row a position; one of fixed size is replaced by each.
+
+    >>> grows("past_key_values.3.key"), grows("past_states.0.recurrent"), grows("present_states.0.conv")
+    (True, False, False)
+    """
+    state = state_of(name)
+    assert state is not None, f"{name = } is no state"
+    return state.grows
 
 
 def is_past(name: str) -> bool:

@@ -179,7 +179,7 @@ class Embedder:
         more = max(0, self._max_vectors(saved.schema.side(saved.side), max_vectors) - saved.vectors)
         check_length(self.manifest, saved.positions + more)
         state = self._states.add(LatentState(self._loop(saved.side), self._cache(saved.positions + more)))
-        return state.restore(saved.read())
+        return state.restore(saved.read(), saved.positions)
 
     def check(self, side: Side, budget: Budget) -> int | None:
         """The number of vectors to make, None for all positions. Raises CembedError for what the bundle cannot do."""

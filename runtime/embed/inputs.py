@@ -108,7 +108,7 @@ class InputBuilder:
         return np.split(features, np.cumsum([row_width(tensor) for tensor in self.rows])[:-1], axis=1)
 
     def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:
-        """Features [V, all widths] of one image, from the inputs that the vision graph declares."""
+        """Features [V, all widths] of one page, from the inputs that the vision graph declares."""
         feeds = vision_feeds(self.manifest.graphs["vision"].inputs, pixel_values, grid, self.image)
         output: Array = self._session("vision").run(feeds)
         features = output.reshape(-1, output.shape[-1])

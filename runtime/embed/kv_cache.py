@@ -1,20 +1,22 @@
-"""Keys and values of a prompt and its slots, in buffers whose size never changes."""
+"""What layers keep of a prompt and its slots: keys and values, or states, in buffers whose size never changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from cembed.runtime.bundle.graph_tensors import grows
 from cembed.runtime.bundle.manifest import Tensor
 from cembed.runtime.engines.session import Array
 from cembed.runtime.errors import CembedError
 
 
 class StaticKVCache:
-    """One buffer [1, kv_heads, capacity, head_dim] for the keys and one for the values of each layer.
+    """One buffer [1, kv_heads, capacity, head_dim] for the keys and one for the values of each layer, or its states.
 
-    An engine reads and writes them in place; `length` positions are filled.
+    An engine reads and writes caches in place, and has states twice: one to read, one to write. `length` positions are
+    filled.
     """
 
     def __init__(self, inputs: Sequence[Tensor], capacity: int) -> None:
@@ -22,7 +24,7 @@ class StaticKVCache:
 
         Graphs for TensorRT have a number there: raises CembedError if that is less.
         """
-        fixed = inputs[0].shape[2]
+        fixed = next(tensor.shape[2] for tensor in inputs if grows(tensor.name))
         if isinstance(fixed, int) and fixed < capacity:
             raise CembedError(f"{capacity} positions are needed, the bundle's cache has {fixed}: ask for fewer vectors")
         self.capacity, self.length = fixed if isinstance(fixed, int) else capacity, 0
@@ -36,7 +38,20 @@ class StaticKVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+        return sum(buffer.nbytes * (1 if grows(name) else 2) for name, buffer in self.buffers.items())
+
+    def filled(self) -> dict[str, Array]:
+        """The filled part of each cache, and whole states."""
+        return {name: np.ascontiguousarray(self._part(name, self.length)) for name in self.buffers}
+
+    def fill(self, arrays: Mapping[str, Array], length: int) -> None:
+        """Takes over what `filled` gave of a cache with `length` positions, which fit."""
+        for name in self.buffers:
+            self._part(name, length)[...] = arrays[name]
+        self.length = length
+
+    def _part(self, name: str, length: int) -> Array:
+        return self.buffers[name][:, :, :length] if grows(name) else self.buffers[name]
 
     def require(self, positions: int) -> int:
         """Where the next `positions` positions start. Raises CembedError if they do not fit."""

@@ -128,18 +128,15 @@ class LatentState:
         raise CembedError("a LatentState cannot be pickled: save() it, and go on from the file with Embedder.resume()")
 
     def save(self, path: str | Path) -> None:
-        """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of the cache."""
+        """Writes a `.safetensors` file that `Embedder.resume` goes on from; only the filled part of caches."""
         self._open().pull()
-        arrays = {name: np.ascontiguousarray(b[:, :, : self.cache.length]) for name, b in self.cache.buffers.items()}
-        arrays |= {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
+        arrays = self.cache.filled() | {"prompt_end": self.prompt_end, "hidden": np.asarray(self.hidden)}
         arrays |= {"states": np.concatenate(self.states)} if self.states else {}
         write_state(Path(path), self.loop.bundle, self.loop.name, arrays)
 
-    def restore(self, arrays: Mapping[str, Array]) -> LatentState:
+    def restore(self, arrays: Mapping[str, Array], positions: int) -> LatentState:
         """Takes the tensors of a `StateFile` over, into a cache that is at least as large."""
-        for name, buffer in self.cache.buffers.items():
-            buffer[:, :, : arrays[name].shape[2]] = arrays[name]
-            self.cache.length = arrays[name].shape[2]
+        self.cache.fill(arrays, positions)
         self._open().push()
         self.prompt_end[:], self.hidden = arrays["prompt_end"], arrays["hidden"]
         self.states = list(arrays["states"][:, None]) if "states" in arrays else []

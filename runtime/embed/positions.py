@@ -69,6 +69,17 @@ def patch_positions(grid: Grid, merge_size: int) -> IntArray:
     return np.stack([_merge_order(rows, merge_size), _merge_order(columns, merge_size)], axis=1)
 
 
+def patch_fractions(grid: Grid, merge_size: int) -> NDArray[np.float32]:
+    """Row and column [P, 2] of each patch as shares of the way to the last ones, in the order of `pixel_values`.
+
+    >>> patch_fractions((2, 4), 2)[:6, 1].round(3).tolist()
+    [0.0, 0.333, 0.0, 0.333, 0.667, 1.0]
+    """
+    last = np.maximum(np.array(grid) - 1, 1).astype(np.float32)
+    fractions: NDArray[np.float32] = patch_positions(grid, merge_size).astype(np.float32) / last
+    return fractions
+
+
 def _merge_order(plane: IntArray, merge_size: int) -> IntArray:
     rows, columns = plane.shape[0] // merge_size, plane.shape[1] // merge_size
     return plane.reshape(rows, merge_size, columns, merge_size).transpose(0, 2, 1, 3).reshape(-1)

@@ -3,6 +3,7 @@
 Tensors, of a state with n vectors and T positions in its cache (A position axes, H hidden, D length of a state):
 
     past_key_values.{i}.key, .value   [1, kv_heads, T, head_dim], as the bundle's text_step graph declares them
+    past_states.{i}.conv, .recurrent  float32, of layers that have these instead, whole
     prompt_end                        int64 [A, 1]    the prompt's largest position, on each axis
     hidden                            float32 [1, H]  the last hidden state
     states                            float32 [n, D]  left out where n is 0
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from cembed.runtime.bundle.array_files import Parts, write_safetensors
-from cembed.runtime.bundle.graph_tensors import is_past, state_tensors
+from cembed.runtime.bundle.graph_tensors import grows, is_past, state_tensors
 from cembed.runtime.bundle.manifest import Manifest, Side, SideName
 from cembed.runtime.bundle.tensor_files import DTYPES, Header, read_header, read_safetensors
 from cembed.runtime.bundle.vectors import write_whole
@@ -63,9 +64,10 @@ class StateSchema:
         sizes: dict[int | str, int] = {"batch_size": 1, "capacity": positions}
         found: Signature = {"prompt_end": ("I64", (m.positions.axes, 1)), "hidden": ("F32", (1, m.hidden_size))}
         for tensor in state_tensors(m.graphs["text_step"]):
-            batch, heads, _, width = (sizes.get(axis, axis) for axis in tensor.shape)
-            shape = (int(batch), int(heads), positions, int(width))
-            found[tensor.name] = (_CODES.get(tensor.dtype, tensor.dtype), shape)
+            shape = [int(sizes.get(axis, axis)) for axis in tensor.shape]
+            if grows(tensor.name):
+                shape[2] = positions
+            found[tensor.name] = (_CODES.get(tensor.dtype, tensor.dtype), tuple(shape))
         return found | ({"states": ("F32", (vectors, m.dim))} if vectors else {})
 
     def check_counts(self, name: SideName, positions: int, vectors: int) -> None:
@@ -156,7 +158,7 @@ def count(found: Signature, schema: StateSchema) -> tuple[int, int]:
     """Positions of the cache, and vectors. Raises UnfitError if the tensors are not those of any state."""
     if "text_step" not in schema.manifest.graphs:
         raise UnfitError("the bundle has no slots")
-    cache = next((shape for name, (_, shape) in found.items() if is_past(name)), ())
+    cache = next((shape for name, (_, shape) in found.items() if is_past(name) and grows(name)), ())
     states = found["states"][1] if "states" in found else (0,)
     positions, vectors = (cache[2] if len(cache) == 4 else 0), (states[0] if states else 0)
     expected = schema.signature(positions, vectors)

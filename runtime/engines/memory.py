@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.graph_tensors import state_tensors
+from cembed.runtime.bundle.graph_tensors import grows, state_tensors
 from cembed.runtime.bundle.image_processing import MAX_ASPECT_RATIO, ImageProcessing
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, load_tokenizer, longest_page
@@ -58,7 +58,7 @@ class EngineLimits:
         room = {side: 0 if side.num_vectors is None else side.room for _, side in sides}
         positions = min(max(length + room[side] for length, side in sides), manifest.max_sequence_length)
         step = manifest.graphs.get("text_step")
-        capacity = next((t.shape[2] for t in state_tensors(step)), 0) if step else 0
+        capacity = next((t.shape[2] for t in state_tensors(step) if grows(t.name)), 0) if step else 0
         return cls(
             batch=batch,
             visual_tokens=image.max_visual_tokens,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cembed.runtime.bundle.graph_tensors import is_present, present_of
+from cembed.runtime.bundle.graph_tensors import grows, is_present, present_of
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.engines.quiet import ort
 from cembed.runtime.errors import CembedError
@@ -20,6 +20,8 @@ from cembed.runtime.errors import CembedError
 Array = NDArray[Any]
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Where ONNX Runtime keeps a cache, by provider; others are given the host's memory."""
+UNKNOWN_OPERATOR = "is not a registered function/op"
+TOO_OLD = "this is version {}, and the bundle has an operator of a later one: upgrade it, or export with --target onnx"
 PACKED_SCHEMES = ("int8", "int4")
 """Weights that ONNX Runtime multiplies as they are where it may pack them, and else widens in every run."""
 
@@ -31,11 +33,14 @@ class Session(Protocol):
         """The graph's first output for the inputs named in `feeds`."""
 
     def bind(self, cache: Mapping[str, Array]) -> StepSession:
-        """Runs over `cache`, arrays by the names of the past_key_values inputs, which are updated in place."""
+        """Runs over `cache`, arrays by the names of the past_key_values inputs.
+
+        Caches are updated in place; states of fixed size are in their arrays after `pull`.
+        """
 
 
 class StepSession(Protocol):
-    """Where the cache is the engine's: on a GPU the arrays that were bound are up to date only after `pull`."""
+    """Where the cache is the engine's: the arrays that were bound are all up to date only after `pull`."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs other than the cache, by name."""
@@ -95,7 +100,8 @@ class OrtSession:
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # its exceptions share no other base class
             reason = str(error).strip().splitlines()[0]
-            raise CembedError(f"ONNX Runtime cannot load {path}: {reason}") from error
+            hint = f"; {TOO_OLD.format(ort.__version__)}" if UNKNOWN_OPERATOR in reason else ""
+            raise CembedError(f"ONNX Runtime cannot load {path}: {reason}{hint}") from error
         obtained = self._session.get_providers()
         if providers[0] not in obtained:
             message = f"{path.name} does not run on {providers[0]}, which could not be started, but on {obtained[0]}"
@@ -125,7 +131,8 @@ class OrtSession:
 class OrtStep:
     """A session bound to one cache on `device`: past and present are the same buffers, so a step copies none of them.
 
-    On the CPU these are the arrays of the cache themselves.
+    On the CPU these are the arrays of the cache themselves. Several nodes may read a state, and one may write the next
+    before all have: states have two buffers, which change places after each run.
     """
 
     def __init__(self, session: ort.InferenceSession, cache: Mapping[str, Array], device: str) -> None:
@@ -134,11 +141,25 @@ class OrtStep:
         self._states = [name for name in outputs if not is_present(name)]
         for name in self._states:
             self._binding.bind_output(name, "cpu")
-        self._arrays = {} if device == "cpu" else cache
+        self._arrays = {name: array for name, array in cache.items() if device != "cpu" or not grows(name)}
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in cache.items()}
+        self._spare = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros_like(array), device)
+            for name, array in cache.items()
+            if not grows(name)
+        }
         for name, buffer in self._buffers.items():
-            self._binding.bind_ortvalue_input(name, buffer)
-            self._binding.bind_ortvalue_output(present_of(name), buffer)
+            self._bind(name, buffer, self._spare.get(name, buffer))
+
+    def _bind(self, name: str, past: ort.OrtValue, present: ort.OrtValue) -> None:
+        self._binding.bind_ortvalue_input(name, past)
+        self._binding.bind_ortvalue_output(present_of(name), present)
+
+    def _turn(self) -> None:
+        """What was written of each state is read next."""
+        for name, written in self._spare.items():
+            self._spare[name], self._buffers[name] = self._buffers[name], written
+            self._bind(name, written, self._spare[name])
 
     def pull(self) -> None:
         for name, array in self._arrays.items():
@@ -155,8 +176,9 @@ class OrtStep:
             self._binding.bind_output(name, "cpu")
         with failures_named():
             self._session.run_with_iobinding(self._binding)
-        outputs = zip(self._binding.get_outputs(), self._states, strict=False)
-        return {name: output.numpy() for output, name in outputs}
+        outputs = dict(zip(self._states, self._binding.get_outputs(), strict=False))
+        self._turn()
+        return {name: output.numpy() for name, output in outputs.items()}
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vocabulary import write_tokenizer
 from write import read_checkpoint
 
-from cembed.export.decoder import DecoderLayer
+from cembed.export.decoder import AttentionLayer
 
 CHUNK = 15 * 10**6
 LOG_EVERY, SAVE_EVERY = 50, 250
@@ -147,7 +147,7 @@ class Trainer:
         for block in self.model.visual.blocks:
             block.compile(dynamic=True)
         for layer in self.model.decoder.layers:
-            assert isinstance(layer, DecoderLayer)
+            assert isinstance(layer, AttentionLayer)
             layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore[method-assign]
             layer.self_attn.project = torch.compile(layer.self_attn.project, dynamic=True)  # type: ignore[method-assign]
             layer.input_layernorm.compile(dynamic=True)

@@ -13,10 +13,10 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import astuple, fields, is_dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from cembed.runtime.bundle import contract, external_data, image_processing, manifest
+from cembed.runtime.bundle import contract, external_data, graph_tensors, image_processing, manifest
 from cembed.runtime.bundle.schema import Range, Text, kinds_of, plain, required_fields
 
 NUMBERS = ("MAX_MANIFEST", "MAX_TOKENIZER", "MAX_VECTOR")
@@ -95,6 +95,7 @@ def main() -> None:
     print("// What a kind is: tests/native/manifest_schema.py. TENSORS and MESSAGES: where they come from.")
     print("struct Field {\n    const char *owner, *name, *kind;\n    bool required;\n    double least, most;\n};\n")
     print("struct Inner {\n    const char *message;\n    uint32_t field;\n    const char *inner;\n};\n")
+    print("struct State {\n    const char *past, *present;\n    bool grows;\n};\n")
     print(f"constexpr int VERSION = {manifest.SCHEMA_VERSION}, OLDEST = {manifest.OLDEST_SCHEMA};")
     print(f'constexpr const char *MANIFEST = "{manifest.MANIFEST}", *DIGEST = "{manifest.DIGEST}";')
     for name in NUMBERS:
@@ -107,6 +108,8 @@ def main() -> None:
     print(table("Field", "FIELDS", (f"{{{', '.join(map(json.dumps, row))}}}" for row in field_rows())))
     print(table("const char *const", "ORDER", map(json.dumps, contract.ORDER)))
     print(table("const char *const", "TENSORS", map(json.dumps, contract.TENSORS)))
+    states = (json.dumps(astuple(state))[1:-1] for state in graph_tensors.STATES)
+    print(table("State", "STATES", (f"{{{row}}}" for row in states)))
     messages = external_data.MESSAGES.items()
     rows = (f'{{"{name}", {field}, "{inner}"}}' for name, known in messages for field, inner in known.items())
     print(table("Inner", "MESSAGES", rows))

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <map>
 #include <set>
@@ -220,25 +221,36 @@ void check_tensors(const std::string &where, const std::vector<Row> &rows, const
         refuse(where + ": " + rows[0].name + " must be the first");
 }
 
-// Type and shape of the tensors with a prefix, by the rest of their names.
-std::map<std::string, TensorSpec> caches(const std::vector<TensorSpec> &tensors, const std::string &prefix) {
-    std::map<std::string, TensorSpec> found;
-    for (const TensorSpec &tensor : tensors) {
-        if (tensor.name.compare(0, prefix.size(), prefix) == 0) found[tensor.name.substr(prefix.size())] = tensor;
-    }
-    return found;
+const schema::State *state_of(const std::string &past) {
+    const auto named = [&](const schema::State &state) { return past.compare(0, std::strlen(state.past), state.past) == 0; };
+    const auto *found = std::find_if(std::begin(schema::STATES), std::end(schema::STATES), named);
+    return found == std::end(schema::STATES) ? nullptr : found;
+}
+
+bool is_present(const std::string &name) {
+    const auto named = [&](const schema::State &state) {
+        return name.compare(0, std::strlen(state.present), state.present) == 0;
+    };
+    return std::any_of(std::begin(schema::STATES), std::end(schema::STATES), named);
 }
 
 void check_step(const Manifest &m, const Graph &graph) {
-    const auto past = caches(graph.inputs, "past_key_values."), present = caches(graph.outputs, "present.");
+    std::map<std::string, TensorSpec> past, present;  // by the names of the outputs
+    std::set<std::pair<std::string, int64_t>> positions;
+    for (const TensorSpec &tensor : graph.inputs) {
+        if (!is_past(tensor.name)) continue;
+        past[present_of(tensor.name)] = tensor;
+        if (grows(tensor.name)) positions.insert({tensor.axes[2], tensor.shape[2]});
+    }
+    for (const TensorSpec &tensor : graph.outputs) {
+        if (is_present(tensor.name)) present[tensor.name] = tensor;
+    }
     const auto alike = [](const auto &one, const auto &other) {
         return one.first == other.first && one.second.dtype == other.second.dtype &&
                one.second.axes == other.second.axes && one.second.shape == other.second.shape;
     };
     if (!std::equal(past.begin(), past.end(), present.begin(), present.end(), alike))
-        refuse("graphs.text_step: past_key_values and present are not alike");
-    std::set<std::pair<std::string, int64_t>> positions;
-    for (const auto &tensor : past) positions.insert({tensor.second.axes[2], tensor.second.shape[2]});
+        refuse("graphs.text_step: past_key_values or past_states and what replaces them are not alike");
     if (positions.size() > 1) refuse("graphs.text_step: past_key_values hold different numbers of positions");
     const auto hidden = [](const TensorSpec &tensor) { return tensor.name == "hidden_states"; };
     if (m.dim != m.hidden_size && std::none_of(graph.outputs.begin(), graph.outputs.end(), hidden))
@@ -276,6 +288,15 @@ void check_graphs(const Manifest &m) {
 }
 
 }  // namespace
+
+bool is_past(const std::string &name) { return state_of(name) != nullptr; }
+
+std::string present_of(const std::string &past) {
+    const schema::State &state = *state_of(past);
+    return state.present + past.substr(std::strlen(state.past));
+}
+
+bool grows(const std::string &past) { return state_of(past)->grows; }
 
 void check_contract(const Manifest &manifest) {
     check_scales(manifest);

@@ -1,11 +1,19 @@
 // What the fields of a manifest must have to do with each other, as runtime/bundle/contract.py.
 #pragma once
 
+#include <string>
+
 #include "manifest.h"
 
 namespace cembed {
 
 // Throws Error(BUNDLE) that names the fields which do not fit each other.
 void check_contract(const Manifest &manifest);
+
+// What goes from step to step, as runtime/bundle/graph_tensors.py: whether an input is such a state, which output
+// replaces it, and whether it has a row a position or is of fixed size.
+bool is_past(const std::string &name);
+std::string present_of(const std::string &past);
+bool grows(const std::string &past);
 
 }  // namespace cembed

@@ -157,10 +157,15 @@ std::vector<float> Embedder::image_features(const PixelValues &pixels) {
     const std::vector<int64_t> shape{pixels.images, patches / pixels.images, 3 * image.patch_size * image.patch_size};
     std::vector<Tensor> inputs{{"pixel_values", shape, pixels.values}};
     std::vector<int64_t> places, restore;
+    std::vector<float> fractions;
     Windows windows;
     if (graph.takes("patch_positions")) {
         places = patch_positions(pixels.grid, image.merge_size);
         inputs.emplace_back("patch_positions", std::vector<int64_t>{patches, 2}, places);
+    }
+    if (graph.takes("patch_fractions")) {
+        fractions = patch_fractions(pixels.grid, image.merge_size);
+        inputs.emplace_back("patch_fractions", std::vector<int64_t>{patches, 2}, fractions);
     }
     if (graph.takes("window_index")) {
         if (image.window_size == 0) throw Error(BUNDLE, "the bundle's vision graph takes windows of no size");

@@ -100,8 +100,7 @@ class OrtEngine : public Engine {
           memory_(nullptr, api_.ReleaseMemoryInfo) {
         const auto options = make_options(settings);
         OrtSession *session = nullptr;
-        check(api_.CreateSession(library_.env, path.c_str(), options.get(), &session),
-              "ONNX Runtime cannot load " + path);
+        load(api_.CreateSession(library_.env, path.c_str(), options.get(), &session), path);
         session_.reset(session);
         OrtMemoryInfo *memory = nullptr;
         check(api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "ONNX Runtime failed");
@@ -176,6 +175,17 @@ class OrtEngine : public Engine {
     }
 
     void check(OrtStatus *status, const std::string &what) const { library_.check(status, what); }
+
+    void load(OrtStatus *status, const std::string &path) const {
+        try {
+            check(status, "ONNX Runtime cannot load " + path);
+        } catch (const Error &error) {
+            const std::string text = error.what();
+            if (text.find("is not a registered function/op") == std::string::npos) throw;
+            throw Error(ENGINE, text + "; the bundle has an operator of a later version: upgrade it, or export with "
+                                       "--target onnx");
+        }
+    }
 
     const Library &library_;
     const OrtApi &api_;

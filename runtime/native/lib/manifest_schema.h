@@ -18,6 +18,11 @@ struct Inner {
     const char *inner;
 };
 
+struct State {
+    const char *past, *present;
+    bool grows;
+};
+
 constexpr int VERSION = 2, OLDEST = 1;
 constexpr const char *MANIFEST = "manifest.json", *DIGEST = "manifest.sha256";
 constexpr int64_t MAX_MANIFEST = 16777216;
@@ -139,6 +144,7 @@ constexpr const char *const ORDER[] = {
 constexpr const char *const TENSORS[] = {
     "vision in pixel_values - float32 batch_size num_patches|=image.max_pixels =image.patch_size",
     "vision in patch_positions ? int64 num_patches 2",
+    "vision in patch_fractions ?fractions float32 num_patches 2",
     "vision in window_index ?windows int64 num_windows =image.window_size",
     "vision in window_restore ?windows int64 num_patches",
     "vision out image_features - float32 batch_size num_visual_tokens =hidden_size",
@@ -153,10 +159,19 @@ constexpr const char *const TENSORS[] = {
     "text_step in cache_position - int64 batch_size",
     "text_step in past_key_values.#.key - float32|float16 batch_size * capacity|* *",
     "text_step in past_key_values.#.value - float32|float16 batch_size * capacity|* *",
+    "text_step in past_states.#.conv ?states float32 batch_size * *",
+    "text_step in past_states.#.recurrent ?states float32 batch_size * * *",
     "text_step out slot_states - float32 batch_size num_vectors =dim",
     "text_step out hidden_states ? float32 batch_size num_vectors =hidden_size",
     "text_step out present.#.key - float32|float16 batch_size * capacity|* *",
     "text_step out present.#.value - float32|float16 batch_size * capacity|* *",
+    "text_step out present_states.#.conv ?states float32 batch_size * *",
+    "text_step out present_states.#.recurrent ?states float32 batch_size * * *",
+};
+
+constexpr State STATES[] = {
+    {"past_key_values.", "present.", true},
+    {"past_states.", "present_states.", false},
 };
 
 constexpr Inner MESSAGES[] = {

@@ -53,6 +53,14 @@ std::vector<int64_t> patch_positions(Grid grid, int64_t merge_size) {
     return positions;
 }
 
+std::vector<float> patch_fractions(Grid grid, int64_t merge_size) {
+    const auto last = [](int64_t size) { return float(std::max<int64_t>(size - 1, 1)); };
+    std::vector<float> fractions;
+    for (const int64_t place : patch_positions(grid, merge_size))
+        fractions.push_back(float(place) / last(fractions.size() % 2 == 0 ? grid.height : grid.width));
+    return fractions;
+}
+
 Windows window_index(Grid grid, const ImageProcessing &image) {
     const int64_t side = image.window_size / image.factor();  // merge groups along a window
     if (side < 1 || side > MAX_SIDE) throw Error(BUNDLE, "image.window_size is out of range");

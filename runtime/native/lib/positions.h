@@ -29,6 +29,9 @@ std::vector<int64_t> slot_positions(const std::vector<int64_t> &prompt, int64_t 
 // Row and column [P, 2] of each patch, in the order of `pixel_values`.
 std::vector<int64_t> patch_positions(Grid grid, int64_t merge_size);
 
+// The same as shares of the way from the first to the last row and column.
+std::vector<float> patch_fractions(Grid grid, int64_t merge_size);
+
 struct Windows {
     std::vector<int64_t> index;  // [W, L] patches; -1 fills windows at the edges
     int64_t count, length;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "contract.h"
 #include "error.h"
 #include "positions.h"
 #include "shared_tables.h"
@@ -10,11 +11,10 @@
 namespace cembed {
 namespace {
 
-const std::string PAST = "past_key_values.", PRESENT = "present.";
-
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-bool is_past(const TensorSpec &tensor) { return tensor.name.compare(0, PAST.size(), PAST) == 0; }
+// A state is read in one and written in another: several nodes may read it, and one may write before all have.
+int64_t buffers_of(const TensorSpec &tensor) { return grows(tensor.name) ? 1 : 2; }
 
 std::vector<int64_t> shape_of(const TensorSpec &tensor, int64_t capacity) {
     std::vector<int64_t> shape = tensor.shape;
@@ -49,13 +49,14 @@ Reservation::~Reservation() { embedder_.states_hold -= bytes_; }
 
 int64_t Cache::bytes(const Graph &step, int64_t capacity) {
     int64_t sum = 0;
-    for (const TensorSpec &tensor : step.inputs) sum += is_past(tensor) ? bytes_of(tensor, capacity) : 0;
+    for (const TensorSpec &tensor : step.inputs)
+        sum += is_past(tensor.name) ? buffers_of(tensor) * bytes_of(tensor, capacity) : 0;
     return sum;
 }
 
 int64_t Cache::capacity_for(const Graph &step, int64_t positions) {
     for (const TensorSpec &tensor : step.inputs) {
-        if (!is_past(tensor) || tensor.axes.size() != 4 || !tensor.axes[2].empty()) continue;
+        if (!is_past(tensor.name) || !grows(tensor.name) || !tensor.axes[2].empty()) continue;
         const int64_t fixed = tensor.shape[2];
         if (fixed >= positions) return fixed;
         throw Error(INVALID_ARGUMENT, std::to_string(positions) + " positions are needed, the bundle's cache has " +
@@ -66,18 +67,25 @@ int64_t Cache::capacity_for(const Graph &step, int64_t positions) {
 
 Cache::Cache(const Graph &step, int64_t capacity, const Engine &engine) : capacity(capacity) {
     int64_t size = 0;
-    for (const TensorSpec &tensor : step.inputs) size += is_past(tensor) ? aligned(bytes_of(tensor, capacity)) : 0;
+    for (const TensorSpec &tensor : step.inputs)
+        size += is_past(tensor.name) ? buffers_of(tensor) * aligned(bytes_of(tensor, capacity)) : 0;
     memory = engine.allocate(size);
     auto *place = static_cast<char *>(memory.get());
     for (const TensorSpec &tensor : step.inputs) {
-        if (!is_past(tensor)) continue;
+        if (!is_past(tensor.name)) continue;
         const Type type = tensor.dtype == "float16" ? Type::FLOAT16 : Type::FLOAT32;
         past.emplace_back(tensor.name, type, shape_of(tensor, capacity), place);
         past.back().resident = true;
-        place += aligned(bytes_of(tensor, capacity));
         present.push_back(past.back());
-        present.back().name.replace(0, PAST.size(), PRESENT);
+        present.back().name = present_of(tensor.name);
+        present.back().data = place + (buffers_of(tensor) - 1) * aligned(bytes_of(tensor, capacity));
+        place += buffers_of(tensor) * aligned(bytes_of(tensor, capacity));
     }
+}
+
+void Cache::filled(int64_t positions) {
+    length += positions;
+    for (size_t i = 0; i < past.size(); ++i) std::swap(past[i].data, present[i].data);
 }
 
 int64_t State::room(const Side &side, int64_t max_vectors) {
@@ -129,7 +137,7 @@ void State::run(const std::vector<float> &embeds, const std::vector<int64_t> &po
     inputs.insert(inputs.end(), cache_.past.begin(), cache_.past.end());
     outputs.insert(outputs.end(), cache_.present.begin(), cache_.present.end());
     embedder_.engine("text_step").run(inputs, outputs, after);
-    cache_.length += count;
+    cache_.filled(count);
     if (!apart) hidden_ = state_;
 }
 

@@ -23,13 +23,16 @@ class Reservation {
     const int64_t bytes_;
 };
 
-// Keys and values of each layer, [1, kv_heads, capacity, head_dim]: the engine reads and writes them in place.
+// Keys and values of each layer, [1, kv_heads, capacity, head_dim]: the engine reads and writes them in place. Or its
+// states of fixed size, each twice, which change places after a run.
 struct Cache {
     Cache(const Graph &step, int64_t capacity, const Engine &engine);
 
     // Positions of a cache with room for so many. Throws Error(INVALID_ARGUMENT): graphs for TensorRT have a number.
     static int64_t capacity_for(const Graph &step, int64_t positions);
     static int64_t bytes(const Graph &step, int64_t capacity);
+    // After a run of so many positions: what it wrote is read next.
+    void filled(int64_t positions);
 
     std::shared_ptr<void> memory;
     std::vector<Tensor> past, present;
