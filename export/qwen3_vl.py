@@ -12,7 +12,7 @@ from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT
 from cembed.export.qwen3_5 import sections, vision_config
 from cembed.export.qwen3_vision import Qwen3VisionTower
 from cembed.export.settings import Settings
-from cembed.runtime.bundle.manifest import Positions, Tensor
+from cembed.runtime.bundle.manifest import MAX_DEEPSTACK, Positions, Tensor
 
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:
@@ -45,8 +45,9 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
 def deepstack_layers(v: Settings, num_layers: int) -> tuple[int, ...]:
     """Layers of the tower, in order; the features behind each are for one of the decoder's first layers."""
     found, depth = v.counts("deepstack_visual_indexes", least=0), v.count("depth", most=MAX_LAYERS)
-    if list(found) != sorted(set(found)) or any(index >= depth for index in found) or len(found) > num_layers:
-        v.refuse("deepstack_visual_indexes", f"up to {num_layers} growing numbers below depth, {depth}")
+    most = min(num_layers, MAX_DEEPSTACK)
+    if list(found) != sorted(set(found)) or any(index >= depth for index in found) or len(found) > most:
+        v.refuse("deepstack_visual_indexes", f"up to {most} growing numbers below depth, {depth}")
     return found
 
 

@@ -243,13 +243,25 @@ void check_step(const Manifest &m, const Graph &graph) {
 Numbers numbers_of(const Manifest &m) {
     const ImageProcessing &image = m.image;
     const int64_t side = image.window_size / image.factor() * image.merge_size;
-    return {{"hidden_size", m.hidden_size},
+    return {{"deepstack", deepstack_width(m)},
+            {"image_features", m.hidden_size + deepstack_width(m)},
+            {"hidden_size", m.hidden_size},
             {"dim", m.dim},
             {"positions.axes", m.positions.axes},
             {"image.max_pixels",
              image.resize == Resize::FIXED ? image.max_pixels / (image.patch_size * image.patch_size) : 0},
             {"image.patch_size", 3 * image.patch_size * image.patch_size},
             {"image.window_size", side * side}};
+}
+
+// Both text graphs are fed the same for each position.
+void check_rows(const Manifest &m) {
+    Names takers, others;
+    for (const auto &[name, graph] : m.graphs) {
+        if (name != "vision") (graph.takes(DEEPSTACK) ? takers : others).insert(name);
+    }
+    if (!takers.empty() && !others.empty())
+        refuse("graphs." + *others.begin() + ".inputs: " + DEEPSTACK + " is missing, which " + *takers.begin() + " has");
 }
 
 void check_graphs(const Manifest &m) {
@@ -268,10 +280,21 @@ void check_graphs(const Manifest &m) {
         check_tensors("graphs." + name + ".inputs", rows_of(name, "in"), graph.inputs, numbers);
         check_tensors("graphs." + name + ".outputs", rows_of(name, "out"), graph.outputs, numbers);
     }
+    check_rows(m);
     if (const auto step = m.graphs.find("text_step"); step != m.graphs.end()) check_step(m, step->second);
 }
 
 }  // namespace
+
+int64_t deepstack_width(const Manifest &m) {
+    int64_t widest = 0;
+    for (const auto &[name, graph] : m.graphs) {
+        for (const TensorSpec &tensor : graph.inputs) {
+            if (tensor.name == DEEPSTACK && !tensor.shape.empty()) widest = std::max(widest, tensor.shape.back());
+        }
+    }
+    return std::min(widest / m.hidden_size, schema::MAX_DEEPSTACK) * m.hidden_size;
+}
 
 bool is_past(const std::string &name) { return state_of(name) != nullptr; }
 
