@@ -233,7 +233,7 @@ void check_step(const Manifest &m, const Graph &graph) {
                one.second.axes == other.second.axes && one.second.shape == other.second.shape;
     };
     if (!std::equal(past.begin(), past.end(), present.begin(), present.end(), alike))
-        refuse("graphs.text_step: past_key_values or past_states and what replaces them are not alike");
+        refuse("graphs.text_step: past_key_values or past_states and the present ones are not alike");
     if (positions.size() > 1) refuse("graphs.text_step: past_key_values hold different numbers of positions");
     const auto hidden = [](const TensorSpec &tensor) { return tensor.name == "hidden_states"; };
     if (m.dim != m.hidden_size && std::none_of(graph.outputs.begin(), graph.outputs.end(), hidden))
