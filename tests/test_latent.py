@@ -114,7 +114,7 @@ def test_a_prompt_of_one_token(zoo: Zoo, backbone: str, kind: str) -> None:
         query=replace(model.embedder.manifest.query, prompt="{text}", num_vectors=5, nested_budgets=())
     )
     embeds, positions = model.query("x")
-    assert embeds.shape == (1, 1, HIDDEN)
+    assert embeds.shape[:2] == (1, 1)
     expected = {
         "constant": lambda: model.reference.single_pass(embeds, positions, model.latent(4), "continue"),
         "learned": lambda: model.reference.single_pass(embeds, positions, model.rows("query", 5), "continue")[1:],
