@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import isqrt
 
@@ -10,10 +11,10 @@ from cembed.export.decoder import DecoderConfig
 from cembed.export.delta_net import DeltaConfig
 from cembed.export.image_settings import Geometry, smart_image
 from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT, check_vision
-from cembed.export.qwen3_vision import Qwen3VisionTower
+from cembed.export.qwen3_vision import Qwen3VisionTower, vision_inputs
 from cembed.export.qwen_vision import QwenVisionConfig
 from cembed.export.settings import Settings
-from cembed.runtime.bundle.manifest import Positions, Tensor
+from cembed.runtime.bundle.manifest import Positions
 
 LINEAR, FULL = "linear_attention", "full_attention"
 MAX_KERNEL = 64
@@ -22,7 +23,6 @@ MAX_KERNEL = 64
 def from_hf(config: Settings, processor: Settings) -> Backbone:
     vision, side = vision_config(config.section("vision_config"))
     frames = config.section("vision_config").count("temporal_patch_size")
-    patches = ("batch_size", "num_patches", 3 * vision.patch_size**2)
     return Backbone(
         name="qwen3.5",
         decoder=decoder_config(config.section("text_config")),
@@ -32,11 +32,7 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
         prompts=(DOCUMENT_PROMPT, QUERY_PROMPT),
         slot_positions="continue",
         prompt_attention="causal",
-        vision_inputs=(
-            Tensor("pixel_values", "float32", patches),
-            Tensor("patch_positions", "int64", ("num_patches", 2)),
-            Tensor("patch_fractions", "float32", ("num_patches", 2)),
-        ),
+        vision_inputs=vision_inputs(vision),
         vision_prefix="visual.",
         build_vision=partial(Qwen3VisionTower, vision, side),
     )
@@ -65,37 +61,38 @@ def vision_config(v: Settings) -> tuple[QwenVisionConfig, int]:
 
 def decoder_config(text: Settings) -> DecoderConfig:
     rope = text.section("rope_parameters").over({"rope_type": "default"})
+    text.over({"attn_output_gate": True}).require("attn_output_gate", True)
+    attending = attending_config(text, rope, rotary_dim(rope, text.count("head_dim")))
+    layers = delta_layers(text, attending.num_layers)
+    return replace(attending, gemma=True, output_gate=True, delta=delta_config(text), delta_layers=layers)
+
+
+def attending_config(text: Settings, rope: Settings, turning: int) -> DecoderConfig:
+    """What Qwen3-VL has too: layers that attend, with norms of heads; `turning` components of a head turn."""
     text.require("hidden_act", "silu")
     text.require("attention_bias", False)
-    text.over({"attn_output_gate": True}).require("attn_output_gate", True)
     rope.require("rope_type", "default")
     rope.require("mrope_interleaved", True)
     heads, num_kv_heads = text.count("num_attention_heads"), text.count("num_key_value_heads")
     if heads % num_kv_heads:
         text.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    num_layers = text.count("num_hidden_layers", most=MAX_LAYERS)
-    head_dim = text.count("head_dim")
-    turning = rotary_dim(rope, head_dim)
     return DecoderConfig(
         hidden_size=text.count("hidden_size"),
-        num_layers=num_layers,
+        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        head_dim=text.count("head_dim"),
         intermediate_size=text.count("intermediate_size"),
         activation="silu",
         rms_norm_eps=text.positive("rms_norm_eps"),
         rope_theta=rope.positive("rope_theta"),
         mrope_section=sections(rope, turning // 2),
         attention_bias=False,
-        gemma=True,
+        gemma=False,
         max_positions=text.count("max_position_embeddings"),
         qk_norm=True,
-        output_gate=True,
         mrope_interleaved=True,
         rotary_dim=turning,
-        delta=delta_config(text),
-        delta_layers=delta_layers(text, num_layers),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cembed.export.layers import ACTIVATIONS, Dialect, LayerNorm, Linear, PatchEmbedding
 from cembed.export.qwen_vision import NORM_EPS, QwenVisionConfig, VisionAttention, vision_rotary_tables
+from cembed.runtime.bundle.manifest import Tensor as TensorSpec
 
 
 class LearnedPositions(nn.Module):
@@ -104,3 +105,11 @@ class Qwen3VisionTower(nn.Module):
                 deep.append(self.deepstack_merger_list[len(deep)](x))
         merged: Tensor = self.merger(x)
         return (torch.cat([merged, *deep], dim=-1) if deep else merged).float()
+
+
+def vision_inputs(config: QwenVisionConfig) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec("pixel_values", "float32", ("batch_size", "num_patches", 3 * config.patch_size**2)),
+        TensorSpec("patch_positions", "int64", ("num_patches", 2)),
+        TensorSpec("patch_fractions", "float32", ("num_patches", 2)),
+    )

@@ -9,10 +9,10 @@ from cembed.export.backbones import MAX_LAYERS, Backbone
 from cembed.export.decoder import DecoderConfig
 from cembed.export.image_settings import Geometry, smart_image
 from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT
-from cembed.export.qwen3_5 import sections, vision_config
-from cembed.export.qwen3_vision import Qwen3VisionTower
+from cembed.export.qwen3_5 import attending_config, vision_config
+from cembed.export.qwen3_vision import Qwen3VisionTower, vision_inputs
 from cembed.export.settings import Settings
-from cembed.runtime.bundle.manifest import Positions, Tensor
+from cembed.runtime.bundle.manifest import MAX_DEEPSTACK, Positions
 
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:
@@ -20,22 +20,17 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
     tower, side = vision_config(v)
     decoder = decoder_config(config.section("text_config"))
     vision = replace(tower, deepstack_layers=deepstack_layers(v, decoder.num_layers))
+    geometry = Geometry("smart", vision.patch_size, vision.merge_size)
     return Backbone(
         name="qwen3-vl",
         decoder=decoder,
-        image=smart_image(
-            processor, Geometry("smart", vision.patch_size, vision.merge_size), v.count("temporal_patch_size")
-        ),
+        image=smart_image(processor, geometry, v.count("temporal_patch_size")),
         image_token_id=config.count("image_token_id", least=0),
         positions=Positions(axes=3, first=0),
         prompts=(DOCUMENT_PROMPT, QUERY_PROMPT),
         slot_positions="continue",
         prompt_attention="causal",
-        vision_inputs=(
-            Tensor("pixel_values", "float32", ("batch_size", "num_patches", 3 * vision.patch_size**2)),
-            Tensor("patch_positions", "int64", ("num_patches", 2)),
-            Tensor("patch_fractions", "float32", ("num_patches", 2)),
-        ),
+        vision_inputs=vision_inputs(vision),
         vision_prefix="visual.",
         build_vision=partial(Qwen3VisionTower, vision, side),
         deepstack=len(vision.deepstack_layers),
@@ -45,37 +40,12 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
 def deepstack_layers(v: Settings, num_layers: int) -> tuple[int, ...]:
     """Layers of the tower, in order; the features behind each are for one of the decoder's first layers."""
     found, depth = v.counts("deepstack_visual_indexes", least=0), v.count("depth", most=MAX_LAYERS)
-    if list(found) != sorted(set(found)) or any(index >= depth for index in found) or len(found) > num_layers:
-        v.refuse("deepstack_visual_indexes", f"up to {num_layers} growing numbers below depth, {depth}")
+    most = min(num_layers, MAX_DEEPSTACK)
+    if list(found) != sorted(set(found)) or any(index >= depth for index in found) or len(found) > most:
+        v.refuse("deepstack_visual_indexes", f"up to {most} growing numbers below depth, {depth}")
     return found
 
 
 def decoder_config(text: Settings) -> DecoderConfig:
     rope = text.section("rope_parameters").over({"rope_type": "default", "mrope_interleaved": True})
-    text.require("hidden_act", "silu")
-    text.require("attention_bias", False)
-    rope.require("rope_type", "default")
-    rope.require("mrope_interleaved", True)
-    heads, num_kv_heads = text.count("num_attention_heads"), text.count("num_key_value_heads")
-    if heads % num_kv_heads:
-        text.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    head_dim = text.count("head_dim")
-    if head_dim % 2:
-        text.refuse("head_dim", "a multiple of 2")
-    return DecoderConfig(
-        hidden_size=text.count("hidden_size"),
-        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=text.count("intermediate_size"),
-        activation="silu",
-        rms_norm_eps=text.positive("rms_norm_eps"),
-        rope_theta=rope.positive("rope_theta"),
-        mrope_section=sections(rope, head_dim // 2),
-        attention_bias=False,
-        gemma=False,
-        max_positions=text.count("max_position_embeddings"),
-        qk_norm=True,
-        mrope_interleaved=True,
-    )
+    return attending_config(text, rope, text.count("head_dim"))

@@ -30,6 +30,7 @@ from transformers.models.paligemma import PaliGemmaModel
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl import Qwen2VLModel
 from transformers.models.qwen3_5 import Qwen3_5Model
+from transformers.models.qwen3_vl import Qwen3VLModel
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions, ExportPlan
@@ -49,6 +50,7 @@ torch.set_num_threads(1)  # more cost more than they save in models as small as 
 MODELS = {
     "qwen2_vl": Qwen2VLModel,
     "qwen2_5_vl": Qwen2_5_VLModel,
+    "qwen3_vl": Qwen3VLModel,
     "qwen3_5": Qwen3_5Model,
     "paligemma": PaliGemmaModel,
 }
@@ -62,6 +64,7 @@ PREFIXES = (
 )
 
 
+GOLDEN = Path(__file__).parent / "golden"
 HEAD = ("custom_text_proj", "slot_embeddings")
 Image2D = tuple[NDArray[np.float32], tuple[int, int]]
 """Pixel values as transformers wants them, and the grid of patches."""
@@ -82,6 +85,8 @@ class Reference:
         self.gemma = isinstance(self.model.language_model, GemmaModel)
         self.scale = math.sqrt(self.config.text_config.hidden_size) if self.gemma else 1.0
         self.model.language_model.layers = self.model.language_model.layers[:num_layers]
+        self.hidden = self.config.text_config.hidden_size
+        self.deepstack = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
 
     def embeddings(self, ids: NDArray[np.int64]) -> torch.Tensor:
         return self.model.language_model.embed_tokens(torch.from_numpy(ids)[None])
@@ -91,13 +96,28 @@ class Reference:
         pixels = torch.from_numpy(pixel_values)
         if self.gemma:
             return self.model.get_image_features(pixels).pooler_output[0]
-        return self.model.get_image_features(pixels, torch.tensor([[1, *grid]])).pooler_output[0]
+        given = self.model.get_image_features(pixels, torch.tensor([[1, *grid]]))
+        if not self.deepstack:
+            return given.pooler_output[0]
+        return torch.cat([given.pooler_output[0], *(layer[0] for layer in given.deepstack_features)], dim=-1)
+
+    def wide(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows with zeros behind them, where images have what the first layers take: [.., (1 + deepstack) * H]."""
+        return torch.nn.functional.pad(rows, (0, self.hidden * (1 + self.deepstack) - rows.shape[-1]))
+
+    def run(self, embeds: torch.Tensor, **fields: Any) -> torch.Tensor:
+        """Last hidden states [1, S, H] of wide rows [1, S, ..]."""
+        rows, *layers = embeds.split(self.hidden, dim=-1)
+        if layers:
+            fields["visual_pos_masks"] = torch.ones(rows.shape[:2], dtype=torch.bool)
+            fields["deepstack_visual_embeds"] = [layer.flatten(0, 1) for layer in layers]
+        return self.model.language_model(inputs_embeds=rows, **fields).last_hidden_state
 
     @torch.inference_mode()
     def prompt(self, ids: NDArray[np.int64], image: Image2D | None) -> tuple[torch.Tensor, NDArray[np.int64]]:
-        """What the decoder is fed, [1, S, H], and where, [A, S]."""
+        """What the decoder is fed, wide rows [1, S, ..], and where, [A, S]."""
         is_image = ids == getattr(self.config, "image_token_id", getattr(self.config, "image_token_index", None))
-        embeds = self.embeddings(ids)
+        embeds = self.wide(self.embeddings(ids))
         if image is not None:
             embeds[0, torch.from_numpy(is_image)] = self.image_features(*image)
         spec = Positions(axes=1, first=1) if self.gemma else Positions(axes=3, first=0)
@@ -118,12 +138,12 @@ class Reference:
         mask = torch.full((total, total), torch.finfo(torch.float32).min).triu(1)
         if self.gemma:
             mask[:length, :length] = 0
-        return self.model.language_model(
-            inputs_embeds=torch.cat([embeds, rows[None]], dim=1),
+        return self.run(
+            torch.cat([embeds, self.wide(rows[None])], dim=1),
             position_ids=torch.from_numpy(positions if self.gemma else positions[:, None]),
             attention_mask=mask[None, None],
             use_cache=False,
-        ).last_hidden_state[0]
+        )[0]
 
     @torch.inference_mode()
     def feedback(
@@ -161,13 +181,13 @@ class Reference:
         if self.gemma:
             mask = torch.zeros(1, 1, embeds.shape[1], cache.get_seq_length() + embeds.shape[1])
         position_ids = torch.from_numpy(positions[:, None] if not self.gemma else positions)
-        return self.model.language_model(
-            inputs_embeds=embeds,
+        return self.run(
+            self.wide(embeds),
             position_ids=position_ids,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
+        )[:, -1]
 
 
 def reference_pixels(page: Image.Image, spec: ImageProcessing) -> Image2D:
@@ -180,7 +200,7 @@ def reference_pixels(page: Image.Image, spec: ImageProcessing) -> Image2D:
     return image.reshape(1, 3, grid[0] * side, grid[1] * side), grid
 
 
-BACKBONES = ("qwen2-vl", "qwen2.5-vl", "paligemma")
+BACKBONES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "paligemma")
 HIDDEN, PROJECTED = 96, 24  # of the tiny checkpoints, and what the projection makes of it
 SPEC: dict[str, dict[str, Any]] = {
     "document": {"slots": "feedback", "num_vectors": 6, "slot_positions": "zero"},
@@ -241,6 +261,27 @@ class Model:
         return self.with_sides(change(manifest.document), change(manifest.query))
 
 
+def copy_with_latent(golden: Path, root: Path) -> None:
+    """A golden checkpoint without its projection, with a token <|latent|> and a row for it."""
+    root.mkdir(parents=True)
+    for path in golden.glob("*config.json"):
+        (root / path.name).write_bytes(path.read_bytes())
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_file(golden / "model.safetensors").items()
+        if "custom_text_proj" not in name
+    }
+    rows = weights["language_model.embed_tokens.weight"]
+    row = torch.randn(1, rows.shape[1], generator=torch.Generator().manual_seed(1)) * rows.std()
+    save_file(weights | {"language_model.embed_tokens.weight": torch.cat([rows, row])}, root / "model.safetensors")
+    config = json.loads((root / "config.json").read_text())
+    config["text_config"]["vocab_size"] = len(rows) + 1
+    (root / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((golden / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": len(rows), "content": "<|latent|>"})
+    (root / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 class Zoo:
     """Tiny checkpoints and bundles under one folder, each made when it is first asked for.
 
@@ -257,7 +298,10 @@ class Zoo:
     def checkpoint(self, backbone: Any) -> Path:
         root = self.root / f"checkpoint-{backbone}"
         if not root.exists():
-            make_checkpoint(root, backbone, "causal", "tiny")
+            if backbone == "qwen3-vl":
+                copy_with_latent(GOLDEN / "colqwen3", root)
+            else:
+                make_checkpoint(root, backbone, "causal", "tiny")
         return root
 
     def with_rows(self, backbone: str) -> Path:

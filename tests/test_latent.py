@@ -114,7 +114,7 @@ def test_a_prompt_of_one_token(zoo: Zoo, backbone: str, kind: str) -> None:
         query=replace(model.embedder.manifest.query, prompt="{text}", num_vectors=5, nested_budgets=())
     )
     embeds, positions = model.query("x")
-    assert embeds.shape == (1, 1, HIDDEN)
+    assert embeds.shape[:2] == (1, 1)
     expected = {
         "constant": lambda: model.reference.single_pass(embeds, positions, model.latent(4), "continue"),
         "learned": lambda: model.reference.single_pass(embeds, positions, model.rows("query", 5), "continue")[1:],
@@ -385,7 +385,7 @@ def test_buffers_are_updated_in_place(zoo: Zoo, name: str) -> None:
     model = zoo.model(name)
     state = model.embedder.start(PAGES[0], 5)
     buffers = dict(state.cache.buffers)
-    assert len(buffers) == (4 if name == "shallow" else 6)
+    assert len(buffers) == 2 * {"shallow": 2, "qwen3-vl": 4}.get(name, 3)
     addresses = {key: buffer.ctypes.data for key, buffer in buffers.items()}
     for budget in (1, 2, 3, 5):
         state.extend(budget)

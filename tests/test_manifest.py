@@ -138,6 +138,14 @@ def grow(tensor: Json, axis: int, size: Any) -> None:
     tensor["shape"][axis] = size
 
 
+def deepen(manifest: Json, widths: dict[str, int], features: int) -> None:
+    """Inputs deepstack_embeds of these widths for text graphs, and what the vision graph gives for all of them."""
+    for graph, width in widths.items():
+        shape = ["batch_size", "sequence_length", width]
+        manifest["graphs"][graph]["inputs"].append({"name": "deepstack_embeds", "dtype": "float32", "shape": shape})
+    grow(manifest["graphs"]["vision"]["outputs"][0], 2, features)
+
+
 CONTRADICTIONS: list[tuple[Edit, str]] = [
     (lambda m: m.update(image_token_id=600), "image_token_id"),
     (lambda m: m["query"].update(latent_token_id=600), "latent_token_id"),
@@ -200,6 +208,14 @@ CONTRADICTIONS: list[tuple[Edit, str]] = [
     (lambda m: m["graphs"]["text_step"]["inputs"][-1].update(name="past_key_values.x.value"), "past_key_values"),
     (lambda m: m["graphs"]["text_step"]["inputs"][-1].update(dtype="float16"), "past_key_values"),
     (lambda m: [grow(m["graphs"]["text_step"][way][-1], 2, 64) for way in ("inputs", "outputs")], "positions"),
+    (lambda m: deepen(m, {"text": 192}, 288), "deepstack_embeds"),
+    (lambda m: deepen(m, {"text_step": 192}, 288), "deepstack_embeds"),
+    (lambda m: deepen(m, {"text": 192, "text_step": 96}, 288), "deepstack_embeds"),
+    (lambda m: deepen(m, {"text": 100, "text_step": 100}, 192), "deepstack_embeds"),
+    (lambda m: deepen(m, {"text": 95, "text_step": 95}, 96), "deepstack_embeds"),
+    (lambda m: deepen(m, {"text": 65 * 96, "text_step": 65 * 96}, 65 * 96), "deepstack_embeds"),
+    (lambda m: deepen(m, {"text": 192, "text_step": 192}, 96), "image_features"),
+    (lambda m: deepen(m, {}, 192), "image_features"),
     (lambda m: m["files"].pop("tokenizer.json"), "tokenizer.json"),
     (lambda m: m["files"].update(more={"size": 0, "sha256": "0" * 64}), "more"),
     (lambda m: m["files"]["tokenizer.json"].update(size=2**28 + 1), "tokenizer.json"),
@@ -241,6 +257,14 @@ def test_a_projection_needs_hidden_states(library: Library, full: Path, raw: Jso
     assert library_refuses(library, full) is None
 
 
+def test_several_layers_may_take_features_of_images(library: Library, full: Path, raw: Json) -> None:
+    for layers in (1, 3, 64):
+        deepen(deep := copy.deepcopy(raw), {"text": layers * 96, "text_step": layers * 96}, (1 + layers) * 96)
+        write_manifest(full, json.dumps(deep))
+        assert python_refuses(full) is None
+        assert library_refuses(library, full) is None
+
+
 def test_states_side_by_side_are_no_longer_than_a_number_of_components(library: Library, full: Path, raw: Json) -> None:
     raw = copy.deepcopy(raw) | {"dim": 256, "max_sequence_length": 2**24}
     raw["query"] |= {"pooling": "concat", "num_vectors": 2**23}
@@ -255,7 +279,7 @@ def test_states_side_by_side_are_no_longer_than_a_number_of_components(library: 
         assert ("query.num_vectors" in (library_refuses(library, full) or "")) is refused
 
 
-@pytest.mark.parametrize("name", ["causalqwen2_5", "causalpali", "colqwen2", "colpali"])
+@pytest.mark.parametrize("name", ["causalqwen2_5", "causalpali", "colqwen2", "colqwen3", "colpali"])
 def test_manifests_of_the_exporter_are_within_the_table(name: str, bundle_of: Callable[[str], Path]) -> None:
     assert python_refuses(bundle_of(name)) is None
 

@@ -14,7 +14,16 @@ from operator import attrgetter
 
 from cembed.runtime.bundle.graph_tensors import grows, is_past, is_present, past_of
 from cembed.runtime.bundle.image_processing import MAX_TILES, ImageProcessing, Tiles
-from cembed.runtime.bundle.manifest import MAX_TOKENIZER, MAX_VECTOR, EmbeddingTable, Graph, Manifest, Side, Tensor
+from cembed.runtime.bundle.manifest import (
+    MAX_DEEPSTACK,
+    MAX_TOKENIZER,
+    MAX_VECTOR,
+    EmbeddingTable,
+    Graph,
+    Manifest,
+    Side,
+    Tensor,
+)
 from cembed.runtime.bundle.schema import shown
 from cembed.runtime.errors import CembedError
 
@@ -217,7 +226,7 @@ def deepstack_width(manifest: Manifest) -> int:
     inputs = (tensor for graph in manifest.graphs.values() for tensor in graph.inputs if tensor.name == DEEPSTACK)
     widths = [tensor.shape[-1] for tensor in inputs if tensor.shape]
     widest = max((width for width in widths if isinstance(width, int)), default=0)
-    return widest // manifest.hidden_size * manifest.hidden_size
+    return min(widest // manifest.hidden_size, MAX_DEEPSTACK) * manifest.hidden_size
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ OLDEST_SCHEMA = 1  # it has no digest of the manifest
 MAX_MANIFEST = 1 << 24  # bytes; it is some kilobytes, with hundreds of quantised layers some hundreds
 MAX_TOKENIZER = 1 << 28
 MAX_VECTOR = (1 << 31) - 1  # components, of states that are put side by side too
+MAX_DEEPSTACK = 64  # layers of a decoder that take features of images; Qwen3-VL has 3
 LEAST_ROOM = 64  # vectors that a cache has room for at least, unless the caller says how many
 
 SideName = Literal["document", "query"]

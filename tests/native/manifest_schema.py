@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from cembed.runtime.bundle import contract, external_data, graph_tensors, image_processing, manifest
 from cembed.runtime.bundle.schema import Range, Text, kinds_of, plain, required_fields
 
-NUMBERS = ("MAX_MANIFEST", "MAX_TOKENIZER", "MAX_VECTOR")
+NUMBERS = ("MAX_MANIFEST", "MAX_TOKENIZER", "MAX_VECTOR", "MAX_DEEPSTACK")
 
 
 def kind_text(kind: Any) -> str:

@@ -250,7 +250,7 @@ void check_step(const Manifest &m, const Graph &graph) {
                one.second.axes == other.second.axes && one.second.shape == other.second.shape;
     };
     if (!std::equal(past.begin(), past.end(), present.begin(), present.end(), alike))
-        refuse("graphs.text_step: past_key_values or past_states and what replaces them are not alike");
+        refuse("graphs.text_step: past_key_values or past_states and the present ones are not alike");
     if (positions.size() > 1) refuse("graphs.text_step: past_key_values hold different numbers of positions");
     const auto hidden = [](const TensorSpec &tensor) { return tensor.name == "hidden_states"; };
     if (m.dim != m.hidden_size && std::none_of(graph.outputs.begin(), graph.outputs.end(), hidden))
@@ -260,12 +260,24 @@ void check_step(const Manifest &m, const Graph &graph) {
 Numbers numbers_of(const Manifest &m) {
     const ImageProcessing &image = m.image;
     const int64_t side = image.window_size / image.factor() * image.merge_size;
-    return {{"hidden_size", m.hidden_size},
+    return {{"deepstack", deepstack_width(m)},
+            {"image_features", m.hidden_size + deepstack_width(m)},
+            {"hidden_size", m.hidden_size},
             {"dim", m.dim},
             {"positions.axes", m.positions.axes},
             {"image.max_pixels", image.input_patches()},
             {"image.patch_size", 3 * image.patch_size * image.patch_size},
             {"image.window_size", side * side}};
+}
+
+// Both text graphs are fed the same for each position.
+void check_rows(const Manifest &m) {
+    Names takers, others;
+    for (const auto &[name, graph] : m.graphs) {
+        if (name != "vision") (graph.takes(DEEPSTACK) ? takers : others).insert(name);
+    }
+    if (!takers.empty() && !others.empty())
+        refuse("graphs." + *others.begin() + ".inputs: " + DEEPSTACK + " is missing, which " + *takers.begin() + " has");
 }
 
 void check_graphs(const Manifest &m) {
@@ -284,10 +296,21 @@ void check_graphs(const Manifest &m) {
         check_tensors("graphs." + name + ".inputs", rows_of(name, "in"), graph.inputs, numbers);
         check_tensors("graphs." + name + ".outputs", rows_of(name, "out"), graph.outputs, numbers);
     }
+    check_rows(m);
     if (const auto step = m.graphs.find("text_step"); step != m.graphs.end()) check_step(m, step->second);
 }
 
 }  // namespace
+
+int64_t deepstack_width(const Manifest &m) {
+    int64_t widest = 0;
+    for (const auto &[name, graph] : m.graphs) {
+        for (const TensorSpec &tensor : graph.inputs) {
+            if (tensor.name == DEEPSTACK && !tensor.shape.empty()) widest = std::max(widest, tensor.shape.back());
+        }
+    }
+    return std::min(widest / m.hidden_size, schema::MAX_DEEPSTACK) * m.hidden_size;
+}
 
 bool is_past(const std::string &name) { return state_of(name) != nullptr; }
 

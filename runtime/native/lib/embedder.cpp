@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "contract.h"
 #include "error.h"
 #include "finite.h"
 #include "positions.h"
@@ -81,6 +82,7 @@ Embedder::Embedder(const std::string &path, const Settings &settings)
     : bundle(path),
       manifest(bundle.manifest),
       image(limited(manifest, settings.max_visual_tokens)),
+      deepstack_width(cembed::deepstack_width(manifest)),
       state_memory(settings.state_memory),
       prompter_(Tokenizer::from_json(bundle.read(manifest.tokenizer)), manifest.image_token_id),
       tokens_(bundle.table(manifest.token_embeddings)),
@@ -128,10 +130,12 @@ Prompt Embedder::document(const Rgb &page) {
     made.after = Activations::RELEASE;
     const auto features = image_features(pixels);
     auto from = features.begin();
-    for (size_t i = 0; i < ids.size(); ++i) {
-        if (ids[i] != manifest.image_token_id) continue;
-        std::copy_n(from, manifest.hidden_size, made.embeds.begin() + std::ptrdiff_t(i) * manifest.hidden_size);
+    for (std::ptrdiff_t i = 0; i < made.length; ++i) {
+        if (ids[size_t(i)] != manifest.image_token_id) continue;
+        std::copy_n(from, manifest.hidden_size, made.embeds.begin() + i * manifest.hidden_size);
         from += manifest.hidden_size;
+        std::copy_n(from, deepstack_width, made.deepstack.begin() + i * deepstack_width);
+        from += deepstack_width;
     }
     return made;
 }
@@ -147,6 +151,7 @@ Prompt Embedder::prompt(const std::vector<int64_t> &ids, const std::optional<Gri
     if (ids.empty()) throw Error(BUNDLE, "the bundle's prompt is empty");
     made.positions = prompt_positions(ids, manifest.image_token_id, grid, manifest.positions, image.merge_size);
     made.embeds.resize(ids.size() * size_t(manifest.hidden_size));
+    made.deepstack.resize(ids.size() * size_t(deepstack_width));
     for (size_t i = 0; i < ids.size(); ++i) tokens_.read(ids[i], &made.embeds[i * size_t(manifest.hidden_size)]);
     return made;
 }
@@ -174,9 +179,10 @@ std::vector<float> Embedder::image_features(const PixelValues &pixels) {
         inputs.emplace_back("window_index", std::vector<int64_t>{windows.count, windows.length}, windows.index);
         inputs.emplace_back("window_restore", std::vector<int64_t>{patches}, restore);
     }
-    std::vector<float> features(size_t(tokens * manifest.hidden_size));
+    const int64_t width = manifest.hidden_size + deepstack_width;
+    std::vector<float> features(size_t(tokens * width));
     const std::vector<Tensor> outputs{
-        {graph.outputs.at(0).name, {pixels.images, tokens / pixels.images, manifest.hidden_size}, features}};
+        {graph.outputs.at(0).name, {pixels.images, tokens / pixels.images, width}, features}};
     engine("vision").run(inputs, outputs, Activations::RELEASE);
     require_finite(features.data(), int64_t(features.size()), "graph vision, of this image,");
     return features;
@@ -202,8 +208,9 @@ std::vector<float> Embedder::single_pass(const Side &side, const Prompt &made, i
                          &made.positions[size_t(axis * made.length)] + made.length);
         positions.insert(positions.end(), after.begin() + axis * slots, after.begin() + (axis + 1) * slots);
     }
-    std::vector<float> embeds = made.embeds;
+    std::vector<float> embeds = made.embeds, deepstack = made.deepstack;
     add_slot_rows(side, 0, slots, embeds);
+    deepstack.resize(size_t(length * deepstack_width));
     std::vector<int64_t> indices(static_cast<size_t>(rows));
     std::iota(indices.begin(), indices.end(), length - rows);
     const std::vector<int64_t> prompt_length{made.length};
@@ -211,6 +218,8 @@ std::vector<float> Embedder::single_pass(const Side &side, const Prompt &made, i
     std::vector<Tensor> inputs{{"inputs_embeds", {1, length, manifest.hidden_size}, embeds},
                                {"position_ids", {axes, 1, length}, positions},
                                {"slot_indices", {1, rows}, indices}};
+    if (deepstack_width)
+        inputs.emplace_back(DEEPSTACK, std::vector<int64_t>{1, length, deepstack_width}, deepstack);
     if (graph.takes("prompt_length")) inputs.emplace_back("prompt_length", std::vector<int64_t>{1}, prompt_length);
     std::vector<float> states(size_t(rows * manifest.dim));
     const std::vector<Tensor> outputs{{graph.outputs.at(0).name, {1, rows, manifest.dim}, states}};

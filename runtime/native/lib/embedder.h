@@ -42,6 +42,7 @@ struct Vectors {
 // What the decoder is fed.
 struct Prompt {
     std::vector<float> embeds;       // [length, H]
+    std::vector<float> deepstack;    // [length, W]; W is 0 where text graphs take none
     std::vector<int64_t> positions;  // [A, length]
     int64_t length = 0;
     Activations after = Activations::KEEP;  // pages have large ones
@@ -74,6 +75,7 @@ class Embedder {
     Vectors finish(const Side &side, std::vector<float> states, int64_t dim, const std::string &graph) const;
     void check_length(int64_t length) const;
 
+    const int64_t deepstack_width;  // W: zeros but for images
     const int64_t state_memory;
     std::atomic<int64_t> states_hold{0};
 

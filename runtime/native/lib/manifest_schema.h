@@ -28,6 +28,7 @@ constexpr const char *MANIFEST = "manifest.json", *DIGEST = "manifest.sha256";
 constexpr int64_t MAX_MANIFEST = 16777216;
 constexpr int64_t MAX_TOKENIZER = 268435456;
 constexpr int64_t MAX_VECTOR = 2147483647;
+constexpr int64_t MAX_DEEPSTACK = 64;
 constexpr int64_t MAX_TILES = 1024;
 constexpr int64_t MAX_ONNX = 2147483647;
 constexpr int MAX_DEPTH = 100;
@@ -147,16 +148,18 @@ constexpr const char *const TENSORS[] = {
     "vision in patch_fractions ?fractions float32 num_patches 2",
     "vision in window_index ?windows int64 num_windows =image.window_size",
     "vision in window_restore ?windows int64 num_patches",
-    "vision out image_features - float32 batch_size num_visual_tokens =hidden_size",
+    "vision out image_features - float32 batch_size num_visual_tokens =image_features",
     "text in inputs_embeds - float32 batch_size sequence_length =hidden_size",
     "text in position_ids - int64 =positions.axes batch_size sequence_length",
     "text in slot_indices - int64 batch_size num_vectors",
     "text in prompt_length ? int64 1",
+    "text in deepstack_embeds ?deepstack float32 batch_size sequence_length =deepstack",
     "text out slot_states - float32 batch_size num_vectors =dim",
     "text_step in inputs_embeds - float32 batch_size sequence_length =hidden_size",
     "text_step in position_ids - int64 =positions.axes batch_size sequence_length",
     "text_step in slot_indices - int64 batch_size num_vectors",
     "text_step in cache_position - int64 batch_size",
+    "text_step in deepstack_embeds ?deepstack float32 batch_size sequence_length =deepstack",
     "text_step in past_key_values.#.key - float32|float16 batch_size * capacity|* *",
     "text_step in past_key_values.#.value - float32|float16 batch_size * capacity|* *",
     "text_step in past_states.#.conv ?states float32 batch_size * *",

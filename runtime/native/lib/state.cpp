@@ -112,7 +112,7 @@ State::State(Embedder &embedder, const Side &side, const Prompt &prompt, int64_t
       prompt_end_(prompt.last_position()) {
     if (!gives_hidden_states() && state_.size() != hidden_.size())
         throw Error(BUNDLE, "the bundle projects states, and its text_step graph gives none from before");
-    run(prompt.embeds, prompt.positions, prompt.length, prompt.after);
+    run(prompt.embeds, prompt.positions, prompt.deepstack, prompt.length, prompt.after);
     if (!side.prompt_end) return;
     states_ = state_;
     count_ = 1;
@@ -123,14 +123,16 @@ bool State::gives_hidden_states() const {
     return std::any_of(graph_.outputs.begin(), graph_.outputs.end(), named);
 }
 
-void State::run(const std::vector<float> &embeds, const std::vector<int64_t> &positions, int64_t count,
-                Activations after) {
+void State::run(const std::vector<float> &embeds, const std::vector<int64_t> &positions,
+                const std::vector<float> &deepstack, int64_t count, Activations after) {
     const Manifest &m = embedder_.manifest;
     const std::vector<int64_t> place{cache_.length}, last{count - 1};
     std::vector<Tensor> inputs{{"cache_position", {1}, place},
                                {"inputs_embeds", {1, count, m.hidden_size}, embeds},
                                {"position_ids", {m.positions.axes, 1, count}, positions},
                                {"slot_indices", {1, 1}, last}};
+    if (const int64_t width = embedder_.deepstack_width)
+        inputs.emplace_back(DEEPSTACK, std::vector<int64_t>{1, count, width}, deepstack);
     std::vector<Tensor> outputs{{"slot_states", {1, 1, m.dim}, state_}};
     const bool apart = gives_hidden_states();
     if (apart) outputs.emplace_back("hidden_states", std::vector<int64_t>{1, 1, m.hidden_size}, hidden_);
@@ -151,7 +153,7 @@ void State::add_slot() {
     }
     const bool follows = side_.slot_positions == SlotPositions::CONTINUE;
     const std::vector<int64_t> position(size_t(embedder_.manifest.positions.axes), follows ? prompt_end_ + slot + 1 : 0);
-    run(row, position, 1, Activations::KEEP);
+    run(row, position, std::vector<float>(size_t(embedder_.deepstack_width)), 1, Activations::KEEP);
     states_.insert(states_.end(), state_.begin(), state_.end());
     ++count_;
 }

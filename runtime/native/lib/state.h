@@ -57,7 +57,8 @@ class State {
 
   private:
     bool gives_hidden_states() const;
-    void run(const std::vector<float> &embeds, const std::vector<int64_t> &positions, int64_t count, Activations after);
+    void run(const std::vector<float> &embeds, const std::vector<int64_t> &positions, const std::vector<float> &deepstack,
+             int64_t count, Activations after);
     void add_slot();
 
     Embedder &embedder_;
