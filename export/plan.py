@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from cembed import __version__
 from cembed.export import choices
 from cembed.export.backbones import Backbone, load_backbone
 from cembed.export.checkpoint import Checkpoint, check_shape, parameter
-from cembed.export.decoder import Attending, DecoderConfig, SinglePass, Step
-from cembed.export.encoder import Encoder, EncoderConfig
+from cembed.export.decoder import DecoderConfig
+from cembed.export.encoder import EncoderConfig
 from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.head_weights import (
     SLOT_TABLES,
@@ -28,9 +27,8 @@ from cembed.export.head_weights import (
 )
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
+from cembed.export.specs import graph_specs
 from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
-from cembed.runtime.bundle.contract import DEEPSTACK
-from cembed.runtime.bundle.graph_tensors import present_of
 from cembed.runtime.bundle.manifest import (
     EmbeddingTable,
     Graph,
@@ -40,9 +38,7 @@ from cembed.runtime.bundle.manifest import (
     PromptAttention,
     SelfTest,
     Side,
-    SlotKind,
     SlotPositions,
-    Tensor,
 )
 from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, check_prompt, longest_page
 from cembed.runtime.errors import CembedError
@@ -127,7 +123,14 @@ class ExportPlan:
         document, query = sides(options, backbone, head, tables, tokenizer)
         check_prompts(tokenizer, backbone.image_token_id, (document, query), backbone.decoder.max_positions)
         capacity = cache_capacity(options, backbone, tokenizer, (document, query))
-        specs = graph_specs(backbone, options, (document, query), projection_width(checkpoint, hidden), capacity)
+        specs = graph_specs(
+            backbone,
+            options.prompt_attention,
+            options.dtype,
+            (document, query),
+            projection_width(checkpoint, hidden),
+            capacity,
+        )
         check_weights(checkpoint, specs, tables)
         check_embeddings(checkpoint, hidden, max(backbone.image_token_id, tokenizer.get_vocab_size() - 1))
         return cls(
@@ -273,12 +276,6 @@ def make_side(
     )
 
 
-def attending(prompt_attention: PromptAttention, kinds: set[SlotKind]) -> Attending:
-    if prompt_attention == "causal":
-        return "causal"
-    return "bidirectional" if kinds == {"all_tokens"} else "bidirectional-prompt"
-
-
 def cache_capacity(
     options: ExportOptions, backbone: Backbone, tokenizer: Tokenizer, both: tuple[Side, Side]
 ) -> int | str:
@@ -289,76 +286,3 @@ def cache_capacity(
     page = longest_page(prompter, both[0].prompt, backbone.image)
     most = max(length + side.room for length, side in zip((page, QUERY_POSITIONS), both, strict=True))
     return min(-(-most // 64) * 64, backbone.decoder.max_positions)
-
-
-def graph_specs(
-    backbone: Backbone, options: ExportOptions, both: tuple[Side, Side], projection: int | None, capacity: int | str
-) -> tuple[GraphSpec, ...]:
-    """The image encoder; the single pass, unless every slot is fed back; the step, if there are any slots."""
-    kinds: set[SlotKind] = {side.slots for side in both}
-    attends = attending(options.prompt_attention or backbone.prompt_attention, kinds)
-    refuse_slots(backbone, options, kinds)
-    text = text_spec(backbone, attends, projection)
-    specs = [vision_spec(backbone)]
-    if kinds != {"feedback"}:
-        specs.append(text)
-    if kinds != {"all_tokens"}:
-        specs.append(step_spec(backbone, attends, projection, options.dtype, capacity))
-    return tuple(specs)
-
-
-def refuse_slots(backbone: Backbone, options: ExportOptions, kinds: set[SlotKind]) -> None:
-    """Raises CembedError for what an encoder does not have: slots after the prompt, a mask."""
-    if isinstance(backbone.decoder, EncoderConfig) and (
-        kinds != {"all_tokens"} or options.prompt_attention == "causal"
-    ):
-        raise CembedError(
-            f"{backbone.name} is an encoder, where every position sees all others: it has no slots after the prompt "
-            "and no causal mask; use --head colbert"
-        )
-
-
-def vision_spec(backbone: Backbone) -> GraphSpec:
-    width = backbone.decoder.hidden_size * (1 + backbone.deepstack)
-    output = Tensor("image_features", "float32", ("batch_size", "num_visual_tokens", width))
-    return GraphSpec(
-        "vision", backbone.build_vision, backbone.vision_prefix, backbone.vision_inputs, (output,), "vision.data"
-    )
-
-
-def text_spec(backbone: Backbone, attends: Attending, projection: int | None) -> GraphSpec:
-    config = backbone.decoder
-    axes = ("batch_size", "sequence_length")
-    inputs = [
-        Tensor("inputs_embeds", "float32", (*axes, config.hidden_size)),
-        Tensor("position_ids", "int64", (config.position_axes, *axes)),
-        Tensor("slot_indices", "int64", ("batch_size", "num_vectors")),
-    ]
-    if attends == "bidirectional-prompt":
-        inputs.append(Tensor("prompt_length", "int64", (1,)))
-    if backbone.deepstack:
-        inputs.append(Tensor(DEEPSTACK, "float32", (*axes, backbone.deepstack * config.hidden_size)))
-    output = Tensor("slot_states", "float32", ("batch_size", "num_vectors", projection or config.hidden_size))
-    if isinstance(config, EncoderConfig):
-        return GraphSpec("text", partial(Encoder, config, projection), "", tuple(inputs), (output,), "text.data")
-    build = partial(SinglePass, config, attends, projection)
-    return GraphSpec("text", build, "", tuple(inputs), (output,), "text.data")
-
-
-def step_spec(
-    backbone: Backbone, attends: Attending, projection: int | None, dtype: str, capacity: int | str
-) -> GraphSpec:
-    config, text = backbone.decoder, text_spec(backbone, attends, projection)
-    assert isinstance(config, DecoderConfig), "encoders have no slots"
-    cache_type = str(DTYPES[dtype].compute).removeprefix("torch.")
-
-    past = [tensor for layer in range(config.num_layers) for tensor in config.kept(layer, capacity, cache_type)]
-    present = [replace(tensor, name=present_of(tensor.name)) for tensor in past]
-
-    outputs = list(text.outputs)
-    if projection:
-        outputs.append(Tensor("hidden_states", "float32", ("batch_size", "num_vectors", config.hidden_size)))
-    inputs = [tensor for tensor in text.inputs if tensor.name != "prompt_length"]
-    inputs[3:3] = [Tensor("cache_position", "int64", ("batch_size",))]
-    build = partial(Step, config, attends, projection)
-    return GraphSpec("text_step", build, "", (*inputs, *past), (*outputs, *present), "text.data")

@@ -137,7 +137,7 @@ def test_every_command_has_help(command: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        "{qwen2-vl,qwen2.5-vl,paligemma,idefics3,modernvbert}",
+        "{qwen2-vl,qwen2.5-vl,qwen3-vl,qwen3.5,paligemma,idefics3,modernvbert}",
         "{causal,feedback,metaembed,btoks,colbert}",
         "{fp32,fp16,bf16}",
         "{onnxruntime,onnx,tensorrt}",
