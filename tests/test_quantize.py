@@ -22,7 +22,7 @@ from cembed.quantize import plan
 from cembed.quantize.activations import Observed
 from cembed.quantize.graph import SourceGraph
 from cembed.quantize.plan import QuantiseOptions
-from cembed.quantize.quantizer import quantise
+from cembed.quantize.quantizer import doubled, quantise
 from cembed.quantize.weights import SCHEMES, ByteRange, pack_nibbles
 from cembed.runtime import Bundle, Embedder
 from cembed.runtime.bundle.manifest_file import write_manifest
@@ -292,6 +292,17 @@ def test_judged_pages_are_judged(causal_bundle: Path, dataset: Path, tmp_path: P
     assert "nDCG@5" in outcome.out
     comparison = Bundle(tmp_path / "q").manifest.quantisation.comparison
     assert (comparison.pages, comparison.queries) == (6, 3)
+
+
+def test_layers_are_spared_until_all_are_in_float(causal_bundle: Path, tmp_path: Path) -> None:
+    """No cosine is 1.5: the search ends all the same, after each layer was made finer twice."""
+    steps = list[str]()
+    options = QuantiseOptions("int4", mixed=True, min_cosine=1.5)
+    with pytest.raises(CembedError, match=r"under 1\.5, even with every layer in float"):
+        quantise(causal_bundle, options, tmp_path / "out", progress=steps.append)
+    assert not list(tmp_path.iterdir())
+    alone = sum(step.endswith(" alone") for step in steps)
+    assert steps.count("quantising text") == len(doubled(2 * alone))
 
 
 def test_a_loss_beyond_the_limit_is_not_written(causal_bundle: Path, tmp_path: Path) -> None:
