@@ -4,11 +4,11 @@ Layers attend, or are Gated DeltaNets, which keep a state in place of keys and v
 
 Graph contract of `text.onnx` (B inputs, S positions, K positions read, H hidden, A position axes):
 
-    inputs_embeds     float32 [B, S, H]   prompt and latent slots; shorter inputs are filled up behind their last slot
+    inputs_embeds     float32 [B, S, H]   prompt and latent slots; shorter inputs are filled up after their last slot
     position_ids      int64   [A, B, S]   rotary positions
     slot_indices      int64   [B, K]      the positions whose state is returned
     prompt_length     int64   [1]         only where the prompt attends bidirectionally and slots follow it
-    deepstack_embeds  float32 [B, S, L * H]  only of Qwen3-VL: what is added behind each of the first L layers
+    deepstack_embeds  float32 [B, S, L * H]  only of Qwen3-VL: what is added after each of the first L layers
     slot_states       float32 [B, K, dim] after the final norm and the projection, not yet L2-normalised
 
 and of `text_step.onnx`, the same weights over a static cache of C positions (S = n: prefill, S = 1: decode step):

@@ -2,7 +2,7 @@
 
 standard()
     query    float32 or float16 [Q, D]
-    pages    the same [P, K, D], filled up behind their last vector
+    pages    the same [P, K, D], filled up after their last vector
     lengths  int64 [P], vectors of each page
     → scores float32 [P]
 

@@ -279,7 +279,7 @@ def make_side(
 def cache_capacity(
     options: ExportOptions, backbone: Backbone, tokenizer: Tokenizer, both: tuple[Side, Side]
 ) -> int | str:
-    """Positions of a cache. TensorRT wants a number: the longest page or query, and slots behind it."""
+    """Positions of a cache. TensorRT wants a number: the longest page or query, and slots after it."""
     if options.target != "tensorrt":
         return "capacity"
     prompter = Prompter(tokenizer, backbone.image_token_id)

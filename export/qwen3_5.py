@@ -1,4 +1,4 @@
-"""Qwen3.5: Gated DeltaNet layers and gated attention in turns, behind the vision tower of `qwen3_vision.py`."""
+"""Qwen3.5: Gated DeltaNet layers and gated attention in turns, after the vision tower of `qwen3_vision.py`."""
 
 from __future__ import annotations
 

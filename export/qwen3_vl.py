@@ -38,7 +38,7 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
 
 
 def deepstack_layers(v: Settings, num_layers: int) -> tuple[int, ...]:
-    """Layers of the tower, in order; the features behind each are for one of the decoder's first layers."""
+    """Layers of the tower, in order; the features after each are for one of the decoder's first layers."""
     found, depth = v.counts("deepstack_visual_indexes", least=0), v.count("depth", most=MAX_LAYERS)
     most = min(num_layers, MAX_DEEPSTACK)
     if list(found) != sorted(set(found)) or any(index >= depth for index in found) or len(found) > most:

@@ -49,7 +49,7 @@ class QwenVisionConfig:
     window_size: int = 0
     full_attention_layers: tuple[int, ...] = ()
     deepstack_layers: tuple[int, ...] = ()
-    """Layers behind which there are features for the decoder's first layers (Qwen3-VL)."""
+    """Layers after which there are features for the decoder's first layers (Qwen3-VL)."""
 
     @property
     def head_dim(self) -> int:

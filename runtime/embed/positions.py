@@ -19,7 +19,7 @@ Grid = tuple[int, int]
 def prompt_positions(is_image: NDArray[np.bool_], grid: Grid | None, spec: Positions, merge_size: int) -> IntArray:
     """Positions [axes, S] of a prompt whose image tokens, if any, are one run of `grid` (M-RoPE, arXiv 2409.12191 2.1).
 
-    Text moves all three axes by one; a visual token has its row and column; the text after it goes on behind the
+    Text moves all three axes by one; a visual token has its row and column; the text after it goes on after the
     largest position so far.
 
     >>> text = np.zeros(3, bool)
@@ -45,9 +45,9 @@ def prompt_positions(is_image: NDArray[np.bool_], grid: Grid | None, spec: Posit
 
 
 def slot_positions(prompt: IntArray, num_slots: int, policy: SlotPositions) -> IntArray:
-    """Positions [axes, num_slots] of the latent slots behind a prompt's positions [axes, S].
+    """Positions [axes, num_slots] of the latent slots after a prompt's positions [axes, S].
 
-    `zero`: every slot is at position 0, as in the released CausalQwen2.5; `continue`: they go on behind the prompt.
+    `zero`: every slot is at position 0, as in the released CausalQwen2.5; `continue`: they go on after the prompt.
 
     >>> slot_positions(np.array([[1, 2, 3]]), 2, "continue")
     array([[4, 5]])
