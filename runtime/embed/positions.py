@@ -72,8 +72,8 @@ def patch_positions(grid: Grid, merge_size: int) -> IntArray:
 def patch_fractions(grid: Grid, merge_size: int) -> NDArray[np.float32]:
     """Row and column [P, 2] of each patch as shares of the way to the last ones, in the order of `pixel_values`.
 
-    >>> patch_fractions((2, 4), 2)[:6, 1].round(3).tolist()
-    [0.0, 0.333, 0.0, 0.333, 0.667, 1.0]
+    >>> (3 * patch_fractions((2, 4), 2)[:6, 1]).tolist()
+    [0.0, 1.0, 0.0, 1.0, 2.0, 3.0]
     """
     last = np.maximum(np.array(grid) - 1, 1).astype(np.float32)
     fractions: NDArray[np.float32] = patch_positions(grid, merge_size).astype(np.float32) / last
