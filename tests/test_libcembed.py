@@ -56,6 +56,26 @@ def test_vectors_are_those_of_python(library: Library, name: str, bundle_of: Bun
     bundle.close()
 
 
+@pytest.mark.parametrize("head", ["causal", "feedback"])
+def test_slots_behind_features_for_several_layers(
+    library: Library, exported: Callable[[ExportOptions], Path], head: str
+) -> None:
+    """Qwen3-VL: only visual tokens have them, whichever way slots run."""
+    checkpoint = str(GOLDEN / "colqwen3")
+    path = exported(ExportOptions("qwen3-vl", checkpoint, head=head, latent_token="<|video_pad|>"))
+    embedder, bundle = Embedder.load(path), library.open(path)
+    picture = page().resize((90, 60))
+    if head == "causal":
+        close(bundle.embed_image(picture, num_vectors=9), embedder.embed_image(picture, Budget(9)))
+        close(bundle.embed_query(TEXT, num_vectors=9), embedder.embed_query(TEXT, Budget(9)))
+    close(bundle.embed_image(picture, num_vectors=9, loop=1), embedder.embed_image(picture, Budget(9, decode="loop")))
+    state = bundle.start(TEXT)
+    for budget in (1, 2, 5):
+        close(state.extend(budget), embedder.embed_query(TEXT, Budget(budget, decode="loop")))
+    state.close()
+    bundle.close()
+
+
 @pytest.mark.parametrize("name", ["projected", "shallow", "qwen2-vl"])
 def test_heads_are_those_of_python(library: Library, name: str, zoo: Zoo) -> None:
     """Fed-back slots behind a projection and without one, learned slots, pooled ones."""
