@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from cembed import __version__
 from cembed.cli import main
+from cembed.export.choices import BACKBONES
 from cembed.options import spread
 from cembed.runtime import Bundle, CembedError, Embedder, VectorFile, maxsim
 from cembed.runtime.bundle.bundle import sha256
@@ -137,7 +138,7 @@ def test_every_command_has_help(command: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        "{qwen2-vl,qwen2.5-vl,qwen3-vl,qwen3.5,paligemma,idefics3,modernvbert}",
+        "{" + ",".join(BACKBONES) + "}",
         "{causal,feedback,metaembed,btoks,colbert}",
         "{fp32,fp16,bf16}",
         "{onnxruntime,onnx,tensorrt}",
@@ -206,7 +207,7 @@ MISTAKES = [
     ("inspect {tmp}/none", "{tmp}/none is not a bundle"),
     ("verify {tmp}/none", "{tmp}/none is not a bundle"),
     ("verify {page}", "is not a bundle"),
-    ("export {from} --backbone foo", "qwen2-vl, qwen2.5-vl, paligemma"),
+    ("export {from} --backbone foo", ", ".join(BACKBONES)),
     ("export {from} --backbone qwen2-vl", "use --backbone qwen2.5-vl"),
     ("export {from} --backbone qwen2.5-vl --head foo", "causal, feedback, metaembed, btoks, colbert"),
     ("export {from} --backbone qwen2.5-vl --head colbert", "--head causal"),

@@ -453,7 +453,7 @@ def test_head_weights_are_read_strictly(
 def test_a_projection_of_another_width(zoo: Zoo, tmp_path: Path) -> None:
     rows = {DOCUMENT: table(4, HIDDEN), QUERY: table(4, HIDDEN)}
     save_file(rows | {WEIGHT: table(8, HIDDEN - 1), BIAS: table(8)}, tmp_path / "head.safetensors")
-    with pytest.raises(CembedError, match=rf"{WEIGHT} has shape \(8, {HIDDEN - 1}\): \[8, {HIDDEN}\] is wanted"):
+    with pytest.raises(CembedError, match=rf"{WEIGHT} has shape \(8, {HIDDEN - 1}\): \[8, {HIDDEN}\] is needed"):
         plan(zoo, head="metaembed", head_weights=tmp_path / "head.safetensors")
 
 

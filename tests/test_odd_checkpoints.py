@@ -102,7 +102,7 @@ CONFIGURATIONS: dict[str, tuple[Json, str]] = {
     "no text": ({"text_config": None}, "mrope_section"),
     "a list": ({"text_config": []}, "text_config"),
     "no kind": ({"model_type": None}, "model_type is None"),
-    "a foreign kind": ({"model_type": "bert"}, "bert checkpoint, not qwen2-vl"),
+    "a foreign kind": ({"model_type": "bert"}, "bert checkpoint, and cembed has qwen2-vl"),
     "a wrapper": ({"model_type": "colqwen2"}, "wrapper"),
     "a wrapper of old": ({"vlm_config": {}}, "wrapper"),
     "many layers": ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
