@@ -38,7 +38,7 @@ embedder = Embedder.load(sys.argv[1])
 embedder.embed_query("warranty period")
 print("ready", flush=True)
 from PIL import Image
-image = Image.open(sys.argv[2], formats=("PNG", "JPEG"))
+image = Image.open(sys.argv[2], formats=("PPM",))
 image.load()
 for line in sys.stdin:
     word, *numbers = line.split()
