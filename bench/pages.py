@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 import timeit
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -28,6 +30,8 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
+
+from cembed.options import spread
 
 NUM_VECTORS = 32
 TOLERANCE = 1e-3  # between the sides' vectors; more means that they do not compute the same thing
@@ -275,25 +279,40 @@ def report(result: Numbers) -> None:
     console.print(f"runtime peak RSS / reference peak RSS: {ours[PEAK] / theirs[PEAK]:.2f} (needed: at most 0.5)")
 
 
-def main(
-    backbone: Annotated[Literal["qwen2.5-vl", "qwen2-vl"], typer.Option()] = "qwen2.5-vl",
-    size: Annotated[Literal["mid", "tiny"], typer.Option(help="mid: about 200 M parameters.")] = "mid",
-    threads: Annotated[int, typer.Option(min=1, help="Of either side.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    workdir: Annotated[Path | None, typer.Option(help="Keeps checkpoint and bundle for the next run.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Writes every number to this file.")] = None,
-) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What is measured, of a random checkpoint."""
+
+    backbone: Annotated[Literal["qwen2.5-vl", "qwen2-vl"], typer.Option()] = "qwen2.5-vl"
+    size: Annotated[Literal["mid", "tiny"], typer.Option(help="mid: about 200 M parameters.")] = "mid"
+    threads: Annotated[int, typer.Option(min=1, help="Of either side.")] = 2
+    rounds: Annotated[int, typer.Option(min=1)] = 5
+    workdir: Annotated[Path | None, typer.Option(help="Keeps checkpoint and bundle for the next run.")] = None
+    json: Annotated[Path | None, typer.Option(help="Writes every number to this file.")] = None
+
+    def measure(self, how: Callable[[Path, Path, int, int], Numbers], report: Callable[[Numbers], None]) -> None:
+        """`how` gets checkpoint, bundle, threads and rounds."""
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        os.environ |= {"OPENBLAS_NUM_THREADS": str(self.threads), **quiet}
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, name = self.workdir or Path(temporary), f"{self.backbone}-{self.size}"
+            checkpoint, bundle = folder / f"{name}-checkpoint", folder / f"{name}-bundle"
+            prepare(checkpoint, bundle, self.backbone, self.size)
+            result = {"hardware": hardware(self.threads), **how(checkpoint, bundle, self.threads, self.rounds)}
+        report(result)
+        if self.json is not None:
+            self.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def with_budgets(checkpoint: Path, bundle: Path, threads: int, rounds: int) -> Numbers:
+    result = measure(checkpoint, bundle, threads, rounds)
+    return result | {"budgets": measure_budgets(bundle, threads, rounds, result["lengths"]["limit"])}
+
+
+@spread
+def main(run: Run) -> None:
     """Time a page through the runtime and through transformers; compare speed, memory and vectors."""
-    os.environ |= {"OPENBLAS_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, name = workdir or Path(temporary), f"{backbone}-{size}"
-        checkpoint, bundle = folder / f"{name}-checkpoint", folder / f"{name}-bundle"
-        prepare(checkpoint, bundle, backbone, size)
-        result = {"hardware": hardware(threads), **measure(checkpoint, bundle, threads, rounds)}
-        result["budgets"] = measure_budgets(bundle, threads, rounds, result["lengths"]["limit"])
-    report(result)
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    run.measure(with_budgets, report)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ steps, as the fastest way numpy has to read a buffer far larger than the caches.
 bench/pages.py, and so is the reference: transformers with one decode step per slot, in a process of its own.
 """
 
-import json
 import os
-import tempfile
 import time
 import timeit
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pages
@@ -27,6 +25,8 @@ from pages import NUM_VECTORS, PAUSE, Child, Numbers, ReferenceSide, RuntimeSide
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from cembed.options import spread
 
 BUDGETS = (1, 8, NUM_VECTORS)
 CAPACITIES = (256, 512, 1024, 2048, 4096)
@@ -226,24 +226,10 @@ def report(result: Numbers) -> None:
     console.print(verdicts)
 
 
-def main(
-    backbone: Annotated[Literal["qwen2.5-vl", "qwen2-vl"], typer.Option()] = "qwen2.5-vl",
-    size: Annotated[Literal["mid", "tiny"], typer.Option(help="mid: about 200 M parameters.")] = "mid",
-    threads: Annotated[int, typer.Option(min=1, help="Of either side.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    workdir: Annotated[Path | None, typer.Option(help="Keeps checkpoint and bundle for the next run.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Writes every number to this file.")] = None,
-) -> None:
+@spread
+def main(run: pages.Run) -> None:
     """Time slots: a single pass at several budgets, the loop's steps, and the reference's."""
-    os.environ |= {"OPENBLAS_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, name = workdir or Path(temporary), f"{backbone}-{size}"
-        checkpoint, bundle = folder / f"{name}-checkpoint", folder / f"{name}-bundle"
-        pages.prepare(checkpoint, bundle, backbone, size)
-        result = {"hardware": pages.hardware(threads), **measure(checkpoint, bundle, threads, rounds)}
-    report(result)
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    run.measure(measure, report)
 
 
 if __name__ == "__main__":

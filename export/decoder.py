@@ -35,14 +35,22 @@ import torch
 from torch import Tensor, nn
 
 from cembed.export.delta_net import DeltaConfig, DeltaNet
-from cembed.export.layers import Dialect, GatedMLP, GemmaRMSNorm, Linear, RMSNorm, inverse_frequencies, rotary_tables
+from cembed.export.layers import (
+    QKV,
+    Dialect,
+    GatedMLP,
+    GemmaRMSNorm,
+    Linear,
+    RMSNorm,
+    inverse_frequencies,
+    rotary_tables,
+)
 from cembed.runtime.bundle.manifest import Tensor as GraphTensor
 
 Attending = Literal["causal", "bidirectional", "bidirectional-prompt"]
 """`bidirectional-prompt`: the prompt attends to all of itself, each slot to the prompt and the slots up to itself."""
 
 
-QKV = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[int, QKV], Tensor]
 Recur = Callable[[int, DeltaNet, Tensor], Tensor]
 
@@ -255,7 +263,7 @@ class SinglePass(Decoder):
     ) -> Tensor:
         def attend(_: int, qkv: QKV) -> Tensor:
             if prompt_length is None:
-                return self.dialect.attention(*qkv, self.config.heads, causal=self.attending == "causal")
+                return self.dialect.attention(qkv, self.config.heads, causal=self.attending == "causal")
             return self.attend_prompt_and_slots(*qkv, prompt_length)
 
         def recur(_: int, net: DeltaNet, x: Tensor) -> Tensor:
@@ -273,10 +281,10 @@ class SinglePass(Decoder):
         torch._check(cut < q.shape[1])
         prompt_end = cut + 1
         heads = self.config.heads
-        prompt = self.dialect.attention(q[:, :cut], k[:, :prompt_end], v[:, :prompt_end], heads)
+        prompt = self.dialect.attention((q[:, :cut], k[:, :prompt_end], v[:, :prompt_end]), heads)
         columns = torch.arange(q.shape[1])
         mask = columns[None, :] <= columns[cut:, None]
-        slots = self.dialect.attention(q[:, cut:], k, v, heads, mask=mask[None, None])
+        slots = self.dialect.attention((q[:, cut:], k, v), heads, mask=mask[None, None])
         return torch.cat([prompt, slots], dim=1)
 
 

@@ -64,7 +64,7 @@ class EncoderAttention(nn.Module):
         """What each position attends to, before `Wo`."""
         q, k, v = self.Wqkv(x).chunk(3, dim=-1)
         q, k = (dialect.rotary(t, *rotary, self.heads[0]) for t in (q, k))
-        return dialect.attention(q, k, v, self.heads, mask=mask)
+        return dialect.attention((q, k, v), self.heads, mask=mask)
 
 
 class EncoderMLP(nn.Module):

@@ -18,6 +18,14 @@ from cembed.export.recurrence import DeltaInputs, in_chunks, linear_attention, s
 
 Heads = tuple[int, int]
 """Query heads and key-value heads."""
+QKV = tuple[Tensor, Tensor, Tensor]
+"""Query [B, S, N * D], key and value [B, T, N_kv * D]."""
+
+
+def apart(qkv: QKV, heads: Heads) -> QKV:
+    """Heads on an axis of their own: [B, N, S, D] from [B, S, N * D]."""
+    q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in zip(qkv, (heads[0], *2 * heads[1:]), strict=True))
+    return q, k, v
 
 
 class Dialect(Protocol):
@@ -26,20 +34,11 @@ class Dialect(Protocol):
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         """Rotate x [B, S, N * D] by cos and sin [B, S, R / 2]: the first R of a head, their halves paired."""
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: Heads,
-        *,
-        causal: bool = False,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, qkv: QKV, heads: Heads, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
         """Scaled dot-product attention; heads is (query, key-value); mask is bool, [B or 1, 1, S, T], True attends."""
 
     def cached_attention(
-        self, qkv: tuple[Tensor, Tensor, Tensor], past: tuple[Tensor, Tensor], start: Tensor, heads: Heads, causal: bool
+        self, qkv: QKV, past: tuple[Tensor, Tensor], start: Tensor, heads: Heads, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention over a static cache [B, N_kv, C, D], written from position start [B] on: output, key and value.
 
@@ -62,27 +61,16 @@ class Decomposed:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, *rest], dim=-1).flatten(2)
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: Heads,
-        *,
-        causal: bool = False,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads[0]), (k, heads[1]), (v, heads[1])))
+    def attention(self, qkv: QKV, heads: Heads, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+        q, k, v = apart(qkv, heads)
         grouped = heads[0] != heads[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
 
     def cached_attention(
-        self, qkv: tuple[Tensor, Tensor, Tensor], past: tuple[Tensor, Tensor], start: Tensor, heads: Heads, causal: bool
+        self, qkv: QKV, past: tuple[Tensor, Tensor], start: Tensor, heads: Heads, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in zip(qkv, (heads[0], *2 * heads[1:]), strict=True)
-        )
+        q, k, v = apart(qkv, heads)
         key, value = (self.update_cache(cache, new, start) for cache, new in zip(past, (k, v), strict=True))
         rows = start[:, None] + torch.arange(q.shape[2])  # B S
         limit = rows if causal else rows[:, -1:].expand(-1, q.shape[2])
@@ -116,18 +104,9 @@ class Standard(Decomposed):
         part = 0 if turning * heads == x.shape[-1] else turning
         return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads, rotary_embedding_dim=part)
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: Heads,
-        *,
-        causal: bool = False,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, qkv: QKV, heads: Heads, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
         return torch.onnx.ops.attention(
-            q, k, v, attn_mask=mask, is_causal=causal, q_num_heads=heads[0], kv_num_heads=heads[1]
+            *qkv, attn_mask=mask, is_causal=causal, q_num_heads=heads[0], kv_num_heads=heads[1]
         )[0]
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -150,18 +129,10 @@ class OnnxRuntime(Scattering):
     instead of 414 ms and 654 MB for 3072 positions with 16 heads of 80. These nodes can be traced, not run by torch.
     """
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: Heads,
-        *,
-        causal: bool = False,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, qkv: QKV, heads: Heads, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
-            return super().attention(q, k, v, heads, causal=causal, mask=mask)
+            return super().attention(qkv, heads, causal=causal, mask=mask)
+        q, k, v = qkv
         if causal:
             lengths = torch.scalar_tensor(q.shape[1], dtype=torch.int32).expand(q.shape[0])
             present = (q.shape[0], heads[1], q.shape[1], q.shape[2] // heads[0])
@@ -178,7 +149,7 @@ class OnnxRuntime(Scattering):
         )
 
     def cached_attention(
-        self, qkv: tuple[Tensor, Tensor, Tensor], past: tuple[Tensor, Tensor], start: Tensor, heads: Heads, causal: bool
+        self, qkv: QKV, past: tuple[Tensor, Tensor], start: Tensor, heads: Heads, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not causal:
             return super().cached_attention(qkv, past, start, heads, causal)

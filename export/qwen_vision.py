@@ -97,9 +97,9 @@ class VisionAttention(nn.Module):
         q, k = (dialect.rotary(t, cos, sin, self.num_heads) for t in (q, k))
         heads = (self.num_heads, self.num_heads)
         if windows is None:
-            return self.proj(dialect.attention(q, k, v, heads))
+            return self.proj(dialect.attention((q, k, v), heads))
         q, k, v = (windows.gather(t) for t in (q, k, v))
-        attended = dialect.attention(q, k, v, heads, mask=windows.mask(x.shape[0]))
+        attended = dialect.attention((q, k, v), heads, mask=windows.mask(x.shape[0]))
         return self.proj(windows.scatter(attended, x.shape[0]))
 
 

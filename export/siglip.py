@@ -63,7 +63,7 @@ class SiglipAttention(nn.Module):
         self.heads = (config.num_heads, config.num_heads)
 
     def forward(self, x: Tensor, dialect: Dialect) -> Tensor:
-        return self.out_proj(dialect.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+        return self.out_proj(dialect.attention((self.q_proj(x), self.k_proj(x), self.v_proj(x)), self.heads))
 
 
 class EncoderLayer(nn.Module):

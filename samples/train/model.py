@@ -17,8 +17,8 @@ from data import CELLS, IMAGE, OTHER, window_order
 from layouts import Size
 from torch import Tensor, nn
 
-from cembed.export.decoder import QKV, Decoder, DecoderConfig
-from cembed.export.layers import Decomposed, Heads, Linear
+from cembed.export.decoder import Decoder, DecoderConfig
+from cembed.export.layers import QKV, Decomposed, Heads, Linear, apart
 from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT
 from cembed.export.qwen_vision import QwenVisionConfig, QwenVisionTower
 from cembed.runtime.bundle.manifest import Positions
@@ -121,10 +121,8 @@ class Prefix:
 class Training(Decomposed):
     """Attention written out: torch's own kernel for CPUs takes three times as long on the way back."""
 
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, *, causal: bool = False, mask: Tensor | None = None
-    ) -> Tensor:
-        q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads[0]), (k, heads[1]), (v, heads[1])))
+    def attention(self, qkv: QKV, heads: Heads, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+        q, k, v = apart(qkv, heads)
         if heads[0] != heads[1]:
             k, v = (x.repeat_interleave(heads[0] // heads[1], dim=1) for x in (k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -206,7 +204,7 @@ class SampleModel(nn.Module):
 
         def attend(_: int, qkv: QKV) -> Tensor:
             cache.append(qkv[1:])
-            return self.decoder.dialect.attention(*qkv, self.decoder.config.heads, causal=True)
+            return self.decoder.dialect.attention(qkv, self.decoder.config.heads, causal=True)
 
         every = torch.arange(prompt.embeds.shape[1]).expand(len(prompt.embeds), -1)
         return Prefix(prompt, self.decoder.run(prompt.embeds, prompt.positions, every, attend), cache)
@@ -221,7 +219,7 @@ class SampleModel(nn.Module):
 
         def attend(layer: int, qkv: QKV) -> Tensor:
             k, v = (torch.cat(pair, dim=1) for pair in zip(prefix.cache[layer], qkv[1:], strict=True))
-            return self.decoder.dialect.attention(qkv[0], k, v, self.decoder.config.heads, mask=mask)
+            return self.decoder.dialect.attention((qkv[0], k, v), self.decoder.config.heads, mask=mask)
 
         steps = torch.cat([torch.arange(count) for count in counts]) + 1
         positions = self.behind(prefix, steps)
@@ -246,7 +244,7 @@ class SampleModel(nn.Module):
             def attend(layer: int, qkv: QKV, mask: Tensor = mask) -> Tensor:
                 k, v = (torch.cat(pair, dim=1) for pair in zip(past[layer], qkv[1:], strict=True))
                 past[layer] = k, v
-                return self.decoder.dialect.attention(qkv[0], k, v, self.decoder.config.heads, mask=mask)
+                return self.decoder.dialect.attention((qkv[0], k, v), self.decoder.config.heads, mask=mask)
 
             state = self.decoder.run(state, self.behind(prefix, torch.tensor([step])), row, attend)
             states.append(state)
