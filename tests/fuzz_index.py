@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -211,8 +212,8 @@ def mend(folder: Path) -> None:
         index.sources()
 
 
+@patch.object(segments, "RETRY_SECONDS", 0)
 def fuzz(seconds: float, seed: int, most: int | None = None) -> Counter[str]:
-    segments.RETRY_SECONDS = 0
     counts, end, number = Counter[str](), time.monotonic() + seconds, 0
     while time.monotonic() < end and number != most:
         data = f"{seed}/{number}".encode()

@@ -371,8 +371,9 @@ def test_smart_resize_properties(height: int, width: int) -> None:
         return
     new_height, new_width = smart_resize(height, width, SPEC)
     assert new_height % 28 == new_width % 28 == 0
-    assert new_height * new_width <= SPEC.max_pixels
-    assert min(new_height, new_width) >= 28
+    narrowest = min(new_height, new_width)
+    assert narrowest >= 28
+    assert new_height * new_width <= SPEC.max_pixels or narrowest == 28  # strips may be over it
 
 
 @settings(max_examples=50)
