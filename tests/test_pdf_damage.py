@@ -66,6 +66,14 @@ def test_a_picture_with_a_hole_is_told(tmp_path: Path, kind: str, part: tuple[fl
 
 
 @needs_library
+@pytest.mark.parametrize("start", [0.3, 0.5])
+@pytest.mark.parametrize("kind", sorted(kind for kind in PICTURES if kind.startswith("jbig2")))
+def test_jbig2_that_ends_in_zeros_is_told(tmp_path: Path, kind: str, start: float) -> None:
+    """They may decode up to the end, and PDFium draws what they make."""
+    assert "picture could not be read whole" in (told(tmp_path, PICTURES[kind].zeroed(start, 1).on_page(FRAMED)) or "")
+
+
+@needs_library
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg, progressive", "jpeg, restarts", "jpeg, grey", "flate", "lzw"])
 def test_most_single_bytes_that_change_the_page_are_told(tmp_path: Path, kind: str) -> None:
     coded, generator, missed = PICTURES[kind], np.random.default_rng(1), []

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t MOST_PIXELS = int64_t(1) << 27;  // of all regions and symbols together
-constexpr int MOST_LEFT = 8, MOST_MADE_UP = 4;      // bytes around the end of a code
+constexpr int MOST_LEFT = 8, MOST_MADE_UP = 4, MOST_ZEROS = 16;  // bytes around the end of a code
 
 class Bytes {
   public:
@@ -98,6 +98,9 @@ class Decoder {
         const int64_t left = end - at;
         if (made_up > MOST_MADE_UP) throw PICTURES_SHORT;
         if (left > MOST_LEFT) throw PICTURES_LEFT_OVER;
+        // Zeros may decode up to the end, but no encoder writes so many of them there.
+        if (size >= 2 * MOST_ZEROS && std::all_of(end - MOST_ZEROS, end, [](uint8_t byte) { return byte == 0; }))
+            throw PICTURES_SHORT;
     }
 
   private:
