@@ -66,7 +66,7 @@ def test_a_picture_with_a_hole_is_told(tmp_path: Path, kind: str, part: tuple[fl
 
 
 @needs_library
-@pytest.mark.parametrize("start", [0.3, 0.5])
+@pytest.mark.parametrize("start", [0.1, 0.2, 0.3, 0.4, 0.5])
 @pytest.mark.parametrize("kind", sorted(kind for kind in PICTURES if kind.startswith("jbig2")))
 def test_jbig2_that_ends_in_zeros_is_told(tmp_path: Path, kind: str, start: float) -> None:
     """They may decode up to the end, and PDFium draws what they make."""

@@ -399,7 +399,10 @@ class Walk {
         const uint32_t flags = bytes.take(2);
         if (flags & 3) throw PICTURES_UNKNOWN;  // Huffman, refinement
         const int64_t instances = bytes.take(4), count = symbols_of(found);
-        if (instances == 0) return;
+        if (instances == 0) {  // a count that was lost, where there is a code for more
+            if (bytes.left() > MOST_LEFT) throw PICTURES_LEFT_OVER;
+            return;
+        }
         if (count < 1) throw PICTURES_CODE;
         int bits = 0;
         while (int64_t(1) << bits < count) ++bits;
