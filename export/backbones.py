@@ -124,3 +124,43 @@ def require_parts(settings: Settings, whole: str, parts: str) -> int:
     if total % number:
         settings.refuse(parts, f"a divisor of {whole}, {total}")
     return total // number
+
+
+def even_head_dim(text: Settings) -> int:
+    """Raises CembedError for heads that cannot turn by halves."""
+    head_dim = text.count("head_dim")
+    if head_dim % 2:
+        text.refuse("head_dim", "an even number")
+    return head_dim
+
+
+def decoder_config(
+    text: Settings,
+    rope: Settings,
+    head_dim: int,
+    *,
+    activation: str = "silu",
+    sections: tuple[int, ...] = (),
+    bias: bool = False,
+    gemma: bool = False,
+) -> DecoderConfig:
+    """What the configurations of all decoders say under the same names; `sections` are those of M-RoPE."""
+    text.require("hidden_act", activation)
+    if not bias:
+        text.require("attention_bias", False)
+    require_parts(text, "num_attention_heads", "num_key_value_heads")
+    return DecoderConfig(
+        hidden_size=text.count("hidden_size"),
+        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
+        num_heads=text.count("num_attention_heads"),
+        num_kv_heads=text.count("num_key_value_heads"),
+        head_dim=head_dim,
+        intermediate_size=text.count("intermediate_size"),
+        activation=activation,
+        rms_norm_eps=text.positive("rms_norm_eps"),
+        rope_theta=rope.positive("rope_theta"),
+        mrope_section=sections,
+        attention_bias=bias,
+        gemma=gemma,
+        max_positions=text.count("max_position_embeddings"),
+    )

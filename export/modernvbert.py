@@ -6,8 +6,7 @@ from cembed.export.backbones import MAX_LAYERS, Backbone, require_parts
 from cembed.export.encoder import EncoderConfig
 from cembed.export.layers import ACTIVATIONS
 from cembed.export.settings import Settings
-from cembed.export.tiled import MAX_MERGE, QUERY_PROMPT, TiledVision, in_order
-from cembed.runtime.bundle.manifest import Positions
+from cembed.export.tiled import MAX_MERGE, TiledVision, in_order, tiled_backbone
 
 DOCUMENT_PROMPT = "<|begin_of_text|>User:{image}Describe the image.<end_of_utterance>\nAssistant:"
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -56,17 +55,4 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
     v.require("model_type", "siglip_vision_model")
     merge_size = config.count("pixel_shuffle_factor", most=MAX_MERGE)
     vision = TiledVision.of(v, processor, merge_size, encoder.hidden_size, in_order)
-    return Backbone(
-        name="modernvbert",
-        decoder=encoder,
-        image=vision.image,
-        image_token_id=config.count("image_token_id", least=0),
-        positions=Positions(axes=1, first=0),
-        prompts=(DOCUMENT_PROMPT, QUERY_PROMPT),
-        slot_positions="continue",
-        prompt_attention="bidirectional",
-        vision_inputs=vision.inputs,
-        vision_prefix="",
-        build_vision=vision.build,
-        tokenizer_adds=True,
-    )
+    return tiled_backbone("modernvbert", config, encoder, vision, DOCUMENT_PROMPT, "bidirectional")

@@ -13,8 +13,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from cembed.export.backbones import MAX_LAYERS, Backbone, require_parts
-from cembed.export.decoder import DecoderConfig
+from cembed.export.backbones import Backbone, decoder_config, even_head_dim
 from cembed.export.image_settings import Geometry, fixed_image
 from cembed.export.layers import Dialect, Linear
 from cembed.export.settings import Settings
@@ -44,35 +43,12 @@ class SiglipTower(nn.Module):
         return self.multi_modal_projector.linear(self.vision_tower(pixel_values, self.dialect)).float()
 
 
-def decoder_config(text: Settings) -> DecoderConfig:
-    rope = text.section("rope_parameters").over({"rope_type": "default"})
-    text.require("attention_bias", False)
-    text.require("hidden_act", "gelu_pytorch_tanh")
-    rope.require("rope_type", "default")
-    require_parts(text, "num_attention_heads", "num_key_value_heads")
-    if text.count("head_dim") % 2:
-        text.refuse("head_dim", "an even number")
-    return DecoderConfig(
-        hidden_size=text.count("hidden_size"),
-        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=text.count("num_attention_heads"),
-        num_kv_heads=text.count("num_key_value_heads"),
-        head_dim=text.count("head_dim"),
-        intermediate_size=text.count("intermediate_size"),
-        activation="gelu_pytorch_tanh",
-        rms_norm_eps=text.positive("rms_norm_eps"),
-        rope_theta=rope.positive("rope_theta"),
-        mrope_section=(),
-        attention_bias=False,
-        gemma=True,
-        max_positions=text.count("max_position_embeddings"),
-    )
-
-
 def from_hf(config: Settings, processor: Settings) -> Backbone:
     text = config.section("text_config")
     text.require("model_type", "gemma")
-    decoder = decoder_config(text)
+    rope = text.section("rope_parameters").over({"rope_type": "default"})
+    rope.require("rope_type", "default")
+    decoder = decoder_config(text, rope, even_head_dim(text), activation="gelu_pytorch_tanh", gemma=True)
     v = config.section("vision_config")
     v.require("model_type", "siglip_vision_model")
     vision = siglip_config(v, decoder.hidden_size)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from cembed.export.backbones import MAX_LAYERS, MAX_SIDE, Backbone
+from dataclasses import replace
+
+from cembed.export.backbones import Backbone
 from cembed.export.layers import ACTIVATIONS
-from cembed.export.qwen2_vl import check_vision, qwen_backbone
-from cembed.export.qwen_vision import QwenVisionConfig
+from cembed.export.qwen2_vl import check_vision, qwen_backbone, tower_config
 from cembed.export.settings import Settings
 from cembed.runtime.bundle.manifest import Tensor
 
@@ -14,15 +15,8 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
     v = config.section("vision_config")
     check_vision(v, "hidden_size")
     v.require("hidden_act", *ACTIVATIONS)
-    vision = QwenVisionConfig(
-        hidden_size=v.count("hidden_size"),
-        out_hidden_size=v.count("out_hidden_size"),
-        num_layers=v.count("depth", most=MAX_LAYERS),
-        num_heads=v.count("num_heads"),
-        intermediate_size=v.count("intermediate_size"),
-        activation=v.text("hidden_act"),
-        patch_size=v.count("patch_size", most=MAX_SIDE),
-        merge_size=v.count("spatial_merge_size", most=MAX_SIDE),
+    vision = replace(
+        tower_config(v),
         windowed=True,
         window_size=v.count("window_size"),
         full_attention_layers=v.counts("fullatt_block_indexes", least=0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from cembed.export.backbones import MAX_LAYERS, MAX_SIDE, Backbone, require_parts
+from cembed.export.backbones import MAX_LAYERS, MAX_SIDE, Backbone, decoder_config, require_parts
 from cembed.export.decoder import DecoderConfig
 from cembed.export.image_settings import Geometry, smart_image
 from cembed.export.layers import ACTIVATIONS
@@ -17,30 +17,14 @@ MAX_RATIO = 64
 QUERY_PROMPT = "{text}" + 10 * "<|endoftext|>"
 
 
-def decoder_config(text: Settings) -> DecoderConfig:
+def qwen_config(text: Settings) -> DecoderConfig:
     rope = text.section("rope_parameters").over({"rope_type": "default"})
     text.require("use_sliding_window", False)
-    text.require("hidden_act", "silu")
     rope.require("rope_type", "default", "mrope")
     head_dim, sections = require_parts(text, "hidden_size", "num_attention_heads"), rope.counts("mrope_section")
-    require_parts(text, "num_attention_heads", "num_key_value_heads")
     if len(sections) != 3 or 2 * sum(sections) != head_dim:
         rope.refuse("mrope_section", f"three numbers with the sum {head_dim // 2}")
-    return DecoderConfig(
-        hidden_size=text.count("hidden_size"),
-        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=text.count("num_attention_heads"),
-        num_kv_heads=text.count("num_key_value_heads"),
-        head_dim=head_dim,
-        intermediate_size=text.count("intermediate_size"),
-        activation="silu",
-        rms_norm_eps=text.positive("rms_norm_eps"),
-        rope_theta=rope.positive("rope_theta"),
-        mrope_section=sections,
-        attention_bias=True,
-        gemma=False,
-        max_positions=text.count("max_position_embeddings"),
-    )
+    return decoder_config(text, rope, head_dim, sections=sections, bias=True)
 
 
 def check_vision(vision: Settings, width: str) -> None:
@@ -52,6 +36,20 @@ def check_vision(vision: Settings, width: str) -> None:
         vision.section("rope_parameters").over({"rope_theta": ROPE_THETA}).require("rope_theta", ROPE_THETA)
 
 
+def tower_config(vision: Settings) -> QwenVisionConfig:
+    """The fields that towers since Qwen2.5-VL have under the same names."""
+    return QwenVisionConfig(
+        hidden_size=vision.count("hidden_size"),
+        out_hidden_size=vision.count("out_hidden_size"),
+        num_layers=vision.count("depth", most=MAX_LAYERS),
+        num_heads=vision.count("num_heads"),
+        intermediate_size=vision.count("intermediate_size"),
+        activation=vision.text("hidden_act"),
+        patch_size=vision.count("patch_size", most=MAX_SIDE),
+        merge_size=vision.count("spatial_merge_size", most=MAX_SIDE),
+    )
+
+
 def qwen_backbone(
     name: str, config: Settings, processor: Settings, vision: QwenVisionConfig, windows: tuple[Tensor, ...] = ()
 ) -> Backbone:
@@ -59,7 +57,7 @@ def qwen_backbone(
     frames = config.section("vision_config").count("temporal_patch_size")
     return Backbone(
         name=name,
-        decoder=decoder_config(config.section("text_config")),
+        decoder=qwen_config(config.section("text_config")),
         image=smart_image(processor, geometry, frames),
         image_token_id=config.count("image_token_id", least=0),
         positions=Positions(axes=3, first=0),

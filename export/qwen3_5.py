@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from math import isqrt
 
-from cembed.export.backbones import MAX_LAYERS, MAX_SIDE, Backbone
+from cembed.export.backbones import Backbone, decoder_config
 from cembed.export.decoder import DecoderConfig
 from cembed.export.delta_net import DeltaConfig
 from cembed.export.image_settings import Geometry, smart_image
-from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT, check_vision
+from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT, check_vision, tower_config
 from cembed.export.qwen3_vision import Qwen3VisionTower, vision_inputs
 from cembed.export.qwen_vision import QwenVisionConfig
 from cembed.export.settings import Settings
@@ -22,10 +22,18 @@ MAX_KERNEL = 64
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:
     vision, side = vision_config(config.section("vision_config"))
+    decoder = recurring_config(config.section("text_config"))
+    return qwen3_backbone("qwen3.5", config, processor, decoder, vision, side)
+
+
+def qwen3_backbone(
+    name: str, config: Settings, processor: Settings, decoder: DecoderConfig, vision: QwenVisionConfig, side: int
+) -> Backbone:
+    """Qwen3-VL too; `side` is that of the square which the tower's positions are for."""
     frames = config.section("vision_config").count("temporal_patch_size")
     return Backbone(
-        name="qwen3.5",
-        decoder=decoder_config(config.section("text_config")),
+        name=name,
+        decoder=decoder,
         image=smart_image(processor, Geometry("smart", vision.patch_size, vision.merge_size), frames),
         image_token_id=config.count("image_token_id", least=0),
         positions=Positions(axes=3, first=0),
@@ -35,6 +43,7 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
         vision_inputs=vision_inputs(vision),
         vision_prefix="visual.",
         build_vision=partial(Qwen3VisionTower, vision, side),
+        deepstack=len(vision.deepstack_layers),
     )
 
 
@@ -46,20 +55,10 @@ def vision_config(v: Settings) -> tuple[QwenVisionConfig, int]:
     side = isqrt(places)
     if side * side != places:
         v.refuse("num_position_embeddings", "a square number")
-    config = QwenVisionConfig(
-        hidden_size=v.count("hidden_size"),
-        out_hidden_size=v.count("out_hidden_size"),
-        num_layers=v.count("depth", most=MAX_LAYERS),
-        num_heads=v.count("num_heads"),
-        intermediate_size=v.count("intermediate_size"),
-        activation=v.text("hidden_act"),
-        patch_size=v.count("patch_size", most=MAX_SIDE),
-        merge_size=v.count("spatial_merge_size", most=MAX_SIDE),
-    )
-    return config, side
+    return tower_config(v), side
 
 
-def decoder_config(text: Settings) -> DecoderConfig:
+def recurring_config(text: Settings) -> DecoderConfig:
     rope = text.section("rope_parameters").over({"rope_type": "default"})
     text.over({"attn_output_gate": True}).require("attn_output_gate", True)
     attending = attending_config(text, rope, rotary_dim(rope, text.count("head_dim")))
@@ -69,31 +68,10 @@ def decoder_config(text: Settings) -> DecoderConfig:
 
 def attending_config(text: Settings, rope: Settings, turning: int) -> DecoderConfig:
     """What Qwen3-VL has too: layers that attend, with norms of heads; `turning` components of a head turn."""
-    text.require("hidden_act", "silu")
-    text.require("attention_bias", False)
     rope.require("rope_type", "default")
     rope.require("mrope_interleaved", True)
-    heads, num_kv_heads = text.count("num_attention_heads"), text.count("num_key_value_heads")
-    if heads % num_kv_heads:
-        text.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    return DecoderConfig(
-        hidden_size=text.count("hidden_size"),
-        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=text.count("head_dim"),
-        intermediate_size=text.count("intermediate_size"),
-        activation="silu",
-        rms_norm_eps=text.positive("rms_norm_eps"),
-        rope_theta=rope.positive("rope_theta"),
-        mrope_section=sections(rope, turning // 2),
-        attention_bias=False,
-        gemma=False,
-        max_positions=text.count("max_position_embeddings"),
-        qk_norm=True,
-        mrope_interleaved=True,
-        rotary_dim=turning,
-    )
+    config = decoder_config(text, rope, text.count("head_dim"), sections=sections(rope, turning // 2))
+    return replace(config, qk_norm=True, mrope_interleaved=True, rotary_dim=turning)
 
 
 def rotary_dim(rope: Settings, head_dim: int) -> int:

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from cembed.export.backbones import MAX_LAYERS, Backbone
-from cembed.export.decoder import DecoderConfig
-from cembed.export.image_settings import Geometry, smart_image
-from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT
-from cembed.export.qwen3_5 import attending_config, vision_config
-from cembed.export.qwen3_vision import Qwen3VisionTower, vision_inputs
+from cembed.export.qwen3_5 import attending_config, qwen3_backbone, vision_config
 from cembed.export.settings import Settings
-from cembed.runtime.bundle.manifest import MAX_DEEPSTACK, Positions
+from cembed.runtime.bundle.manifest import MAX_DEEPSTACK
 
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:
-    v = config.section("vision_config")
+    v, text = config.section("vision_config"), config.section("text_config")
     tower, side = vision_config(v)
-    decoder = decoder_config(config.section("text_config"))
+    rope = text.section("rope_parameters").over({"rope_type": "default", "mrope_interleaved": True})
+    decoder = attending_config(text, rope, text.count("head_dim"))
     vision = replace(tower, deepstack_layers=deepstack_layers(v, decoder.num_layers))
-    geometry = Geometry("smart", vision.patch_size, vision.merge_size)
-    return Backbone(
-        name="qwen3-vl",
-        decoder=decoder,
-        image=smart_image(processor, geometry, v.count("temporal_patch_size")),
-        image_token_id=config.count("image_token_id", least=0),
-        positions=Positions(axes=3, first=0),
-        prompts=(DOCUMENT_PROMPT, QUERY_PROMPT),
-        slot_positions="continue",
-        prompt_attention="causal",
-        vision_inputs=vision_inputs(vision),
-        vision_prefix="visual.",
-        build_vision=partial(Qwen3VisionTower, vision, side),
-        deepstack=len(vision.deepstack_layers),
-    )
+    return qwen3_backbone("qwen3-vl", config, processor, decoder, vision, side)
 
 
 def deepstack_layers(v: Settings, num_layers: int) -> tuple[int, ...]:
@@ -44,8 +26,3 @@ def deepstack_layers(v: Settings, num_layers: int) -> tuple[int, ...]:
     if list(found) != sorted(set(found)) or any(index >= depth for index in found) or len(found) > most:
         v.refuse("deepstack_visual_indexes", f"up to {most} growing numbers below depth, {depth}")
     return found
-
-
-def decoder_config(text: Settings) -> DecoderConfig:
-    rope = text.section("rope_parameters").over({"rope_type": "default", "mrope_interleaved": True})
-    return attending_config(text, rope, text.count("head_dim"))

@@ -14,11 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from cembed.export.backbones import Backbone
+from cembed.export.decoder import DecoderConfig
+from cembed.export.encoder import EncoderConfig
 from cembed.export.image_settings import Geometry, tiled_image
 from cembed.export.layers import Dialect, Linear
 from cembed.export.settings import Settings
 from cembed.export.siglip import SiglipConfig, SiglipModel, siglip_config
 from cembed.runtime.bundle.image_processing import ImageProcessing
+from cembed.runtime.bundle.manifest import Positions, PromptAttention
 from cembed.runtime.bundle.manifest import Tensor as TensorSpec
 
 MAX_ROW, MAX_MERGE = 256, 16
@@ -74,6 +78,31 @@ class TiledVision:
 
     def build(self, dialect: Dialect) -> nn.Module:
         return TiledTower(self.config, self.image.merge_size, dialect)
+
+
+def tiled_backbone(
+    name: str,
+    config: Settings,
+    text: DecoderConfig | EncoderConfig,
+    vision: TiledVision,
+    prompt: str,
+    attention: PromptAttention,
+) -> Backbone:
+    """`prompt` is the document's; the tokenizer's own first and last tokens are around both."""
+    return Backbone(
+        name=name,
+        decoder=text,
+        image=vision.image,
+        image_token_id=config.count("image_token_id", least=0),
+        positions=Positions(axes=1, first=0),
+        prompts=(prompt, QUERY_PROMPT),
+        slot_positions="continue",
+        prompt_attention=attention,
+        vision_inputs=vision.inputs,
+        vision_prefix="",
+        build_vision=vision.build,
+        tokenizer_adds=True,
+    )
 
 
 def in_order(side: int) -> Tensor:
