@@ -128,6 +128,8 @@ def describe_damage(sensitivity: Sequence[LayerDamage]) -> list[str]:
 
 def describe_side(side: Side, dim: int) -> str:
     """What the side can do, and what a page or query of it takes."""
+    if side.num_vectors is None and side.pooling == "last":
+        return f"one vector of {dim}, of the last token; {4 * dim:,} bytes in float32"
     if side.num_vectors is None:
         return f"one vector of {dim} for every token; {4 * dim:,} bytes each in float32; pool factor"
     count = 1 if side.pooling != "none" else side.num_vectors

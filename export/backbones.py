@@ -35,7 +35,8 @@ class Backbone:
 
     `prompts` are (document, query), with `{image}` and `{text}`, between what the tokenizer itself adds where
     `tokenizer_adds`; `vision_prefix` is where the checkpoint has the tower; `embedding_scale` is folded into the
-    embedding table; the decoder's first `deepstack` layers take more of an image.
+    embedding table; the decoder's first `deepstack` layers take more of an image; `single_prompts` stand in place of
+    `prompts` under the head `single`, between what the tokenizer adds.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Backbone:
     embedding_scale: float = 1.0
     tokenizer_adds: bool = False
     deepstack: int = 0
+    single_prompts: tuple[str, str] | None = None
 
 
 def load_backbone(name: str | None, root: Path, adapter: Path | None = None) -> Backbone:

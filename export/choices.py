@@ -25,7 +25,7 @@ BACKBONES = {
     "modernvbert": Known("ModernVBERT/colmodernvbert"),
 }
 """Module names are these with underscores, and are what checkpoints call their `model_type`."""
-HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
+HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert", "single")
 POOLING = ("none", "mean", "last", "concat")
 DTYPES = ("fp32", "fp16", "bf16")
 TARGETS = ("onnxruntime", "onnx", "tensorrt")

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 from cembed.export.checkpoint import Checkpoint
 from cembed.export.heads import HEADS, Head, HeadSide
 from cembed.runtime.errors import CembedError
 
 DOCUMENT, QUERY = SLOT_TABLES = ("slot_embeddings.document", "slot_embeddings.query")
+JOINT = "prompt_embed_tokens.weight"
+"""The one table of MetaEmbed's public code: the query's rows, then the document's, all fed after every input. A query
+reads the first, which see none of the others; a document the last, which see the query's."""
 WEIGHT, BIAS = "custom_text_proj.weight", "custom_text_proj.bias"
 METAEMBED_ROWS = {DOCUMENT: 64, QUERY: 16}
-"""Of MetaEmbed's public code, whose one table of both sides cembed cannot read."""
-_METAEMBED_TABLE = re.compile(r"^prompt_embed_tokens\b")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a bundle's slot table that are fed on one side; the first `unread` of them give no vector."""
+
+    first: int
+    count: int
+    unread: int = 0
+
+
+@dataclass(frozen=True)
+class SlotTables:
+    """The weights that a bundle's slot table is put together from, and what each side is fed of it."""
+
+    names: tuple[str, ...]
+    document: Rows | None
+    query: Rows | None
 
 
 def named_head(name: str | None, checkpoint: Checkpoint) -> tuple[str, Head]:
     """A head by name, or by what the weights say. Raises CembedError if they do not fit it, or fit several."""
+    if name is None:
+        name = "metaembed" if JOINT in checkpoint else None
     if name is None:
         if any(table in checkpoint for table in SLOT_TABLES):
             raise CembedError("the checkpoint has learned slot rows: say --head metaembed (no pooling) or --head btoks")
@@ -28,35 +48,45 @@ def named_head(name: str | None, checkpoint: Checkpoint) -> tuple[str, Head]:
     return name, HEADS[name]
 
 
-def refuse_other_layouts(checkpoint: Checkpoint) -> None:
-    """Raises CembedError for slot rows in an order that cembed does not have."""
-    if found := sorted(name for name in checkpoint.unused if _METAEMBED_TABLE.search(name)):
-        raise CembedError(
-            f"{found[0]} {checkpoint.shape(found[0])} is the table of MetaEmbed's public code, where a document's rows "
-            "come after the query's: cembed does not have that layout yet, and the table split by side gives other "
-            "vectors"
-        )
-
-
-def slot_tables(checkpoint: Checkpoint, head: Head, named: str | None, hidden_size: int) -> dict[str, int]:
-    """The tables of learned rows that the head's sides need, and how many rows each has.
+def slot_tables(checkpoint: Checkpoint, head: Head, named: str | None, hidden_size: int) -> SlotTables:
+    """The learned rows that the head's sides need.
 
     `named` is the head's name if it is one of `HEADS`. Raises CembedError: a table that is missing, has another width,
     or another number of rows than the head was trained with.
     """
+    learned = tuple(side.slots == "learned" for side in (head.document, head.query))
+    if any(learned) and JOINT in checkpoint:
+        return joint_table(check_table(checkpoint, JOINT, hidden_size), head)
     sides = dict(zip(SLOT_TABLES, (head.document, head.query), strict=True))
-    learned = {name: side for name, side in sides.items() if side.slots == "learned"}
-    for name in learned:
-        if name not in checkpoint:
-            raise CembedError(f"this head needs {name} [slots, hidden]: give it with --head-weights FILE.safetensors")
-    shapes = {name: checkpoint.shape(name) for name in learned}
-    for name, shape in shapes.items():
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
-            raise CembedError(f"{name} has shape {shape}: [slots, {hidden_size}] is needed")
-        check_rows(name, shape[0], learned[name], named)
-    rows = {name: shape[0] for name, shape in shapes.items()}
-    warn_of_metaembed(rows, learned)
-    return rows
+    rows = {name: check_table(checkpoint, name, hidden_size) for name, side in sides.items() if side.slots == "learned"}
+    for name, count in rows.items():
+        check_rows(name, count, sides[name], named)
+    if rows == METAEMBED_ROWS and all(side.pooling == "none" for side in sides.values()):
+        warn_of_metaembed()
+    document = Rows(0, rows[DOCUMENT]) if DOCUMENT in rows else None
+    query = Rows(rows.get(DOCUMENT, 0), rows[QUERY]) if QUERY in rows else None
+    return SlotTables(tuple(rows), document, query)
+
+
+def joint_table(rows: int, head: Head) -> SlotTables:
+    """Of MetaEmbed's layout. Raises CembedError if the rows are not those of the sides' largest budgets together."""
+    document, query = (max(side.nested_budgets or (side.num_vectors or 0,)) for side in (head.document, head.query))
+    if {head.document.slots, head.query.slots} != {"learned"} or document < 1 or query < 1 or document + query != rows:
+        raise CembedError(
+            f"{JOINT} has {rows} rows: {query} of queries and {document} of documents are needed, or --head-spec with "
+            "the nested_budgets that it was trained with, learned slots on both sides"
+        )
+    return SlotTables((JOINT,), Rows(0, rows, query), Rows(0, query))
+
+
+def check_table(checkpoint: Checkpoint, name: str, hidden_size: int) -> int:
+    """The number of its rows. Raises CembedError: no such table, or of another shape than [rows, hidden_size]."""
+    if name not in checkpoint:
+        raise CembedError(f"this head needs {name} [slots, hidden]: give it with --head-weights FILE.safetensors")
+    shape = checkpoint.shape(name)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
+        raise CembedError(f"{name} has shape {shape}: [slots, {hidden_size}] is needed")
+    return shape[0]
 
 
 def check_rows(name: str, rows: int, side: HeadSide, named: str | None) -> None:
@@ -70,15 +100,15 @@ def check_rows(name: str, rows: int, side: HeadSide, named: str | None) -> None:
         )
 
 
-def warn_of_metaembed(rows: Mapping[str, int], sides: Mapping[str, HeadSide]) -> None:
+def warn_of_metaembed() -> None:
     """Nothing in two tables says how they were trained, but their numbers of rows may."""
-    if rows == METAEMBED_ROWS and all(side.pooling == "none" for side in sides.values()):
-        warnings.warn(
-            "64 document and 16 query rows: here each side's rows come right after its prompt; if they are those of "
-            "MetaEmbed's public code, where a document's come after the query's, the vectors of documents are wrong",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    warnings.warn(
+        "64 document and 16 query rows: here each side's rows come right after its prompt; if they are "
+        "MetaEmbed's table split by side, whose documents' rows come after the queries', the vectors of documents are "
+        f"wrong: give the whole table as {JOINT}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def projection_width(checkpoint: Checkpoint, hidden_size: int) -> int | None:

@@ -57,6 +57,8 @@ HEADS: Mapping[str, Head] = {
     "btoks": both(HeadSide("learned", None, "slot", pooling="mean", slot_positions="continue")),
     # ColPali, arXiv 2407.01449: a projection of every position.
     "colbert": both(HeadSide("all_tokens")),
+    # GME (arXiv 2412.16855), Qwen3-VL-Embedding: the state of the last position as the one vector.
+    "single": both(HeadSide("all_tokens", pooling="last")),
 }
 assert tuple(HEADS) == NAMES
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +18,7 @@ from cembed.export.checkpoint import Checkpoint, check_shape, parameter
 from cembed.export.decoder import DecoderConfig
 from cembed.export.encoder import EncoderConfig
 from cembed.export.graph import GraphSpec, empty_module
-from cembed.export.head_weights import (
-    SLOT_TABLES,
-    named_head,
-    projection_width,
-    refuse_other_layouts,
-    slot_tables,
-)
+from cembed.export.head_weights import Rows, SlotTables, named_head, projection_width, slot_tables
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
 from cembed.export.specs import graph_specs
@@ -117,6 +111,8 @@ class ExportPlan:
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer = read_tokenizer([place for place in (adapter, root) if place is not None])
+        if name == "single" and backbone.single_prompts:
+            backbone = replace(backbone, prompts=backbone.single_prompts, tokenizer_adds=True)
         backbone = replace(backbone, prompts=prompts_of(backbone, tokenizer, root))
         hidden = backbone.decoder.hidden_size
         tables = slot_tables(checkpoint, head, None if options.head_spec else name, hidden)
@@ -131,7 +127,7 @@ class ExportPlan:
             projection_width(checkpoint, hidden),
             capacity,
         )
-        check_weights(checkpoint, specs, tables)
+        check_weights(checkpoint, specs, tables.names)
         check_embeddings(checkpoint, hidden, max(backbone.image_token_id, tokenizer.get_vocab_size() - 1))
         return cls(
             options=options,
@@ -141,7 +137,7 @@ class ExportPlan:
             head=name,
             document=document,
             query=query,
-            slot_tables=tuple(tables),
+            slot_tables=tables.names,
             graphs=specs,
         )
 
@@ -190,7 +186,6 @@ class ExportPlan:
 
 def choose_head(options: ExportOptions, checkpoint: Checkpoint) -> tuple[str, Head]:
     """The head's name and what it is: the one asked for, or what the checkpoint's weights say."""
-    refuse_other_layouts(checkpoint)
     if options.head_spec:
         name, head = options.head_spec.stem, read_head(options.head_spec)
     else:
@@ -230,7 +225,7 @@ def check_embeddings(checkpoint: Checkpoint, hidden: int, last_token: int) -> No
 
 
 def sides(
-    options: ExportOptions, backbone: Backbone, head: Head, tables: Mapping[str, int], tokenizer: Tokenizer
+    options: ExportOptions, backbone: Backbone, head: Head, tables: SlotTables, tokenizer: Tokenizer
 ) -> tuple[Side, Side]:
     """The document's and the query's side of the manifest."""
     latent = tokenizer.token_to_id(options.latent_token)
@@ -243,11 +238,8 @@ def sides(
         check_prompt(either(head.document.prompt, backbone.prompts[0]), "{image}"),
         check_prompt(query_prompt.replace("{text}", options.query_prefix + "{text}"), "{text}"),
     )
-    first_row = 0
     made: list[Side] = []
-    for side, prompt, table in zip((head.document, head.query), prompts, SLOT_TABLES, strict=True):
-        rows = (first_row, tables[table]) if table in tables else None
-        first_row += tables.get(table, 0)
+    for side, prompt, rows in zip((head.document, head.query), prompts, (tables.document, tables.query), strict=True):
         policy = options.slot_positions or side.slot_positions or backbone.slot_positions
         made.append(make_side(side, prompt, policy, latent, rows))
     return made[0], made[1]
@@ -257,12 +249,10 @@ def either(given: str | None, default: str) -> str:
     return default if given is None else given
 
 
-def make_side(
-    side: HeadSide, prompt: str, policy: SlotPositions, latent: int | None, rows: tuple[int, int] | None
-) -> Side:
+def make_side(side: HeadSide, prompt: str, policy: SlotPositions, latent: int | None, rows: Rows | None) -> Side:
     num_vectors = side.num_vectors
     if rows is not None and num_vectors is None:
-        num_vectors = rows[1] + (side.first_vector == "prompt_end")
+        num_vectors = rows.count - rows.unread + (side.first_vector == "prompt_end")
     return Side(
         prompt=prompt,
         slots=side.slots,
@@ -270,7 +260,8 @@ def make_side(
         slot_positions=policy,
         first_vector=side.first_vector,
         latent_token_id=latent if side.slots == "constant" else None,
-        slot_rows=rows,
+        slot_rows=(rows.first, rows.count) if rows else None,
+        unread_slots=rows.unread if rows else 0,
         nested_budgets=tuple(n for n in side.nested_budgets if num_vectors is None or n <= num_vectors),
         pooling=side.pooling,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from cembed.export.backbones import MAX_LAYERS, MAX_SIDE, Backbone, decoder_config, require_parts
@@ -15,6 +16,13 @@ from cembed.runtime.bundle.manifest import Positions, Tensor
 DOCUMENT_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 MAX_RATIO = 64
 QUERY_PROMPT = "{text}" + 10 * "<|endoftext|>"
+GME_PROMPTS = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|>{image}<|vision_end|><|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "{text}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
+)
+"""Of the own code of GME (arXiv 2412.16855), with its default instruction."""
 
 
 def qwen_config(text: Settings) -> DecoderConfig:
@@ -90,4 +98,4 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
         patch_size=v.count("patch_size", most=MAX_SIDE),
         merge_size=v.count("spatial_merge_size", most=MAX_SIDE),
     )
-    return qwen_backbone("qwen2-vl", config, processor, vision)
+    return replace(qwen_backbone("qwen2-vl", config, processor, vision), single_prompts=GME_PROMPTS)

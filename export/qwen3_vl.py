@@ -9,6 +9,14 @@ from cembed.export.qwen3_5 import attending_config, qwen3_backbone, vision_confi
 from cembed.export.settings import Settings
 from cembed.runtime.bundle.manifest import MAX_DEEPSTACK
 
+EMBEDDING_PROMPTS = (
+    "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|>{image}<|vision_end|><|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+    "{text}<|im_end|>\n<|im_start|>assistant\n",
+)
+"""Of Qwen3-VL-Embedding's own code, with its default instruction."""
+
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:
     v, text = config.section("vision_config"), config.section("text_config")
@@ -16,7 +24,8 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
     rope = text.section("rope_parameters").over({"rope_type": "default", "mrope_interleaved": True})
     decoder = attending_config(text, rope, text.count("head_dim"))
     vision = replace(tower, deepstack_layers=deepstack_layers(v, decoder.num_layers))
-    return qwen3_backbone("qwen3-vl", config, processor, decoder, vision, side)
+    backbone = qwen3_backbone("qwen3-vl", config, processor, decoder, vision, side)
+    return replace(backbone, single_prompts=EMBEDDING_PROMPTS)
 
 
 def deepstack_layers(v: Settings, num_layers: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from cembed.export.plan import ExportOptions
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a run in the background: commands would not be interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 GOLDEN = Path(__file__).parent / "golden"
 BACKBONE_OF = {

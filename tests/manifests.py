@@ -96,6 +96,7 @@ def make_full(source: Path, to: Path) -> Path:
     raw["token_embeddings"] |= {"dtype": "int8", "scales": "scales.bin"}
     raw["slot_embeddings"] = {"file": "slots.bin", "dtype": "float32", "rows": 7, "scales": None}
     raw["document"] |= {"slots": "learned", "slot_rows": [0, 7], "nested_budgets": [1, 4], "latent_token_id": 3}
+    raw["document"] |= {"first_vector": "slot", "unread_slots": 1, "num_vectors": 6}
     tiles = {"side": 56, "longest_edge": 224, "tile": "{row}{column}{image}", "row_end": "", "page": "{image}"}
     raw["image"] |= {"resize": "tiles", "min_pixels": 56**2, "max_pixels": 17 * 56**2}
     raw["image"]["tiles"] = tiles | {"alone": "{image}"}

@@ -297,11 +297,12 @@ class Zoo:
 
     def checkpoint(self, backbone: Any) -> Path:
         root = self.root / f"checkpoint-{backbone}"
-        if not root.exists():
-            if backbone == "qwen3-vl":
-                copy_with_latent(GOLDEN / "colqwen3", root)
-            else:
-                make_checkpoint(root, backbone, "causal", "tiny")
+        with self.lock:
+            if not root.exists():
+                if backbone == "qwen3-vl":
+                    copy_with_latent(GOLDEN / "colqwen3", root)
+                else:
+                    make_checkpoint(root, backbone, "causal", "tiny")
         return root
 
     def with_rows(self, backbone: str) -> Path:

@@ -139,7 +139,7 @@ def test_every_command_has_help(command: str) -> None:
     "values",
     [
         "{" + ",".join(BACKBONES) + "}",
-        "{causal,feedback,metaembed,btoks,colbert}",
+        "{causal,feedback,metaembed,btoks,colbert,single}",
         "{fp32,fp16,bf16}",
         "{onnxruntime,onnx,tensorrt}",
     ],

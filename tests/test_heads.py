@@ -357,6 +357,11 @@ def test_named_heads_become_sides(zoo: Zoo, head: str) -> None:
         return
     made = plan(zoo, head=head, **weights)
     assert made.head == head
+    if head == "single":
+        assert {(side.slots, side.pooling, side.num_vectors) for side in (made.document, made.query)} == {
+            ("all_tokens", "last", None)
+        }
+        return
     kinds = {"causal": "constant", "feedback": "feedback", "metaembed": "learned", "btoks": "learned"}
     for side, rows, count in ((made.document, (0, 64), 64), (made.query, (64, 16), 16)):
         learned = kinds[head] == "learned"

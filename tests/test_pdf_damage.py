@@ -74,6 +74,18 @@ def test_jbig2_that_ends_in_zeros_is_told(tmp_path: Path, kind: str, start: floa
 
 
 @needs_library
+@pytest.mark.parametrize(("kind", "head"), [("jbig2", 41), ("jbig2, text", 42)])
+@pytest.mark.parametrize("field", range(4))
+def test_jbig2_whose_region_lies_off_its_page_is_told(tmp_path: Path, kind: str, head: int, field: int) -> None:
+    """Its width, height, x or y is 40 more; PDFium draws what is left on the page, if anything is."""
+    data, at = bytearray(PICTURES[kind].data), head + 4 * field
+    data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + 40).to_bytes(4, "big")
+    assert "picture could not be read whole" in (
+        told(tmp_path, Coded(bytes(data), PICTURES[kind].about).on_page()) or ""
+    )
+
+
+@needs_library
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg, progressive", "jpeg, restarts", "jpeg, grey", "flate", "lzw"])
 def test_most_single_bytes_that_change_the_page_are_told(tmp_path: Path, kind: str) -> None:
     coded, generator, missed = PICTURES[kind], np.random.default_rng(1), []

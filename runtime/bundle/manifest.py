@@ -66,8 +66,9 @@ class Side:
     position before; `all_tokens`: there are none, and every position gives a vector.
 
     `num_vectors` is the budget K unless a caller chooses another: the state of the prompt's last position and of K - 1
-    slots if `first_vector` is `prompt_end`, of K slots if it is `slot`. `nested_budgets` are those it was trained for.
-    `pooling` makes one vector of the K states: their mean, the last one, or all of them side by side.
+    slots if `first_vector` is `prompt_end`, of K slots if it is `slot`, after `unread_slots` that give none.
+    `nested_budgets` are those it was trained for. `pooling` makes one vector of the K states: their mean, the last one,
+    or all of them side by side.
     """
 
     prompt: str
@@ -77,6 +78,7 @@ class Side:
     first_vector: FirstVector = "prompt_end"
     latent_token_id: RowNumber | None = None
     slot_rows: tuple[RowNumber, RowNumber] | None = None
+    unread_slots: RowNumber = 0
     nested_budgets: tuple[Length, ...] = ()
     pooling: Pooling = "none"
 
@@ -85,6 +87,7 @@ class Side:
         tokens, given = self.slots == "all_tokens", f"a side with slots '{self.slots}'"
         learned, concat = self.slots == "learned", tokens and self.pooling == "concat"
         unnamed = self.slots == "constant" and self.latent_token_id is None
+        unread = self.unread_slots > 0 and (not learned or self.first_vector == "prompt_end")
         early = self.slots == "feedback" and self.first_vector == "slot"
         wrong = {
             f"{given} cannot have num_vectors {self.num_vectors}": tokens != (self.num_vectors is None),
@@ -92,6 +95,7 @@ class Side:
             "a side with constant slots needs a latent_token_id": unnamed,
             f"{given} cannot have slot_rows {self.slot_rows}": learned != (self.slot_rows is not None),
             "a side with feedback slots starts with the prompt's end, which is fed into the first slot": early,
+            "unread_slots stand before learned slots, the first of which gives the first vector": unread,
         }
         if why := next((why for why, is_so in wrong.items() if is_so), None):
             raise CembedError(why)
@@ -107,7 +111,7 @@ class Side:
     @property
     def max_vectors(self) -> int | None:
         """The largest budget; None where only the length of the model's context limits it."""
-        return None if self.slot_rows is None else self.slot_rows[1] + (self.first_vector == "prompt_end")
+        return None if self.slot_rows is None else self.slot_rows[1] - self.num_slots(0)
 
     @property
     def room(self) -> int:
@@ -115,7 +119,7 @@ class Side:
         return self.max_vectors or max(LEAST_ROOM, 2 * (self.num_vectors or 0))
 
     def num_slots(self, num_vectors: int) -> int:
-        return num_vectors - (self.first_vector == "prompt_end")
+        return num_vectors - (self.first_vector == "prompt_end") + self.unread_slots
 
     def check_budget(self, num_vectors: int) -> None:
         """Raises CembedError if there can be no such number of vectors."""
@@ -276,6 +280,9 @@ class Manifest:
         raw = asdict(self)
         if self.upgraded_from is None:
             del raw["upgraded_from"]
+        for side in (raw["document"], raw["query"]):
+            if not side["unread_slots"]:
+                del side["unread_slots"]
         if self.image.tiles is None:
             del raw["image"]["tiles"]
         return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"

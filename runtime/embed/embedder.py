@@ -261,15 +261,15 @@ class Embedder:
         return budget.decode == "loop" or side.slots == "feedback"
 
     def _single_pass(self, side: Side, prompt: Prompt, num_vectors: int | None) -> Array:
-        """States [K, D] of prompt and slots in one run of the text graph; all positions where K is None."""
+        """States [K, D] of prompt and slots in one run of the text graph; all positions or the last if K is None."""
         num_slots = 0 if num_vectors is None else side.num_slots(num_vectors)
         length = len(prompt)
         check_length(self.manifest, length + num_slots)
         if num_slots:
             positions = slot_positions(prompt.positions, num_slots, side.slot_positions)
             prompt = prompt.followed_by(self.inputs.slots(self._slot_rows(side, 0, num_slots), positions))
-        first = 0 if num_vectors is None else length + num_slots - num_vectors
-        feeds = prompt.feeds() | {"slot_indices": np.arange(first, length + num_slots)[None]}
+        count = num_vectors or (1 if side.pooling == "last" else length)
+        feeds = prompt.feeds() | {"slot_indices": np.arange(length + num_slots - count, length + num_slots)[None]}
         if any(tensor.name == "prompt_length" for tensor in self.manifest.graphs["text"].inputs):
             feeds["prompt_length"] = np.array([length])
         states: Array = self.session("text").run(feeds)[0]

@@ -77,12 +77,14 @@ class LatentState:
         return self.cache.nbytes
 
     def start(self, prompt: Prompt) -> LatentState:
-        """Runs the prompt."""
+        """Runs the prompt, and the slots that give no vector."""
         output = prefill(self._open(), self.cache, prompt)
         self.prompt_end[:] = prompt.positions.max()
         self.hidden = output.hidden
         if self.side.first_vector == "prompt_end":
             self.states.append(output.state)
+        for slot in range(self.side.unread_slots):
+            self._run_slot(slot)
         return self
 
     def extend(self, num_vectors: int) -> Vectors:
@@ -99,11 +101,11 @@ class LatentState:
                 f"enough for {len(self.states) + free} vectors"
             )
         while len(self.states) < num_vectors:
-            self._add_slot()
+            self.states.append(self._run_slot(self.side.num_slots(len(self.states))))
         return self.loop.finish(np.concatenate(self.states[:num_vectors]))
 
-    def _add_slot(self) -> None:
-        slot = len(self.states) - (self.side.first_vector == "prompt_end")
+    def _run_slot(self, slot: int) -> Array:
+        """The state [1, D] of a slot, which becomes the last one of the cache."""
         if self.side.slots == "feedback":
             assert self.hidden is not None
             row = self.hidden[0]
@@ -112,7 +114,7 @@ class LatentState:
         position = slot_positions(self.prompt_end, slot + 1, self.side.slot_positions)[:, -1:]
         output = prefill(self._open(), self.cache, self.loop.slot(row[None], position))
         self.hidden = output.hidden
-        self.states.append(output.state)
+        return output.state
 
     def _open(self) -> StepSession:
         if self._step is None:

@@ -199,7 +199,8 @@ Vectors Embedder::embed(const Side &side, const Prompt &made, const Budget &budg
 
 std::vector<float> Embedder::single_pass(const Side &side, const Prompt &made, int64_t num_vectors) {
     const int64_t slots = num_vectors ? side.num_slots(num_vectors) : 0, length = made.length + slots;
-    const int64_t rows = num_vectors ? num_vectors : length, axes = manifest.positions.axes;
+    const int64_t rows = num_vectors ? num_vectors : side.pooling == Pooling::LAST ? 1 : length;
+    const int64_t axes = manifest.positions.axes;
     check_length(length);
     const auto after = cembed::slot_positions(made.positions, axes, slots, side.slot_positions);
     std::vector<int64_t> positions;

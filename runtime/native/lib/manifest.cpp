@@ -49,6 +49,8 @@ void check_side(const Side &side, const std::string &where) {
         refuse(where, "has slot_rows that do not fit its slots");
     if (side.slots == Slots::FEEDBACK && !side.prompt_end)
         refuse(where, "has feedback slots, which start with the prompt's end");
+    if (side.unread_slots > 0 && (side.slots != Slots::LEARNED || side.prompt_end))
+        refuse(where, "has unread_slots, which stand before learned slots, the first of which gives the first vector");
     if (side.num_vectors) side.check_budget(*side.num_vectors);
     int64_t before = 0;
     for (const int64_t budget : side.nested_budgets) {
@@ -67,6 +69,7 @@ Side read_side(const Json &value, const std::string &where) {
     side.prompt_end = value.value("first_vector", "prompt_end") == "prompt_end";
     side.latent_token_id = optional<int64_t>(value, "latent_token_id");
     side.slot_rows = optional<std::vector<int64_t>>(value, "slot_rows");
+    side.unread_slots = value.value("unread_slots", int64_t(0));
     side.nested_budgets = value.value("nested_budgets", std::vector<int64_t>());
     side.pooling = choice(POOLING, value, "pooling");
     check_side(side, where);
@@ -157,7 +160,7 @@ void check_version(const Json &value) {
 
 std::optional<int64_t> Side::max_vectors() const {
     if (!slot_rows) return std::nullopt;
-    return (*slot_rows)[1] + (prompt_end ? 1 : 0);
+    return (*slot_rows)[1] - num_slots(0);
 }
 
 void Side::check_budget(int64_t budget) const {

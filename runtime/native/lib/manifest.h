@@ -25,12 +25,13 @@ struct Side {
     bool prompt_end = true;  // the prompt's last position gives the first vector
     std::optional<int64_t> latent_token_id;
     std::optional<std::vector<int64_t>> slot_rows;  // first, count
+    int64_t unread_slots = 0;  // learned ones before those that give vectors
     std::vector<int64_t> nested_budgets;
     Pooling pooling = Pooling::NONE;
 
     // The largest budget; none where only the model's context limits it.
     std::optional<int64_t> max_vectors() const;
-    int64_t num_slots(int64_t num_vectors) const { return num_vectors - (prompt_end ? 1 : 0); }
+    int64_t num_slots(int64_t num_vectors) const { return num_vectors - (prompt_end ? 1 : 0) + unread_slots; }
     // Throws Error(INVALID_ARGUMENT) if there can be no such number of vectors.
     void check_budget(int64_t budget) const;
     // Length of a vector at a budget, 0 being the full one, for states of length `dim`.

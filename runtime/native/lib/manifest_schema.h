@@ -68,6 +68,7 @@ constexpr Field FIELDS[] = {
     {"Side", "first_vector", "=prompt_end|slot", false, 0, 0},
     {"Side", "latent_token_id", "int?", false, 0, 268435456},
     {"Side", "slot_rows", "[int*2]?", false, 0, 268435456},
+    {"Side", "unread_slots", "int", false, 0, 268435456},
     {"Side", "nested_budgets", "[int]", false, 1, 16777216},
     {"Side", "pooling", "=none|mean|last|concat", false, 0, 0},
     {"ImageProcessing", "resize", "=smart|fixed|tiles", true, 0, 0},

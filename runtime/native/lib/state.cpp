@@ -113,9 +113,13 @@ State::State(Embedder &embedder, const Side &side, const Prompt &prompt, int64_t
     if (!gives_hidden_states() && state_.size() != hidden_.size())
         throw Error(BUNDLE, "the bundle projects states, and its text_step graph gives none from before");
     run(prompt.embeds, prompt.positions, prompt.deepstack, prompt.length, prompt.after);
-    if (!side.prompt_end) return;
-    states_ = state_;
-    count_ = 1;
+    if (side.prompt_end) keep();
+    for (int64_t slot = 0; slot < side.unread_slots; ++slot) run_slot(slot);
+}
+
+void State::keep() {
+    states_.insert(states_.end(), state_.begin(), state_.end());
+    ++count_;
 }
 
 bool State::gives_hidden_states() const {
@@ -143,8 +147,7 @@ void State::run(const std::vector<float> &embeds, const std::vector<int64_t> &po
     if (!apart) hidden_ = state_;
 }
 
-void State::add_slot() {
-    const int64_t slot = count_ - (side_.prompt_end ? 1 : 0);
+void State::run_slot(int64_t slot) {
     std::vector<float> row;
     if (side_.slots == Slots::FEEDBACK) {
         row = hidden_;
@@ -154,8 +157,6 @@ void State::add_slot() {
     const bool follows = side_.slot_positions == SlotPositions::CONTINUE;
     const std::vector<int64_t> position(size_t(embedder_.manifest.positions.axes), follows ? prompt_end_ + slot + 1 : 0);
     run(row, position, std::vector<float>(size_t(embedder_.deepstack_width)), 1, Activations::KEEP);
-    states_.insert(states_.end(), state_.begin(), state_.end());
-    ++count_;
 }
 
 void State::grow(int64_t num_vectors) {
@@ -165,7 +166,10 @@ void State::grow(int64_t num_vectors) {
         throw Error(INVALID_ARGUMENT, "num_vectors is " + std::to_string(num_vectors) + ": the state has room for " +
                                           std::to_string(room));
     }
-    while (count_ < num_vectors) add_slot();
+    while (count_ < num_vectors) {
+        run_slot(side_.num_slots(count_));
+        keep();
+    }
 }
 
 std::vector<float> State::states(int64_t num_vectors) const {

@@ -59,7 +59,8 @@ class State {
     bool gives_hidden_states() const;
     void run(const std::vector<float> &embeds, const std::vector<int64_t> &positions, const std::vector<float> &deepstack,
              int64_t count, Activations after);
-    void add_slot();
+    void run_slot(int64_t slot);  // which becomes the last position of the cache
+    void keep();                  // its state as the next vector
 
     Embedder &embedder_;
     const Side &side_;

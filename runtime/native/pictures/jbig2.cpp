@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int64_t MOST_PIXELS = int64_t(1) << 27;  // of all regions and symbols together
+constexpr uint32_t MOST_OVER = 31, OPEN = 0xffffffff;  // pixels of a region outside of its page; a page of stripes
 constexpr int MOST_LEFT = 8, MOST_MADE_UP = 4, MOST_ZEROS = 16;  // bytes around the end of a code
 
 class Bytes {
@@ -278,19 +279,42 @@ class Walk {
         switch (found.kind) {
             case 0: return symbols(found);
             case 4: case 6: case 7: return text(found);
-            case 36: case 38: case 39: return generic(found.data);
+            case 36: case 38: case 39: return generic(found);
             case 20: case 22: case 23: case 40: case 42: case 43: ++regions; throw PICTURES_UNKNOWN;
             case 16: case 53: throw PICTURES_UNKNOWN;
-            case 48: page = true; return;
+            case 48: return start(found.data);
             case 49: case 50: case 51: case 52: case 62: return;
             default: throw PICTURES_CODE;
         }
     }
 
-    void generic(Bytes bytes) {
+    void start(Bytes bytes) {
+        page = true;
+        report.width = int32_t(bytes.take(4));
+        report.height = int32_t(bytes.take(4));
+    }
+
+    struct Region {
+        uint32_t width, height;
+    };
+
+    // The head of a region (7.4.1), which has to lie on its page unless it is only an intermediate one.
+    Region region(const Segment &found, Bytes &bytes) {
         ++regions;
-        const uint32_t width = bytes.take(4), height = bytes.take(4);
-        bytes.part(9);
+        const uint32_t width = bytes.take(4), height = bytes.take(4), x = bytes.take(4), y = bytes.take(4);
+        bytes.take(1);
+        if (page && found.kind & 3 && (outside(x, width, report.width) || outside(y, height, report.height)))
+            throw PICTURES_CODE;
+        return {width, height};
+    }
+
+    static bool outside(uint32_t from, uint32_t size, int32_t room) {
+        return uint32_t(room) != OPEN && uint64_t(from) + size > uint64_t(uint32_t(room)) + MOST_OVER;
+    }
+
+    void generic(const Segment &found) {
+        Bytes bytes = found.data;
+        const auto [width, height] = region(found, bytes);
         const uint32_t flags = bytes.take(1);
         if (flags & 1) return fax(bytes, width, height);
         if (flags & 16) throw PICTURES_UNKNOWN;  // twelve adaptive pixels
@@ -393,9 +417,8 @@ class Walk {
     }
 
     void text(const Segment &found) {
-        ++regions;
         Bytes bytes = found.data;
-        bytes.part(17);
+        region(found, bytes);
         const uint32_t flags = bytes.take(2);
         if (flags & 3) throw PICTURES_UNKNOWN;  // Huffman, refinement
         const int64_t instances = bytes.take(4), count = symbols_of(found);

@@ -32,7 +32,7 @@ enum pictures_fault {
 
 typedef struct {
     int32_t fault; /* one of pictures_fault */
-    int32_t width, height, components; /* of a JPEG, zeros if they were not found */
+    int32_t width, height, components; /* of a JPEG, or of JBIG2's page (-1: open); zeros if there are none */
     int64_t done, all;
 } pictures_report;
 

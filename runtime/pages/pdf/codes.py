@@ -19,7 +19,7 @@ WHOLE, UNKNOWN, HEADER, SHORT, CODE, LEFT_OVER, MISSING = range(7)  # pictures_f
 
 
 class Report(ctypes.Structure):
-    """pictures_report: a fault, the size of a JPEG, and how many of all its units or rows were whole."""
+    """pictures_report: a fault, the size of a JPEG or of JBIG2's page (-1: open), how many of all units were whole."""
 
     _fields_ = (
         ("fault", ctypes.c_int32),

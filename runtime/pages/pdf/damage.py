@@ -231,7 +231,10 @@ def _levels(data: bytes) -> int:
 
 
 def _jbig2(picture: Picture, _: Filter, data: bytes | memoryview) -> str | None:
-    return _fault_in(pdf_codes.walk_jbig2(picture.shared, data), "part")
+    found = pdf_codes.walk_jbig2(picture.shared, data)
+    if found.fault == pdf_codes.WHOLE and (found.width != picture.width or found.height not in (-1, picture.height)):
+        raise DoubtError("of another size than it says")
+    return _fault_in(found, "part")
 
 
 _CODED: dict[str, Callable[[Picture, Filter, bytes | memoryview], str | None]] = {
