@@ -442,7 +442,7 @@ def test_the_next_page_is_decoded_meanwhile(tmp_path: Path) -> None:
     with PageReader() as reader:
         pages = reader.read(find_documents([tmp_path]))
         next(pages)
-        with pytest.raises(AssertionError, match="running read"):
+        with pytest.raises(CembedError, match="running read"):
             next(reader.read([tmp_path / "a.png"]))
         time.sleep(0.3)
         (tmp_path / "b.png").unlink()
@@ -612,3 +612,16 @@ def test_a_process_that_cannot_start_is_said_once(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(str(tmp_path))
     with PageReader() as reader, pytest.raises(CembedError, match=r"did not start: .*exit status 3"):
         list(reader.read([tmp_path / "a.png"]))
+
+
+def test_calls_that_the_one_process_cannot_answer(tmp_path: Path) -> None:
+    Image.fromarray(NOISE).save(tmp_path / "a.png")
+    reader = PageReader()
+    for call in (lambda: next(reader.read([tmp_path / "a.png"])), lambda: reader.page_count(tmp_path / "a.png")):
+        with pytest.raises(CembedError, match="is not open: use it in a with block"):
+            call()
+    with reader:
+        pages = reader.read([tmp_path / "a.png"])
+        next(pages)
+        with pytest.raises(CembedError, match=r"counts before read\(\) only"):
+            reader.page_count(tmp_path / "a.png")

@@ -180,5 +180,5 @@ def test_errors_are_passed_on_or_raised(embedder: Embedder) -> None:
 
 def test_a_reader_is_opened_once(embedder: Embedder, folder: Path) -> None:
     """Else the first decoding process would be lost sight of."""
-    with PageReader() as reader, pytest.raises(AssertionError, match="open already"):
+    with PageReader() as reader, pytest.raises(CembedError, match="open already"):
         next(embed_documents(embedder, [folder], reader=reader))

@@ -131,7 +131,8 @@ class PageReader:
     `dpi` is the resolution of PDF pages. A page of more than `max_pixels` is drawn smaller, or reduced while it is
     decoded (TIFF, JPEG); other pictures that have more are refused. `timeout` is in seconds, for each page.
     `memory_limit` is in bytes on top of what the idle process takes (None: no limit) and needs a system with RLIMIT_AS.
-    Raises CembedError for a setting that is not above 0, and when the process does not start.
+    Raises CembedError for a setting that is not above 0, when the process does not start, and for calls that its one
+    process cannot answer: outside of the block, or during a `read`.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class PageReader:
         self._entered = self._reading = False
 
     def __enter__(self) -> PageReader:
-        assert not self._entered, "this PageReader is open already: give what its read() yields to embed_pages"
+        self._require(not self._entered, "is open already: give what its read() yields to embed_pages")
         pdf_codes.load()  # warns here where it is missing, as nobody sees what the other process says
         self._entered, self._worker = True, Decoder(self._settings)
         return self
@@ -166,7 +167,7 @@ class PageReader:
     def page_count(self, path: str | Path) -> int | None:
         """How many pages a file has; None if it cannot be read, not in time, or only after a repair that may have lost
         some. Not during a `read`."""
-        assert not self._reading, "count before read()"
+        self._require(not self._reading, "counts before read() only")
         worker = self._live_worker()
         try:
             worker.send(str(path), 0)
@@ -181,7 +182,7 @@ class PageReader:
         The page after the one handed out is already being decoded, so `paths` is consumed one ahead. After 30 pages in
         a row that failed, or 3 that took too long or ended the process, one PageError stands for the rest of the file.
         """
-        assert not self._reading, "finish or close() the running read() first: there is one process to answer"
+        self._require(not self._reading, "has one process to answer: finish or close() the running read() first")
         self._reading = True
         held: list[Page | PageError] = []
         try:
@@ -222,12 +223,17 @@ class PageReader:
                 return
 
     def _live_worker(self) -> Decoder:
-        assert self._entered, "use PageReader in a with block"
+        self._require(self._entered, "is not open: use it in a with block")
         if self._worker is None or not self._worker.alive:
             self._end_worker()
             self._worker = Decoder(self._settings)
         self._worker.await_ready()
         return self._worker
+
+    @staticmethod
+    def _require(right: bool, otherwise: str) -> None:
+        if not right:
+            raise CembedError(f"this PageReader {otherwise}")
 
     def _end_worker(self) -> None:
         if self._worker is not None:
