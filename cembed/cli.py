@@ -23,6 +23,7 @@ from cembed.inspect_cli import inspect, verify
 from cembed.search_cli import search
 from cembed.signals import Stopped
 from cembed.streams import allow_any_text, flush_output
+from cembed.tune_cli import tune
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "eval": evaluate,
     "build-engine": build_engine,
+    "tune": tune,
 }
 app = typer.Typer(
     name="cembed",

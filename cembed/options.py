@@ -121,19 +121,20 @@ class Engine:
         typer.Option(
             metavar="NAME,…",
             help="Engines in order of preference: 'tensorrt' (see build-engine), 'openvino', 'openvino-bf16', or ONNX "
-            "Runtime's execution providers.",
+            "Runtime's execution providers; for one graph as in 'vision=openvino'. By default what tune chose, else "
+            "ONNX Runtime on the CPU.",
         ),
     ] = None
     threads: Threads = None
 
     def load(self, bundle: Path, max_visual_tokens: int | None = None, prepack: bool | None = True) -> Embedder:
         """Raises CembedError: no bundle, a damaged one, an engine that is not there."""
-        from cembed.runtime.embed.embedder import CPU, Embedder
+        from cembed.runtime.embed.embedder import Embedder
 
         with held_stderr():
             return Embedder.load(
                 bundle,
-                providers=split(self.provider) or CPU,
+                providers=split(self.provider) or None,
                 threads=self.threads,
                 prepack=prepack,
                 max_visual_tokens=max_visual_tokens,

@@ -80,7 +80,7 @@ def _is_stated(stated: Tensor, kind: str, shape: tuple[int | str, ...]) -> bool:
 
 def _self_test(bundle: Bundle) -> str:
     test = bundle.manifest.self_test
-    page = _read_page(bundle)
+    page = read_page(bundle)
     embedder = Embedder(bundle, EngineSettings(prepack=False))
     actual = [("document", embedder.embed_image(page)), ("query", embedder.embed_query(test.text))]
     expected = _read_vectors(bundle, dict(actual))
@@ -94,8 +94,8 @@ def _self_test(bundle: Bundle) -> str:
     return f"largest difference {worst:.1e}"
 
 
-def _read_page(bundle: Bundle) -> Pixels:
-    """By the process that reads documents: whoever made the bundle made the picture."""
+def read_page(bundle: Bundle) -> Pixels:
+    """The self-test page, by the process that reads documents: whoever made the bundle made the picture."""
     path = bundle.path(bundle.manifest.self_test.image)
     with PageReader() as reader:
         page = next(iter(reader.read([path])))

@@ -38,7 +38,7 @@ FLOORS = {
 }
 """The packages of the runtime, and what each stands on beside the ground."""
 GROUND = {"errors", "finite", "disk", "plain_files"}
-ROOF = {"writer", "verify", "evaluate", "page_vectors", "plotting"}
+ROOF = {"writer", "verify", "evaluate", "page_vectors", "plotting", "tuning"}
 """Modules of the runtime by themselves: nothing below the roof imports it."""
 
 

@@ -24,12 +24,12 @@ from cembed.runtime.embed.latent import LatentState, Loop, StateMemory
 from cembed.runtime.embed.pooling import normalise, pool_states, pool_tokens
 from cembed.runtime.embed.positions import slot_positions
 from cembed.runtime.embed.state_files import StateSchema, open_state
-from cembed.runtime.engines.providers import open_sessions
+from cembed.runtime.engines import tuned
+from cembed.runtime.engines.providers import CPU, open_sessions
 from cembed.runtime.engines.session import Array, EngineSettings, Session
 from cembed.runtime.errors import CembedError
 
 Decode = Literal["single-pass", "loop"]
-CPU = EngineSettings().providers
 DEFAULT_STATE_MEMORY = 1 << 30
 
 
@@ -88,7 +88,7 @@ class Embedder:
         cls,
         path: str | Path,
         *,
-        providers: Sequence[str] = CPU,
+        providers: Sequence[str] | None = None,
         threads: int | None = None,
         prepack: bool | None = True,
         max_visual_tokens: int | None = None,
@@ -98,16 +98,20 @@ class Embedder:
         """Open a bundle.
 
         `providers` are `tensorrt` (see `cembed build-engine`), `openvino`, `openvino-bf16` and ONNX Runtime's execution
-        providers, in order of preference; `threads` is per operator, None for all cores; `prepack=False` leaves the
-        weights memory-mapped, which opens at once, is a little slower per page, and with int8 or int4 weights fifteen
-        times or more slower per step of the loop; `prepack=None` maps those only that this costs little, for a process
-        of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `state_memory` bounds, in bytes,
-        what the states of `start` hold together; `verify=False` skips the sha256 of files.
+        providers, in order of preference, one for a single graph as `vision=openvino`; None is what `cembed tune` chose
+        for this bundle and machine, else ONNX Runtime on the CPU; `threads` is per operator, None for all cores or what
+        was tuned; `prepack=False` leaves the weights memory-mapped, which opens at once, is a little slower per page,
+        and with int8 or int4 weights fifteen times or more slower per step of the loop; `prepack=None` maps those only
+        that this costs little, for a process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for
+        speed; `state_memory` bounds, in bytes, what the states of `start` hold together; `verify=False` skips the
+        sha256 of files.
         An Embedder can be pickled: it is opened again where it is unpickled.
         Raises CembedError: no bundle, a damaged one, a provider that is not available.
         """
-        engine = EngineSettings(tuple(providers), threads, prepack)
-        return cls(Bundle(path, verify=verify), engine, max_visual_tokens, state_memory)
+        bundle = Bundle(path, verify=verify)
+        found = tuned.read(bundle.root, bundle.hash) if providers is None else None
+        chosen, known = (found.providers, found.threads) if found else (tuple(providers or CPU), None)
+        return cls(bundle, EngineSettings(chosen, threads or known, prepack), max_visual_tokens, state_memory)
 
     @property
     def dim(self) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.engines.openvino import PRECISIONS, openvino_sessions
 from cembed.runtime.engines.session import EngineSettings, OrtSession, Session, check_providers
 from cembed.runtime.errors import CembedError
+
+CPU = EngineSettings().providers
 
 
 def open_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
@@ -18,6 +20,31 @@ def open_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], S
     Raises CembedError if an engine of `ENGINES` was asked for and cannot be had; if another provider was named after
     it, that is a RuntimeWarning, and the other one is taken.
     """
+    lists = providers_by_graph(settings.providers, bundle.manifest.graphs)
+    opened = {chosen: _open(bundle, replace(settings, providers=chosen)) for chosen in dict.fromkeys(lists.values())}
+    common = next(iter(opened.values()))
+    return lambda name: opened[lists[name]](name) if name in lists else common(name)
+
+
+def providers_by_graph(given: Sequence[str], graphs: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The providers of each graph, in order of preference: those given as `GRAPH=PROVIDER`, then those for all.
+
+    Raises CembedError: a graph that is not there.
+
+    >>> providers_by_graph(["vision=openvino", "CPUExecutionProvider"], ["vision", "text"])
+    {'vision': ('openvino', 'CPUExecutionProvider'), 'text': ('CPUExecutionProvider',)}
+    >>> providers_by_graph(["text=openvino"], ["vision", "text"])
+    {'vision': ('CPUExecutionProvider',), 'text': ('openvino',)}
+    """
+    own = [name.partition("=")[::2] for name in given if "=" in name]
+    if unknown := [graph for graph, _ in own if graph not in graphs]:
+        raise CembedError(f"provider for graph {unknown[0]!r:.80}: the bundle has {', '.join(graphs)}")
+    common = [name for name in given if "=" not in name]
+    found = {name: (*(provider for graph, provider in own if graph == name), *common) for name in graphs}
+    return {name: providers or CPU for name, providers in found.items()}
+
+
+def _open(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
     first, *rest = settings.providers
     others = tuple(name for name in settings.providers if name not in ENGINES)
     check_providers(others)
@@ -30,7 +57,7 @@ def open_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], S
         if not rest:
             raise
         warnings.warn(f"{error}; going on with {rest[0]}", RuntimeWarning, stacklevel=4)
-        return open_sessions(bundle, replace(settings, providers=tuple(rest)))
+        return _open(bundle, replace(settings, providers=tuple(rest)))
 
 
 def tensorrt_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
