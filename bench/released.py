@@ -315,12 +315,16 @@ def bundles_of(name: str, root: Path) -> dict[str, dict[str, Any]]:
     checkpoint, rows = root / "checkpoint", dict[str, dict[str, Any]]()
     if not (checkpoint / "config.json").exists():
         make(name, checkpoint)
+    (pages := root / "pages").mkdir(exist_ok=True)
+    for turned in (False, True):
+        (draw_page().rotate(90, expand=True) if turned else draw_page()).save(pages / f"{turned}.png")
     for weights in WEIGHTS:
         out, note = root / weights, root / f"{weights}.json"
         if not note.exists():
             source = ["export", "--model", str(checkpoint)]
             if weights != "fp32":
-                source = ["quantize", str(root / "fp32"), "--weights", weights, "--accept-loss"]
+                scheme = ["--w8a8"] if weights == "w8a8" else ["--weights", weights]
+                source = ["quantize", str(root / "fp32"), *scheme, "--accept-loss", "--calibration", str(pages)]
             seconds, peak = command(*source, "--out", str(out), "--force")
             size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
             note.write_text(json.dumps({"made in s": seconds, "made with MiB": peak, "bundle MiB": size}))

@@ -70,11 +70,14 @@ def slot_tables(checkpoint: Checkpoint, head: Head, named: str | None, hidden_si
 
 def joint_table(rows: int, head: Head) -> SlotTables:
     """Of MetaEmbed's layout. Raises CembedError if the rows are not those of the sides' largest budgets together."""
-    document, query = (max(side.nested_budgets or (side.num_vectors or 0,)) for side in (head.document, head.query))
-    if {head.document.slots, head.query.slots} != {"learned"} or document < 1 or query < 1 or document + query != rows:
+    sides = (head.document, head.query)
+    if any(side.slots != "learned" or not side.nested_budgets for side in sides):
+        raise CembedError(f"{JOINT} is for heads with learned slots and nested_budgets on both sides: --head metaembed")
+    document, query = (max(side.nested_budgets) for side in sides)
+    if document + query != rows:
         raise CembedError(
-            f"{JOINT} has {rows} rows: {query} of queries and {document} of documents are needed, or --head-spec with "
-            "the nested_budgets that it was trained with, learned slots on both sides"
+            f"{JOINT} has {rows} rows: {query} of queries and {document} of documents are needed, or a --head-spec with "
+            "the nested_budgets that it was trained with"
         )
     return SlotTables((JOINT,), Rows(0, rows, query), Rows(0, query))
 

@@ -600,14 +600,13 @@ def with_head(path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> E
     return plan(GOLDEN / "causalqwen2_5", "causalqwen2_5", head_weights=path, **options)
 
 
-TABLE = {"prompt_embed_tokens.weight": torch.ones(80, 96)}
+JOINT = "prompt_embed_tokens.weight"
+TABLE = {JOINT: torch.ones(80, 96)}
 HEADS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "MetaEmbed's table": (TABLE, "prompt_embed_tokens.weight (80, 96) is the table of MetaEmbed's public code"),
-    "the table under a prefix": (
-        {f"model.{name}": rows for name, rows in TABLE.items()},
-        "prompt_embed_tokens.weight (80",
-    ),
-    "the table beside rows": (ROWS | TABLE, "the table of MetaEmbed's public code"),
+    "MetaEmbed's table beside rows": (ROWS | TABLE, "unexpected slot_embeddings.document"),
+    "half of MetaEmbed's table": ({JOINT: torch.ones(64, 96)}, "64 rows: 16 of queries and 64 of documents are needed"),
+    "MetaEmbed's table, another width": ({JOINT: torch.ones(80, 128)}, "[slots, 96] is needed"),
+    "NaN in MetaEmbed's table": ({JOINT: torch.full((80, 96), torch.nan)}, f"{JOINT} holds NaN"),
     "the whole table for pages": (ROWS | {D: torch.ones(80, 96)}, "80 rows, for 80 vectors: metaembed is trained with"),
     "the whole table for queries": (ROWS | {QUERY: torch.ones(80, 96)}, "80 rows, for 80 vectors"),
     "the sides exchanged": ({D: ROWS[QUERY], QUERY: ROWS[D]}, f"{QUERY} has 64 rows"),
@@ -624,15 +623,24 @@ def test_rows_of_a_head(tmp_path: Path, tensors: dict[str, torch.Tensor], words:
     refused(words, lambda: write_slot_rows(with_head(tmp_path / "head.safetensors", tensors), tmp_path))
 
 
-@pytest.mark.parametrize("head", ["causal", "colbert", "btoks", None])
-def test_no_head_takes_the_table_of_metaembed(tmp_path: Path, head: str | None) -> None:
-    refused("public code", lambda: with_head(tmp_path / "head.safetensors", TABLE, head=head))
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [("causal", f"unexpected {JOINT}"), ("colbert", "no custom_text_proj"), ("btoks", "--head metaembed")],
+)
+def test_heads_without_rows_leave_no_table_over(tmp_path: Path, head: str, words: str) -> None:
+    refused(words, lambda: with_head(tmp_path / "head.safetensors", TABLE, head=head))
+
+
+def test_the_table_of_metaembed_under_a_prefix_says_its_head(tmp_path: Path) -> None:
+    made = with_head(tmp_path / "head.safetensors", {f"model.{JOINT}": TABLE[JOINT]}, head=None)
+    assert (made.head, made.document.slot_rows, made.query.slot_rows) == ("metaembed", (0, 80), (0, 16))
 
 
 def test_the_table_of_metaembed_in_an_adapter(tmp_path: Path) -> None:
     tensors = {f"base_model.model.{name}": rows for name, rows in TABLE.items()}
     root = adapter(tmp_path / "adapter", tensors=PAIRS | tensors)
-    refused("public code", lambda: plan(GOLDEN / "colqwen2", "colqwen2", adapter=root, head="metaembed"))
+    made = plan(GOLDEN / "colqwen2", "colqwen2", adapter=root)
+    assert (made.head, made.document.unread_slots, made.graphs[1].outputs[0].shape[-1]) == ("metaembed", 16, 128)
 
 
 def test_as_many_rows_as_metaembed_has(tmp_path: Path) -> None:

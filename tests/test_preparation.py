@@ -244,6 +244,7 @@ def test_pixel_values_equal_pythons(spec: ImageProcessing, library: Library) -> 
             assert found[0].tobytes() == wanted[0].tobytes()
 
 
+@pillows_pixels
 @pytest.mark.parametrize("spec", TILED.values(), ids=TILED)
 def test_tiles_equal_pythons(spec: ImageProcessing, library: Library) -> None:
     for image in images(2, IMAGES // 15, 900):

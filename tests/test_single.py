@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from preparation import pillows_pixels
 from reference import HIDDEN, Model, Reference, Zoo
 
 from cembed.export.plan import ExportOptions
@@ -49,6 +50,7 @@ def test_the_prompts(model: Model) -> None:
     assert model.embedder.manifest.document.prompt.count("<|vision_start|>{image}<|vision_end|>") == 1
 
 
+@pillows_pixels
 def test_the_c_library(library: libcembed.Library, model: Model) -> None:
     opened = library.open(model.bundle)
     for vectors, right in (

@@ -370,7 +370,7 @@ class Llama:
         embeds = self.embeddings(ids)
         if image is not None:
             pixels = torch.from_numpy(self.images(images=image, return_tensors="np")["pixel_values"])
-            features = torch.cat(self.model.get_image_features(pixels).pooler_output)
+            features = torch.cat([*self.model.get_image_features(pixels).pooler_output])
             embeds[0, torch.from_numpy(ids == self.model.config.image_token_id)] = features
         return embeds
 
@@ -386,7 +386,7 @@ class Llama:
 
     def step(self, embeds: torch.Tensor, first: int, cache: DynamicCache) -> torch.Tensor:
         places = torch.arange(first, first + embeds.shape[1])[None]
-        output = self.model.text_model(inputs_embeds=embeds, position_ids=places, cache=cache, use_cache=True)
+        output = self.model.text_model(inputs_embeds=embeds, position_ids=places, past_key_values=cache, use_cache=True)
         last: torch.Tensor = output.last_hidden_state[:, -1]
         return last
 
