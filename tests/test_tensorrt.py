@@ -61,8 +61,9 @@ FEW = [  # each backbone, precision and opset at least once
     ("colqwen2", "int4", 24),
     ("colidefics3", "fp16", 24),
     ("colmodernvbert", "fp16", 24),
+    ("colqwen3", "fp16", 24),
 ]
-ALL = [*product(NAMES, PRECISIONS, (24, 20)), *FEW[5:]]
+ALL = [*product(NAMES, PRECISIONS, (24, 20)), *FEW[5:], ("colqwen3_5", "fp16", 24), ("colqwen3_5", "fp32", 20)]
 CASES = ALL if os.environ.get("CEMBED_TENSORRT") == "all" else FEW
 
 
