@@ -76,8 +76,8 @@ def joint_table(rows: int, head: Head) -> SlotTables:
     document, query = (max(side.nested_budgets) for side in sides)
     if document + query != rows:
         raise CembedError(
-            f"{JOINT} has {rows} rows: {query} of queries and {document} of documents are needed, or a --head-spec with "
-            "the nested_budgets that it was trained with"
+            f"{JOINT} has {rows} rows: {query} of queries and {document} of documents are needed, or a --head-spec "
+            "with the nested_budgets that it was trained with"
         )
     return SlotTables((JOINT,), Rows(0, rows, query), Rows(0, query))
 

@@ -282,8 +282,8 @@ def test_prepare_opens_what_is_needed(
     causal_bundle: Path, monkeypatch: pytest.MonkeyPatch, side: Any, decode: Any, graphs: list[str]
 ) -> None:
     opened: list[str] = []
-    path = Bundle.graph_path
-    monkeypatch.setattr(Bundle, "graph_path", lambda self, name: opened.append(name) or path(self, name))  # type: ignore[func-returns-value]
+    path = Bundle.open_graph
+    monkeypatch.setattr(Bundle, "open_graph", lambda self, name: opened.append(name) or path(self, name))  # type: ignore[func-returns-value]
     embedder, budget = Embedder.load(causal_bundle), Budget(2, decode=decode)
     embedder.prepare(side, budget)
     assert opened == graphs

@@ -10,7 +10,8 @@
     tokenizer.json           the tokenizer, as the `tokenizers` library writes it
     self_test.*              a page, a query, and the vectors they gave when the bundle was made
 
-A file is checked against the manifest before anything else reads it, once per `Bundle`.
+A file is checked against the manifest before anything else reads it, once per `Bundle`; the weights of a graph, which
+are nothing but numbers, before anything is computed from them: they are hashed while the engine takes them in.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from cembed.runtime.bundle.manifest_file import read_manifest
 from cembed.runtime.errors import CembedError
 
 _CHUNK = 1 << 22
+_HASHING = 4  # threads
 
 
 def sha256(path: Path) -> str:
@@ -70,7 +73,7 @@ class Bundle:
         self.root = Path(root)
         self.manifest, self.hash = read_manifest(self.root)
         self._lock = threading.Lock()
-        self._verified: set[str] = set()
+        self._hashes: dict[str, Future[str]] = {}
         self._verify = verify
         self._check_listing()
 
@@ -98,23 +101,43 @@ class Bundle:
         """The path of the file `name`, once its sha256 is the manifest's."""
         if name not in self.manifest.files:
             raise CembedError(f"{self.root}: the manifest does not list {name!r}")
-        with self._lock:
-            if self._verify and name not in self._verified:
-                if sha256(self.root / name) != self.manifest.files[name].sha256:
-                    raise CembedError(f"{self.root / name} does not match its sha256: it is damaged, copy it again")
-                self._verified.add(name)
+        if self._verify:
+            self.start([name])
+            if self._hashes[name].result() != self.manifest.files[name].sha256:
+                raise CembedError(f"{self.root / name} does not match its sha256: it is damaged, copy it again")
         return self.root / name
+
+    def start(self, names: Iterable[str]) -> None:
+        """Hashes files meanwhile, for `path` to compare, and those of them once that were asked for several times."""
+        with self._lock:
+            new = [name for name in names if self._verify and name not in self._hashes]
+            if not new:
+                return
+            pool = ThreadPoolExecutor(min(len(new), _HASHING), "hash")
+            self._hashes |= {name: pool.submit(sha256, self.root / name) for name in new}
+            pool.shutdown(wait=False)
 
     def graph_path(self, name: str) -> Path:
         """The path of a graph's ONNX file; its data files are verified too, and are all that its tensors are in."""
+        path, verify_data = self.open_graph(name)
+        verify_data()
+        return path
+
+    def open_graph(self, name: str) -> tuple[Path, Callable[[], None]]:
+        """The path of a graph's ONNX file, which is verified, and what verifies its data files: to be called before
+        anything is computed. They are being hashed when this returns."""
         graph = self.manifest.graphs.get(name)
         if graph is None:
             raise CembedError(f"{self.root} has no graph '{name}': it has {', '.join(self.manifest.graphs)}")
-        for data in graph.data:
-            self.path(data)
+        self.start([*graph.data, graph.file])
         path = self.path(graph.file)
         check_external_data(path, {data: self.manifest.files[data].size for data in graph.data})
-        return path
+
+        def verify_data() -> None:
+            for data in graph.data:
+                self.path(data)
+
+        return path, verify_data
 
     def table(self, spec: EmbeddingTable) -> Table:
         """A table [rows, hidden_size], memory-mapped and read-only."""

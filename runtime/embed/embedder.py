@@ -206,7 +206,9 @@ class Embedder:
         side = self.manifest.side(name)
         self.check(side, budget)
         graphs = ["vision"] if name == "document" else []
-        for graph in (*graphs, "text_step" if self._loops(side, budget) else "text"):
+        graphs += ["text_step" if self._loops(side, budget) else "text"]
+        self.bundle.start(file for graph in graphs for file in self.manifest.graphs[graph].data)
+        for graph in graphs:
             self.session(graph)
 
     def session(self, name: str) -> Session:

@@ -50,7 +50,7 @@ def _open(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
     check_providers(others)
     if first not in ENGINES:
         chosen = replace(settings, providers=others, prepack=settings.packs(bundle.manifest))
-        return lambda name: OrtSession(bundle.graph_path(name), chosen)
+        return lambda name: opened_while_hashed(bundle, name, chosen)
     try:
         return ENGINES[first](bundle, settings)
     except CembedError as error:
@@ -58,6 +58,15 @@ def _open(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
             raise
         warnings.warn(f"{error}; going on with {rest[0]}", RuntimeWarning, stacklevel=4)
         return _open(bundle, replace(settings, providers=tuple(rest)))
+
+
+def opened_while_hashed(bundle: Bundle, name: str, settings: EngineSettings) -> OrtSession:
+    """A session whose weights are hashed while it is made. Raises CembedError, in place of it, if they are damaged."""
+    path, verify_data = bundle.open_graph(name)
+    try:
+        return OrtSession(path, settings)
+    finally:
+        verify_data()
 
 
 def tensorrt_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
