@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cembed.display import show_json, show_table
-from cembed.options import AsJson, split
+from cembed.display import say, show_json, show_table
+from cembed.options import AsJson, BundlePath, Threads, split
 from cembed.runtime.errors import CembedError
+from cembed.streams import held_stderr
 
 if TYPE_CHECKING:
     from cembed.runtime.scoring.timing import Timing
@@ -18,11 +20,6 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 
 bench_app: typer.Typer = typer.Typer(name="bench", help="Time this machine.", no_args_is_help=True)
-
-
-@bench_app.callback()
-def _of_several() -> None:
-    pass  # else the only command would be `cembed bench`
 
 
 @bench_app.command()
@@ -57,6 +54,42 @@ def maxsim(
         show_table(title, COLUMNS, [row(timing, pages) for timing in found])
     if wrong := [timing.storage for timing in found if not timing.error <= TOLERANCE]:
         raise CembedError(f"scores of {', '.join(wrong)} are not those of float64: please report it, with the table")
+
+
+@bench_app.command()
+def page(
+    bundle: BundlePath,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PATH]…", help="Pages to time; by default the one that the bundle brings."),
+    ] = None,
+    pages: Annotated[int, typer.Option(min=1, help="How many pages of PATH at most.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each page is embedded.")] = 5,
+    max_visual_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Visual tokens a page may take, at most the bundle's limit.")
+    ] = None,
+    provider: Annotated[list[str] | None, typer.Option(metavar="NAME,…", help="Engines, as for embed.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a bundle's pages by stage: pixels, vision, text, and a slot of the loop; and the memory that it takes."""
+    from cembed.runtime.bundle.bundle import Bundle
+    from cembed.runtime.tuning import Way, attempt
+    from cembed.tune_cli import read_pages
+
+    images = read_pages(Bundle(bundle), paths, pages)
+    with held_stderr():
+        found = attempt(Way(bundle, tuple(split(provider)) or None, threads, max_visual_tokens), images, rounds)
+    if found.failure:
+        raise CembedError(found.failure)
+    counted = {"visual tokens": found.tokens, "positions": found.positions, "peak MiB": round(found.memory)}
+    if as_json:
+        show_json({"seconds": dict(found.seconds), **counted, "pages": len(images), "rounds": rounds})
+    else:
+        rows = [{"stage": part, "ms": f"{1000 * seconds:.2f}"} for part, seconds in found.seconds.items()]
+        title = f"medians of {rounds} rounds over {len(images)} pages"
+        show_table(title, ("stage", "ms"), rows)
+        say(", ".join(f"{what}: {number:,}" for what, number in counted.items()))
 
 
 COLUMNS = ("storage", "bytes a page", "ms", "GB/s", "pages/s", "times numpy", "error")

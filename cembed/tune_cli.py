@@ -39,19 +39,19 @@ def tune(
     """Try each engine on this machine and keep the fastest for each graph beside the bundle, where loading finds it."""
     from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.engines import tuned
-    from cembed.runtime.tuning import attempt, best, mixture, try_all
+    from cembed.runtime.tuning import Way, attempt, best, mixture, try_all
 
     opened = Bundle(bundle)
     images = read_pages(opened, paths, pages)
     if opened.manifest.target == "onnxruntime":
         complain(STANDARD)
     with held_stderr():
-        trials = list(try_all(bundle, images, rounds, threads))
+        trials = list(try_all(Way(bundle, threads=threads), images, rounds))
         if trials[0].failure:
             raise CembedError(trials[0].failure)
         mixed = mixture(trials, min_cosine)
         if mixed not in [trial.providers for trial in trials]:
-            trials.append(attempt(bundle, mixed, images, rounds, threads))
+            trials.append(attempt(Way(bundle, mixed, threads), images, rounds))
     chosen = best(trials, min_cosine).providers
     show(trials, chosen, as_json)
     if not dry_run:
@@ -95,7 +95,7 @@ def row(trial: Trial, right: Trial) -> dict[str, str | float]:
     name = ", ".join(trial.providers)
     if trial.failure:
         return {"providers": name, "failure": trial.failure}
-    shown: dict[str, str | float] = {f"{part} ms": round(1000 * s, 3) for part, s in trial.seconds.items()}
+    shown: dict[str, str | float] = {f"{part} ms": round(1000 * s, 2) for part, s in trial.seconds.items()}
     lowest = trial.lowest_cosine(right)
     return {
         "providers": name,

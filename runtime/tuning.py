@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+
+import numpy as np
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import Embedder
@@ -23,21 +25,25 @@ from cembed.runtime.pages.images import Pixels
 ALWAYS = (*CPU, "openvino", "openvino-bf16")
 ON_GPU = ("CUDAExecutionProvider",)
 STEPS = 8  # slots of the loop that are timed
-STEP, PAGE = "text_step", "page"
+STEP, PAGE, PIXELS = "text_step", "page", "pixels"
+GRAPHS = ("vision", "text", STEP)
 SLACK = 1.05  # between two measurements of the same
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to run a bundle: seconds by graph and of a whole `page`, medians; what it gave for the first page; MiB.
+    """One way to run a bundle: seconds by graph and of a whole `page`, medians; what it gave; the most memory, in MiB.
 
-    `seconds[STEP]` is one slot of the loop. `failure` says why there is nothing.
+    `seconds[STEP]` is one slot of the loop, `seconds[PIXELS]` what stands before the vision graph. `tokens` and
+    `positions` are those of the largest page. `failure` says why there is nothing.
     """
 
     providers: tuple[str, ...]
     seconds: Mapping[str, float]
     vectors: tuple[Vectors, ...] = ()
     memory: float = 0.0
+    tokens: int = 0
+    positions: int = 0
     failure: str | None = None
 
     def lowest_cosine(self, right: Trial) -> float:
@@ -50,12 +56,12 @@ class Timed:
     """A session that says how long its last run took."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self.seconds = session, 0.0
+        self._session, self.seconds, self.rows = session, 0.0, 0
 
     def run(self, feeds: Mapping[str, Array]) -> Array:
         start = time.perf_counter()
         output = self._session.run(feeds)
-        self.seconds = time.perf_counter() - start
+        self.seconds, self.rows = time.perf_counter() - start, int(np.prod(output.shape[:-1]))
         return output
 
     def bind(self, cache: Mapping[str, Array]) -> StepSession:
@@ -68,42 +74,58 @@ def candidates() -> tuple[str, ...]:
     return (*ALWAYS, *(name for name in ON_GPU if name in available))
 
 
-def try_all(bundle: Path, pages: Sequence[Pixels], rounds: int, threads: int | None) -> Iterator[Trial]:
+@dataclass(frozen=True)
+class Way:
+    """How a bundle is run; None are the defaults of `Embedder.load`."""
+
+    bundle: Path
+    providers: tuple[str, ...] | None = None
+    threads: int | None = None
+    max_visual_tokens: int | None = None
+
+
+def try_all(way: Way, pages: Sequence[Pixels], rounds: int) -> Iterator[Trial]:
     """Each engine for all graphs, as it is done; the first one is the right one, ONNX Runtime on the CPU."""
     for name in candidates():
-        yield attempt(bundle, (name,), pages, rounds, threads)
+        yield attempt(replace(way, providers=(name,)), pages, rounds)
 
 
-def attempt(
-    bundle: Path, providers: tuple[str, ...], pages: Sequence[Pixels], rounds: int, threads: int | None
-) -> Trial:
+def attempt(way: Way, pages: Sequence[Pixels], rounds: int) -> Trial:
     """One way, in a process of its own; what it cannot do is its `failure`."""
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawned) as process:
         try:
-            return process.submit(_run, bundle, providers, list(pages), rounds, threads).result()
+            return process.submit(_run, way, list(pages), rounds).result()
         except CembedError as error:
-            return Trial(providers, {}, failure=str(error))
+            return Trial(way.providers or (), {}, failure=str(error))
         except Exception as error:  # the process ended, as an engine crashed or memory did not suffice
-            return Trial(providers, {}, failure=f"its process ended: {error}")
+            return Trial(way.providers or (), {}, failure=f"its process ended: {error}")
 
 
-def _run(bundle: Path, providers: tuple[str, ...], pages: list[Pixels], rounds: int, threads: int | None) -> Trial:
-    embedder = Embedder.load(bundle, providers=providers, threads=threads)
-    graphs = embedder.manifest.graphs
+def _run(way: Way, pages: list[Pixels], rounds: int) -> Trial:
+    embedder = Embedder.load(
+        way.bundle, providers=way.providers, threads=way.threads, max_visual_tokens=way.max_visual_tokens
+    )
     single = embedder.manifest.document.slots != "feedback"
     timed = {name: Timed(embedder.session(name)) for name in (("vision", "text") if single else ("vision",))}
     embedder.replace_sessions(timed)
     vectors = tuple(embedder.embed_images(pages))  # which also warms up
-    seconds: dict[str, list[float]] = {}
-    for page in pages * rounds:
-        start = time.perf_counter()
-        embedder.embed_image(page)
-        found = {PAGE: time.perf_counter() - start, **{name: session.seconds for name, session in timed.items()}}
-        found |= {STEP: _step(embedder, page)} if STEP in graphs else {}
-        for name, value in found.items():
-            seconds.setdefault(name, []).append(value)
-    return Trial(providers, {name: median(values) for name, values in seconds.items()}, vectors, _peak())
+    rows = [_page(embedder, timed, page) for page in pages * rounds]
+    seconds = {name: median(row[name] for row in rows) for name in rows[0] if name not in ("tokens", "positions")}
+    tokens, positions = (int(max(row[name] for row in rows)) for name in ("tokens", "positions"))
+    return Trial(way.providers or (), seconds, vectors, _peak(), tokens, positions)
+
+
+def _page(embedder: Embedder, timed: Mapping[str, Timed], page: Pixels) -> dict[str, float]:
+    """Seconds of one page, and how many visual tokens and positions it takes."""
+    start = time.perf_counter()
+    prompt = embedder.inputs.document(page)
+    made = time.perf_counter()
+    embedder.embed_prompt("document", prompt)
+    found = {PAGE: time.perf_counter() - start, PIXELS: made - start - timed["vision"].seconds}
+    found |= {name: session.seconds for name, session in timed.items()}
+    found |= {STEP: _step(embedder, page)} if STEP in embedder.manifest.graphs else {}
+    return found | {"tokens": timed["vision"].rows, "positions": len(prompt)}
 
 
 def _step(embedder: Embedder, page: Pixels) -> float:
@@ -128,7 +150,7 @@ def _peak() -> float:
 def mixture(trials: Sequence[Trial], min_cosine: float) -> tuple[str, ...]:
     """Providers as `Embedder.load` takes them: of each graph the fastest of the `faithful` ones."""
     good, base = faithful(trials, min_cosine), trials[0].providers[0]
-    graphs = [graph for graph in trials[0].seconds if graph != PAGE]
+    graphs = [graph for graph in GRAPHS if graph in trials[0].seconds]
     fastest = {graph: min(good, key=lambda trial: trial.seconds[graph]).providers[0] for graph in graphs}
     return (*(f"{graph}={name}" for graph, name in fastest.items() if name != base), base)
 

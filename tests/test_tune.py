@@ -20,7 +20,7 @@ from cembed.runtime.engines.openvino import OpenVinoSession
 from cembed.runtime.engines.providers import CPU, open_sessions
 from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.engines.tuned import Tuned
-from cembed.runtime.tuning import Trial, best, mixture
+from cembed.runtime.tuning import Trial, Way, best, mixture
 
 pytest.importorskip("openvino", reason="needs OpenVINO: pip install '.[openvino]'")
 PAGE = np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8)
@@ -125,7 +125,7 @@ def test_each_graph_gets_the_fastest_that_is_right() -> None:
 
 
 def test_an_engine_that_ends_its_process_is_a_failure(bundle: Path) -> None:
-    found = tuning.attempt(bundle, ("audio=openvino",), [PAGE], 1, 1)
+    found = tuning.attempt(Way(bundle, ("audio=openvino",), 1), [PAGE], 1)
     assert "audio" in (found.failure or "")
 
 
@@ -155,3 +155,27 @@ def test_pages_that_cannot_be_read(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     shown = cembed("tune", bundle, tmp_path / "a.png")
     assert (shown.status, "no page of" in shown.err) == (1, True)
+
+
+# cembed bench page
+
+
+def test_stages_of_a_page(bundle: Path) -> None:
+    shown = cembed("bench", "page", bundle, "--rounds", "1", "--threads", "1", "--json")
+    made = json.loads(shown.out)
+    seconds = made["seconds"]
+    assert seconds.keys() == {"page", "pixels", "vision", "text", "text_step"}
+    assert seconds["page"] >= seconds["pixels"] + seconds["vision"] + seconds["text"]
+    assert made["visual tokens"] < made["positions"]
+    assert made["peak MiB"] > 50
+
+
+def test_fewer_visual_tokens_are_timed(bundle: Path) -> None:
+    shown = cembed("bench", "page", bundle, "--rounds", "1", "--threads", "1", "--max-visual-tokens", "20", "--json")
+    assert json.loads(shown.out)["visual tokens"] <= 20
+    assert "visual tokens: " in cembed("bench", "page", bundle, "--rounds", "1", "--threads", "1").out
+
+
+def test_an_engine_that_is_not_there_is_an_error(bundle: Path) -> None:
+    shown = cembed("bench", "page", bundle, "--provider", "fast")
+    assert (shown.status, "fast is not in this build" in shown.err) == (1, True)
