@@ -1,4 +1,5 @@
-// An opened bundle: its manifest, and its files, each compared with its sha256 before anything else reads it.
+// An opened bundle: its manifest, and its files, each compared with its sha256 before anything else reads it,
+// but for weights: before anything is computed from them.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +40,10 @@ class Bundle {
 
     // The path of a file, once its sha256 is the manifest's.
     std::string path(const std::string &name);
-    // The path of a graph's ONNX file; its data files are verified too, and are all that its tensors are in.
+    // The path of a graph's ONNX file, whose tensors are in its data files and nowhere else; `verify_weights` has to be
+    // called before anything is computed from these.
     std::string graph_path(const std::string &name);
+    void verify_weights(const std::string &name);
     const Graph &graph(const std::string &name) const;
     std::string read(const std::string &name);
     Table table(const EmbeddingTable &spec);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <future>
+#include <memory>
 #include <numeric>
 #include <utility>
 
@@ -64,8 +66,18 @@ void normalise(const float *from, int64_t dim, double squares, float *to) {
 Engines engines_of(Bundle &bundle, const EngineSettings &settings) {
     if (settings.provider == TENSORRT) return tensorrt_engines(bundle);
     check_provider(settings);
-    return [&bundle, settings](const std::string &graph) {
-        return load_onnxruntime(bundle.graph_path(graph), settings);
+    return [&bundle, settings](const std::string &graph) {  // weights are hashed while the engine takes them in
+        const std::string path = bundle.graph_path(graph);
+        auto verified = std::async(std::launch::async, [&bundle, &graph] { bundle.verify_weights(graph); });
+        std::unique_ptr<Engine> engine;
+        try {
+            engine = load_onnxruntime(path, settings);
+        } catch (const Error &) {
+            verified.get();  // what is wrong with the file says more
+            throw;
+        }
+        verified.get();
+        return engine;
     };
 }
 
