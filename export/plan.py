@@ -18,7 +18,7 @@ from cembed.export.checkpoint import Checkpoint, check_shape, parameter
 from cembed.export.decoder import DecoderConfig
 from cembed.export.encoder import EncoderConfig
 from cembed.export.graph import GraphSpec, empty_module
-from cembed.export.head_weights import Rows, SlotTables, named_head, projection_width, slot_tables
+from cembed.export.head_weights import WEIGHT, Rows, SlotTables, named_head, projection_width, slot_tables
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
 from cembed.export.specs import graph_specs
@@ -107,6 +107,7 @@ class ExportPlan:
         adapter = None if options.adapter is None else Path(options.adapter)
         checkpoint = Checkpoint.open(root, adapter, options.head_weights)
         backbone = load_backbone(options.backbone, root, adapter)
+        check_projection(checkpoint, backbone.dim)
         backbone = replace(backbone, image=backbone.image.limited(options.max_visual_tokens))
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
@@ -215,6 +216,14 @@ def check_weights(checkpoint: Checkpoint, specs: Sequence[GraphSpec], tables: It
     checkpoint.require([checkpoint.embeddings_name, *tables, *(prefix + name for prefix, _, name in wanted)])
     for prefix, module, name in wanted:
         check_shape(module, checkpoint, prefix, name)
+
+
+def check_projection(checkpoint: Checkpoint, dim: int | None) -> None:
+    """Raises CembedError if the projection has not the width that the configuration says, where it says one."""
+    shape = checkpoint.shape(WEIGHT) if WEIGHT in checkpoint else None
+    if dim is not None and (shape is None or shape[:1] != (dim,)):
+        found = "is missing" if shape is None else f"has shape {shape}"
+        raise CembedError(f"{WEIGHT} {found}: config.json has embedding_dim {dim}, so [{dim}, hidden] is needed")
 
 
 def check_embeddings(checkpoint: Checkpoint, hidden: int, last_token: int) -> None:
