@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -57,10 +58,12 @@ class Backbone:
     dim: int | None = None
 
 
-def load_backbone(name: str | None, root: Path, adapter: Path | None = None) -> Backbone:
+def load_backbone(
+    name: str | None, root: Path, adapter: Path | None = None, over: Mapping[str, Any] = MappingProxyType({})
+) -> Backbone:
     """The backbone `name` as the configuration files in `root`, and the image settings of `adapter`, describe it.
 
-    Without a name it is the one that the configuration says.
+    Without a name it is the one that the configuration says; `over` are image settings that count before all others.
     Raises CembedError: an unknown name, a checkpoint of another architecture, a configuration that is not supported.
     """
     if name is not None:
@@ -69,9 +72,12 @@ def load_backbone(name: str | None, root: Path, adapter: Path | None = None) -> 
     wrapped = unwrapped(given, root)
     given = wrapped.config if wrapped else given
     name = check_model_type(name, root, given)
+    if wrapped and BACKBONES[name].wrapper != wrapped.kind:
+        raise CembedError(f"{root} is a {wrapped.kind} wrapper around a {name} model: transformers has no such class")
     config = read_config(name, given)
     from_hf = importlib.import_module(f"cembed.export.{module_name(name)}").from_hf
     images = find_settings([place for place in (adapter, root) if place is not None])
+    images[0] = Settings(images[0].where, {**images[0].values, **over})
     warn_of_others(images, lambda settings: from_hf(config, settings).image)
     backbone: Backbone = from_hf(config, images[0])
     return as_wrapped(backbone, wrapped) if wrapped else backbone

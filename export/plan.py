@@ -18,9 +18,10 @@ from cembed.export.checkpoint import Checkpoint, check_shape, parameter
 from cembed.export.decoder import DecoderConfig
 from cembed.export.encoder import EncoderConfig
 from cembed.export.graph import GraphSpec, empty_module
-from cembed.export.head_weights import WEIGHT, Rows, SlotTables, named_head, projection_width, slot_tables
+from cembed.export.head_weights import BIAS, WEIGHT, Rows, SlotTables, named_head, projection_width, slot_tables
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
+from cembed.export.pipelines import Pipeline, transformer_folder
 from cembed.export.specs import graph_specs
 from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
 from cembed.runtime.bundle.manifest import (
@@ -105,14 +106,19 @@ class ExportPlan:
     @classmethod
     def make(cls, options: ExportOptions, root: Path) -> ExportPlan:
         adapter = None if options.adapter is None else Path(options.adapter)
-        checkpoint = Checkpoint.open(root, adapter, options.head_weights)
-        backbone = load_backbone(options.backbone, root, adapter)
+        pipeline = Pipeline.read(adapter or root)
+        options = with_pipeline(options, pipeline)
+        root, adapter = transformer_folder(root), adapter and transformer_folder(adapter)
+        checkpoint = open_checkpoint(root, adapter, options, pipeline)
+        backbone = load_backbone(options.backbone, root, adapter, pipeline.images if pipeline else {})
         check_projection(checkpoint, backbone.dim)
         backbone = replace(backbone, image=backbone.image.limited(options.max_visual_tokens))
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer = read_tokenizer([place for place in (adapter, root) if place is not None])
-        if name == "single" and backbone.single_prompts:
+        if pipeline:
+            backbone = pipeline.dress(backbone, tokenizer)
+        elif name == "single" and backbone.single_prompts:
             backbone = replace(backbone, prompts=backbone.single_prompts, tokenizer_adds=True)
         backbone = replace(backbone, prompts=prompts_of(backbone, tokenizer, root))
         hidden = backbone.decoder.hidden_size
@@ -183,6 +189,22 @@ class ExportPlan:
             source=source,
             made_with={"cembed": __version__, **{name: version(name) for name in MADE_WITH}},
         )
+
+
+def with_pipeline(options: ExportOptions, pipeline: Pipeline | None) -> ExportOptions:
+    """The options, with the head of a directory of sentence-transformers where none is asked for."""
+    if pipeline is None or options.head or options.head_spec:
+        return options
+    return replace(options, head=pipeline.head, pooling=options.pooling or pipeline.pooling)
+
+
+def open_checkpoint(root: Path, adapter: Path | None, options: ExportOptions, pipeline: Pipeline | None) -> Checkpoint:
+    """The checkpoint with the weights beside it; a projection without a bias gets one of zeros."""
+    beside = (*(pipeline.files if pipeline else ()), *([options.head_weights] if options.head_weights else ()))
+    checkpoint = Checkpoint.open(root, adapter, beside)
+    if pipeline and not pipeline.bias and WEIGHT in checkpoint and BIAS not in checkpoint:
+        checkpoint.zeros[BIAS] = checkpoint.shape(WEIGHT)[:1]
+    return checkpoint
 
 
 def choose_head(options: ExportOptions, checkpoint: Checkpoint) -> tuple[str, Head]:

@@ -1,4 +1,4 @@
-"""transformers' own retrieval classes, names in `-hf`: what they wrap, and what their processors put around an input."""
+"""transformers' own retrieval classes, names in `-hf`: what is in them, and what their processors put around inputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ of M-RoPE, and its processor ends queries with a line break."""
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A class of transformers: the model types that it wraps, and its processor's conventions.
+    """A class of transformers, by its processor's conventions.
 
     `prompt` and `prefix` are what its processor says unless told; where `image_token` is empty the image and the first
     token go before `prompt`, otherwise `image_token` is a part of it. `augmentation` follows a query ten times; without
     one it is the tokenizer's padding.
     """
 
-    wrapped: tuple[str, ...]
     prompt: str
     prefix: str
     image_token: str = ""
@@ -35,9 +34,8 @@ class Wrapper:
 
 
 WRAPPERS: Mapping[str, Wrapper] = {
-    "colpali": Wrapper(("paligemma",), "Describe the image.", "Question: ", line_breaks=(4, 0)),
+    "colpali": Wrapper("Describe the image.", "Question: ", line_breaks=(4, 0)),
     "colqwen2": Wrapper(
-        ("qwen2_vl", "qwen2_5_vl"),
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Describe the image.<|im_end|><|endoftext|>",
         "Query: ",
         image_token="<|image_pad|>",
@@ -45,7 +43,6 @@ WRAPPERS: Mapping[str, Wrapper] = {
         plain_positions=PLAIN_POSITIONS,
     ),
     "colmodernvbert": Wrapper(
-        ("modernvbert",),
         "<|begin_of_text|>User:<image>Describe the image.<end_of_utterance>\nAssistant:",
         "",
         image_token="<image>",
@@ -57,8 +54,9 @@ WRAPPERS: Mapping[str, Wrapper] = {
 
 @dataclass(frozen=True)
 class Wrapped:
-    """What a wrapper's files say beside the configuration `config` of the model in it."""
+    """What a wrapper's files say beside the configuration `config` of the model in it; `kind` is its model type."""
 
+    kind: str
     config: Settings
     prompts: tuple[str, str]
     dim: int
@@ -68,8 +66,7 @@ class Wrapped:
 def unwrapped(given: Settings, root: Path) -> Wrapped | None:
     """What is in a wrapper; None for the configuration of another model.
 
-    Raises CembedError: a wrapper that cembed does not know, or around another model than its class has; a processor
-    whose prompt is not one text around one image.
+    Raises CembedError: a wrapper that cembed does not know, a processor whose prompt is not one text around one image.
     """
     kind = given.text("model_type")
     if not given.has("vlm_config") and kind not in WRAPPERS:
@@ -77,10 +74,9 @@ def unwrapped(given: Settings, root: Path) -> Wrapped | None:
     if kind not in WRAPPERS:
         raise CembedError(f"{root} is a {kind:.80} wrapper, and cembed has {', '.join(WRAPPERS)}: see docs/models.md")
     wrapper, config = WRAPPERS[kind], given.section("vlm_config")
-    config.require("model_type", *wrapper.wrapped)
     version = saved_by(given)
     prompts = page_prompt(wrapper, root), query_prompt(wrapper, root, version)
-    return Wrapped(config, prompts, given.count("embedding_dim"), since(version, wrapper.plain_positions))
+    return Wrapped(kind, config, prompts, given.count("embedding_dim"), since(version, wrapper.plain_positions))
 
 
 def saved_by(given: Settings) -> tuple[int, int]:
@@ -118,7 +114,7 @@ def spoken(root: Path, name: str, default: str) -> str:
 
 
 def role(root: Path, name: str) -> str:
-    """The text of a token by its part in the tokenizer, which may come with flags. Raises CembedError: there is none."""
+    """A token's text by its part in the tokenizer, which may come with flags. Raises CembedError: there is none."""
     settings = Settings.read(root / ROLES)
     if isinstance(settings.values.get(name), dict):
         return settings.section(name).text("content")

@@ -159,7 +159,18 @@ def test_prompts_are_those_of_the_processor(changed: Callable[..., Path]) -> Non
     [
         ("colqwen2", "config.json", {"model_type": "colother"}, "is a colother wrapper, and cembed has colpali, "),
         ("colqwen2", "config.json", {"vlm_config": None}, "vlm_config is None: supported is an object"),
-        ("colqwen2", "config.json", {"vlm_config": {"model_type": "llava"}}, "model_type is 'llava'"),
+        (
+            "colqwen2",
+            "config.json",
+            {"vlm_config": {"model_type": "llava"}},
+            "is a llava checkpoint, and cembed has qwen2-vl",
+        ),
+        (
+            "colqwen2",
+            "config.json",
+            {"vlm_config": {"model_type": "qwen3_vl"}},
+            "is a colqwen2 wrapper around a qwen3-vl",
+        ),
         ("colqwen2", "config.json", {"embedding_dim": "x"}, "embedding_dim is 'x'"),
         ("colqwen2", "config.json", {"embedding_dim": 32}, "custom_text_proj.weight has shape (24, 96): config.json"),
         ("colqwen2", "processor_config.json", {"visual_prompt_prefix": "no page"}, "one <|image_pad|> is needed"),
@@ -181,5 +192,5 @@ def test_a_wrapper_needs_its_projection(changed: Callable[..., Path], tmp_path: 
     root = changed("colqwen2")
     weights = load_file(root / "model.safetensors")
     save_file({name: w for name, w in weights.items() if "proj_layer" not in name}, root / "model.safetensors")
-    with pytest.raises(CembedError, match="custom_text_proj.weight is missing: config.json has embedding_dim 24"):
+    with pytest.raises(CembedError, match=r"custom_text_proj\.weight is missing: config\.json has embedding_dim 24"):
         export(ExportOptions(model=str(root)), tmp_path / "out")
