@@ -105,6 +105,8 @@ def read_config(name: str, given: Settings) -> Settings:
 
     logging.set_verbosity_error()
     check_sizes(given.where, given.values)
+    if given.has("text_config") and given.section("text_config").has("text_model_name"):
+        given.section("text_config").refuse("text_model_name", "none: save it with a colpali-engine of 0.3.18 or later")
     try:
         config = CONFIG_MAPPING[module_name(name)].from_dict(copy.deepcopy(dict(given.values))).to_dict()
     except Exception as error:  # whatever its own checks raise, and what they did not think of
