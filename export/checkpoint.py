@@ -25,12 +25,19 @@ from cembed.runtime.errors import CembedError
 _NOT_USED = re.compile(r"^lm_head\.|^mtp\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
 
 
-def named_weights(root: Path, sources: Sequence[Sequence[Path]]) -> dict[str, tuple[Weights, str]]:
-    """Where each weight is, by its canonical name. Raises CembedError: damaged files, two weights of one name."""
+def named_weights(
+    root: Path, sources: Sequence[Sequence[Path]], unread: Sequence[str] = ()
+) -> dict[str, tuple[Weights, str]]:
+    """Where each weight is, by its canonical name; those called `unread` count in all sources but the first.
+
+    Raises CembedError: damaged files, two weights of one name.
+    """
     keys: dict[str, tuple[Weights, str]] = {}
-    for weights in map(Weights, sources):
+    for i, weights in enumerate(map(Weights, sources)):
         for key in weights:
             name = canonical_name(key)
+            if i == 0 and name in unread:
+                continue
             if name in keys:
                 raise CembedError(f"{root}: {key} and {keys[name][1]} are the same weight")
             keys[name] = (weights, key)
@@ -51,12 +58,16 @@ class Checkpoint:
     zeros: dict[str, Shape] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, root: Path, adapter: Path | None, head_weights: Sequence[Path] = ()) -> Checkpoint:
-        """Raises CembedError: an adapter in place of a model, damaged files, two weights of one name, an adapter that
+    def open(
+        cls, root: Path, adapter: Path | None, head_weights: Sequence[Path] = (), unread: Sequence[str] = ()
+    ) -> Checkpoint:
+        """The weights in `root` but for those called `unread`, with those of other files.
+
+        Raises CembedError: an adapter in place of a model, damaged files, two weights of one name, an adapter that
         does not fit."""
         if adapter is None:
             refuse_alone(root)
-        keys = named_weights(root, [weight_files(root), *([path] for path in head_weights)])
+        keys = named_weights(root, [weight_files(root), *([path] for path in head_weights)], unread)
         merged = Adapter(adapter) if adapter else None
         names = keys.keys() | (merged.whole.keys() if merged else set())
         opened = cls(root, merged, keys, {name for name in names if not _NOT_USED.search(name)})

@@ -46,7 +46,7 @@ class Pipeline:
     """What the modules say of a head, and their prompts of a page and a query.
 
     `folder` has the transformer; `dense` is the file of a projection; `images` goes over the image settings; `names`
-    are given to the chat template.
+    are given to the chat template; `wraps` says that the transformer is a retrieval class with its own projection.
     """
 
     folder: Path
@@ -59,6 +59,7 @@ class Pipeline:
     document: str
     query: str
     chats: bool
+    wraps: bool
 
     @classmethod
     def read(cls, root: Path) -> Pipeline | None:
@@ -82,6 +83,7 @@ class Pipeline:
             document=prompt_of(sentences, PAGE_PROMPTS),
             query=prompt_of(sentences, QUERY_PROMPTS),
             chats=chats(first),
+            wraps=wraps(first),
         )
 
     @property
@@ -191,8 +193,7 @@ def check_vectors(modules: list[Module], sentences: Settings) -> None:
     similarity = sentences.over({"similarity_fn_name": None})
     similarity.require("similarity_fn_name", None, "cosine", "dot", "maxsim")
     whole = of_kind(modules, "Normalize") or similarity.values["similarity_fn_name"] in (None, "cosine")
-    wrapped = modules[0].settings.values.get("transformer_task") == "retrieval"
-    if not whole and not wrapped:
+    if not whole and not wraps(modules[0]):
         raise CembedError(f"{similarity.where}: vectors are compared with their lengths: add a Normalize module")
 
 
@@ -224,6 +225,10 @@ def prompt_of(sentences: Settings, names: tuple[str, ...]) -> str:
     if not isinstance(prompt, str | None):
         Settings(f"{sentences.where}: prompts", prompts).refuse(str(name), "a text")
     return prompt or ""
+
+
+def wraps(transformer: Module) -> bool:
+    return transformer.settings.values.get("transformer_task") == TASKS[1]
 
 
 def chats(transformer: Module) -> bool:

@@ -199,9 +199,13 @@ def with_pipeline(options: ExportOptions, pipeline: Pipeline | None) -> ExportOp
 
 
 def open_checkpoint(root: Path, adapter: Path | None, options: ExportOptions, pipeline: Pipeline | None) -> Checkpoint:
-    """The checkpoint with the weights beside it; a projection without a bias gets one of zeros."""
+    """The checkpoint with the weights beside it; a projection without a bias gets one of zeros.
+
+    sentence-transformers reads no projection with the transformer, but for that of a retrieval class.
+    """
+    unread = (WEIGHT, BIAS) if pipeline and not pipeline.wraps else ()
     beside = (*(pipeline.files if pipeline else ()), *([options.head_weights] if options.head_weights else ()))
-    checkpoint = Checkpoint.open(root, adapter, beside)
+    checkpoint = Checkpoint.open(root, adapter, beside, unread)
     if pipeline and not pipeline.bias and WEIGHT in checkpoint and BIAS not in checkpoint:
         checkpoint.zeros[BIAS] = checkpoint.shape(WEIGHT)[:1]
     return checkpoint

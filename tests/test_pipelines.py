@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions, ExportPlan
+from cembed.export.sources import find_source
 from cembed.runtime import CembedError, Embedder
 
 PAGE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8))
@@ -117,6 +118,24 @@ def test_vectors(zoo: Zoo, tmp_path: Path, head: str, modules: Modules) -> None:
     page, query = model.embedder.embed_image(PAGE), model.embedder.embed_query(TEXT)
     np.testing.assert_allclose(page, expected(model, model.document(PAGE), head), rtol=0, atol=1e-5)
     np.testing.assert_allclose(query, expected(model, model.query(TEXT), head), rtol=0, atol=1e-5)
+
+
+def test_a_projection_that_is_no_module_is_not_read(tmp_path: Path) -> None:
+    """An adapter that sentence-transformers trained on a model of colpali-engine's, without its projection."""
+    root = tmp_path / "adapter"
+    arrange(root, GOLDEN / "colqwen2", SINGLE)
+    for file in ("model.safetensors", "config.json"):
+        (root / file).unlink()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "base_model_name_or_path": str(GOLDEN / "colqwen2")}
+    write(root / "adapter_config.json", config)
+    name = "base_model.model.language_model.layers.0.self_attn.q_proj.lora_"
+    pair = {f"{name}A.weight": torch.ones(4, HIDDEN), f"{name}B.weight": torch.ones(HIDDEN, 4)}
+    save_file(pair, root / "adapter_model.safetensors")
+    source = find_source(None, str(root))
+    plan = ExportPlan.make(ExportOptions(adapter=root), source.model.root)
+    assert source.model.root == GOLDEN / "colqwen2"
+    assert (plan.head, plan.query.prompt[:24]) == ("single", SYSTEM.format("Find.")[:24])
+    assert plan.graphs[-1].outputs[0].shape[-1] == HIDDEN
 
 
 def test_prompts_are_rendered_from_the_chat_template(planned: Callable[..., ExportPlan]) -> None:
