@@ -126,35 +126,49 @@ def adds(template: ChatTemplate, prompts: tuple[str, str]) -> bool:
 
 def transformer_folder(root: Path) -> Path:
     """Where the transformer is; `root` itself where it is no directory of sentence-transformers."""
-    return read_modules(root)[0].folder if (root / MODULES).exists() else root
+    return folder_of(root, listed_modules(root)[0]) if (root / MODULES).exists() else root
 
 
-def read_modules(root: Path) -> list[Module]:
-    """Raises CembedError: modules that cembed does not have, or in another order."""
+def listed_modules(root: Path) -> list[Settings]:
+    """At least one. Raises CembedError for anything else than a list of objects."""
     path = root / MODULES
     require_file(path)
     try:
         listed = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         raise CembedError(f"{path} cannot be read as JSON: {one_line(error)}") from error
-    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
         raise CembedError(f"{path} holds no list of modules")
-    modules = [read_module(root, Settings(f"{path}: {i}", entry)) for i, entry in enumerate(listed)]
+    return [Settings(f"{path}: {i}", entry) for i, entry in enumerate(listed)]
+
+
+def read_modules(root: Path) -> list[Module]:
+    """Raises CembedError: modules that cembed does not have, or in another order."""
+    modules = [read_module(root, entry) for entry in listed_modules(root)]
     if not ORDER.fullmatch("".join(LETTERS[module.kind] for module in modules)):
         names = ", ".join(module.kind for module in modules)
-        raise CembedError(f"{path} has {names}: cembed has Transformer, Pooling or none, Dense or none, Normalize")
+        raise CembedError(
+            f"{root / MODULES} has {names}: cembed has Transformer, Pooling or none, Dense or none, Normalize"
+        )
     return modules
 
 
 def read_module(root: Path, entry: Settings) -> Module:
-    kind, path = entry.text("type"), entry.values.get("path")
+    kind = entry.text("type")
     name = kind.rpartition(".")[2]
     if not kind.startswith(PACKAGE) or name not in LETTERS:
-        entry.refuse("type", f"one of {', '.join(LETTERS)} of sentence_transformers")
+        known = ", ".join(LETTERS)
+        entry.refuse("type", f"one of {known} of sentence_transformers; with --head no modules are read")
+    folder = folder_of(root, entry)
+    file = folder / (TRANSFORMER if name == "Transformer" else "config.json")
+    return Module(name, folder, Settings.read(file) if file.exists() else Settings(str(file), {}))
+
+
+def folder_of(root: Path, entry: Settings) -> Path:
+    path = entry.values.get("path")
     if not isinstance(path, str) or path.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", path):
         entry.refuse("path", "a folder beside it")
-    file = root / path / (TRANSFORMER if name == "Transformer" else "config.json")
-    return Module(name, root / path, Settings.read(file) if file.exists() else Settings(str(file), {}))
+    return root / path
 
 
 def of_kind(modules: list[Module], kind: str) -> Module | None:

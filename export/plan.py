@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from cembed.export.graph import GraphSpec, empty_module
 from cembed.export.head_weights import BIAS, WEIGHT, Rows, SlotTables, named_head, projection_width, slot_tables
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
-from cembed.export.pipelines import Pipeline, transformer_folder
+from cembed.export.pipelines import MODULES, Pipeline, transformer_folder
 from cembed.export.specs import graph_specs
 from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
 from cembed.runtime.bundle.manifest import (
@@ -106,7 +107,7 @@ class ExportPlan:
     @classmethod
     def make(cls, options: ExportOptions, root: Path) -> ExportPlan:
         adapter = None if options.adapter is None else Path(options.adapter)
-        pipeline = Pipeline.read(adapter or root)
+        pipeline = find_pipeline(options, adapter or root)
         options = with_pipeline(options, pipeline)
         root, adapter = transformer_folder(root), adapter and transformer_folder(adapter)
         checkpoint = open_checkpoint(root, adapter, options, pipeline)
@@ -191,9 +192,17 @@ class ExportPlan:
         )
 
 
+def find_pipeline(options: ExportOptions, root: Path) -> Pipeline | None:
+    """A directory of sentence-transformers; with a head that is asked for it is a checkpoint like others."""
+    if not (options.head or options.head_spec):
+        return Pipeline.read(root)
+    if (root / MODULES).exists():
+        warnings.warn(f"{root / MODULES} is not read, as the head is given", RuntimeWarning, stacklevel=2)
+    return None
+
+
 def with_pipeline(options: ExportOptions, pipeline: Pipeline | None) -> ExportOptions:
-    """The options, with the head of a directory of sentence-transformers where none is asked for."""
-    if pipeline is None or options.head or options.head_spec:
+    if pipeline is None:
         return options
     return replace(options, head=pipeline.head, pooling=options.pooling or pipeline.pooling)
 

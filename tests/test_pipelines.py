@@ -152,11 +152,17 @@ def test_what_the_template_is_given(planned: Callable[..., ExportPlan]) -> None:
     assert plan.query.prompt == SYSTEM.format("Embed.") + "{text}" + ASSISTANT + "<|endoftext|><|im_start|>assistant\n"
 
 
-def test_a_head_that_is_asked_for_goes_first(zoo: Zoo, tmp_path: Path) -> None:
+def test_with_a_head_it_is_a_checkpoint_like_others(zoo: Zoo, tmp_path: Path) -> None:
+    """Modules may be code of the repository's own, which is not run; what is lost is said."""
     root = arrange(tmp_path / "model", zoo.checkpoint("qwen2-vl"), SINGLE)
-    plan = ExportPlan.make(ExportOptions(model=str(root), head="feedback", pooling="mean"), root)
-    assert (plan.head, plan.query.slots, plan.query.pooling) == ("feedback", "feedback", "mean")
-    assert plan.query.prompt.startswith(SYSTEM.format("Find."))
+    listed = json.loads((root / "modules.json").read_text())
+    listed[0]["type"] = "custom_st.Transformer"
+    write(root / "modules.json", listed)
+    with pytest.raises(CembedError, match=r"type is 'custom_st\.Transformer'.* with --head no modules are read"):
+        ExportPlan.make(ExportOptions(model=str(root)), root)
+    with pytest.warns(RuntimeWarning, match=r"modules\.json is not read, as the head is given"):
+        plan = ExportPlan.make(ExportOptions(model=str(root), head="single"), root)
+    assert plan.query.prompt.startswith(SYSTEM.format("You are a helpful assistant."))
 
 
 def test_image_settings_of_the_processor_are_overruled(planned: Callable[..., ExportPlan]) -> None:
@@ -258,7 +264,7 @@ def test_templates_that_are_no_prompt(zoo: Zoo, tmp_path: Path, template: str, w
         ExportPlan.make(ExportOptions(model=str(root)), root)
 
 
-@pytest.mark.parametrize("content", ["{}", "[3]", "[", '[{"type": "sentence_transformers.models.Transformer"}]'])
+@pytest.mark.parametrize("content", ["{}", "[]", "[3]", "[", '[{"type": "sentence_transformers.models.Transformer"}]'])
 def test_lists_of_modules_that_are_none(zoo: Zoo, tmp_path: Path, content: str) -> None:
     root = arrange(tmp_path / "model", zoo.checkpoint("qwen2-vl"), SINGLE)
     (root / "modules.json").write_text(content)
