@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cembed.export.settings import Settings, one_line, require_file
-from cembed.export.wrappers import PROCESSOR, ROLES
+from cembed.export.wrappers import PROCESSOR, ROLES, role
 from cembed.runtime.errors import CembedError
 
 LEGACY, FILE = "chat_template.json", "chat_template.jinja"
@@ -92,5 +92,4 @@ def source_in(path: Path) -> str:
 def token_names(root: Path) -> dict[str, str]:
     """Texts of tokens by their parts in the tokenizer."""
     roles = Settings.read(root / ROLES) if (root / ROLES).exists() else Settings(str(root / ROLES), {})
-    named = {name: roles.values[name] for name in TOKENS if roles.has(name)}
-    return {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: role(root, name) for name in TOKENS if roles.has(name)}

@@ -203,6 +203,8 @@ def check_vectors(modules: list[Module], sentences: Settings) -> None:
         for name in ("skiplist_words", "keep_only_token_ids"):
             if mask.settings.values.get(name):
                 mask.settings.refuse(name, "none, as every token has a vector here")
+    if normalize := of_kind(modules, "Normalize"):
+        check_place(normalize.settings, VECTOR if of_kind(modules, "Pooling") else TOKENS)
     sentences.over({"truncate_dim": None}).require("truncate_dim", None)
     similarity = sentences.over({"similarity_fn_name": None})
     similarity.require("similarity_fn_name", None, "cosine", "dot", "maxsim")
@@ -225,10 +227,15 @@ def check_dense(settings: Settings, before: str) -> bool:
     """Whether it has a bias. Raises CembedError: more than a projection of `before`."""
     settings.require("activation_function", IDENTITY)
     settings.over({"use_residual": False}).require("use_residual", False)
-    named = settings.over({"module_input_name": VECTOR})
-    named.require("module_input_name", before)
-    named.over({"module_output_name": before}).require("module_output_name", before, None)
+    check_place(settings, before)
     return settings.flag("bias", True)
+
+
+def check_place(settings: Settings, what: str) -> None:
+    """Raises CembedError: another thing than `what` is taken, or put elsewhere."""
+    named = settings.over({"module_input_name": VECTOR})
+    named.require("module_input_name", what)
+    named.over({"module_output_name": what}).require("module_output_name", what, None)
 
 
 def prompt_of(sentences: Settings, names: tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from mutations import mutations
 from numpy.typing import NDArray
 from PIL import Image
 from reference import HIDDEN, Model, Reference, Zoo
@@ -215,6 +216,8 @@ REFUSED: dict[str, tuple[Modules, Settings, Settings, str]] = {
     ),
     "lengths": (MEAN, CHAT, PROMPTS | {"similarity_fn_name": "dot"}, "add a Normalize module"),
     "distance": (SINGLE, CHAT, PROMPTS | {"similarity_fn_name": "euclidean"}, "similarity_fn_name is 'euclidean'"),
+    "lengths of others": ((("Pooling", LAST), ("Normalize", ON_TOKENS)), CHAT, PROMPTS, "is 'token_embeddings'"),
+    "lengths of none": ((MULTI[0], ("Normalize", {})), CHAT, PROMPTS, "supported is 'token_embeddings'"),
     "truncated": (SINGLE, CHAT, PROMPTS | {"truncate_dim": 32}, "truncate_dim is 32"),
     "a prompt that is none": (SINGLE, CHAT, {"prompts": {"query": 3}}, "query is 3: supported is a text"),
     "expansion": (MULTI, CHAT | {"query_expansion": {"length": 32}}, PROMPTS, "query_expansion is {'length': 32}"),
@@ -243,6 +246,24 @@ def test_what_cannot_be_expressed_is_named(
         planned(modules, transformer, sentences)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["sentence_bert_config.json", "1_Pooling/config.json", "tokenizer_config.json", "modules.json"]
+)
+def test_every_field_of_a_file(zoo: Zoo, tmp_path: Path, file: str) -> None:
+    """A plan, or one line that says what is wrong."""
+    root = arrange(tmp_path / "model", zoo.checkpoint("qwen2-vl"), SINGLE, SPEAKS)
+    taken, refused = 0, []
+    for _, content in mutations(json.loads((root / file).read_text())):
+        (root / file).write_text(content)
+        try:
+            ExportPlan.make(ExportOptions(model=str(root)), root)
+            taken += 1
+        except CembedError as error:
+            refused.append(str(error))
+    assert not any("\n" in message for message in refused)
+    assert taken > 10
 
 
 @pytest.mark.parametrize(
