@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -20,12 +21,11 @@ from cembed.export.encoder import EncoderConfig
 from cembed.export.image_settings import find_settings, warn_of_others
 from cembed.export.layers import Dialect
 from cembed.export.settings import Settings, is_number, one_line
+from cembed.export.wrappers import Wrapped, unwrapped
 from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import Positions, PromptAttention, SlotPositions, Tensor
 from cembed.runtime.errors import CembedError
 
-WRAPPERS = ("colpali", "colqwen2", "colqwen2_5")
-"""Model types of transformers' own retrieval classes."""
 MAX_PARTS, MAX_LAYERS, MAX_SIDE = 1 << 16, 1 << 10, 1 << 12
 
 
@@ -36,7 +36,8 @@ class Backbone:
     `prompts` are (document, query), with `{image}` and `{text}`, between what the tokenizer itself adds where
     `tokenizer_adds`; `vision_prefix` is where the checkpoint has the tower; `embedding_scale` is folded into the
     embedding table; the decoder's first `deepstack` layers take more of an image; `single_prompts` stand in place of
-    `prompts` under the head `single`, between what the tokenizer adds.
+    `prompts` under the head `single`, between what the tokenizer adds; `dim` is the width that the configuration gives
+    its projection, if it does.
     """
 
     name: str
@@ -54,24 +55,42 @@ class Backbone:
     tokenizer_adds: bool = False
     deepstack: int = 0
     single_prompts: tuple[str, str] | None = None
+    dim: int | None = None
 
 
-def load_backbone(name: str | None, root: Path, adapter: Path | None = None) -> Backbone:
+def load_backbone(
+    name: str | None, root: Path, adapter: Path | None = None, over: Mapping[str, Any] = MappingProxyType({})
+) -> Backbone:
     """The backbone `name` as the configuration files in `root`, and the image settings of `adapter`, describe it.
 
-    Without a name it is the one that the configuration says.
+    Without a name it is the one that the configuration says; `over` are image settings that count before all others.
     Raises CembedError: an unknown name, a checkpoint of another architecture, a configuration that is not supported.
     """
     if name is not None:
         require_choice("backbone", name, BACKBONES)
     given = Settings.read(root / "config.json")
+    wrapped = unwrapped(given, root)
+    given = wrapped.config if wrapped else given
     name = check_model_type(name, root, given)
+    if wrapped and BACKBONES[name].wrapper != wrapped.kind:
+        raise CembedError(f"{root} is a {wrapped.kind} wrapper around a {name} model: transformers has no such class")
     config = read_config(name, given)
     from_hf = importlib.import_module(f"cembed.export.{module_name(name)}").from_hf
     images = find_settings([place for place in (adapter, root) if place is not None])
+    images[0] = Settings(images[0].where, {**images[0].values, **over})
     warn_of_others(images, lambda settings: from_hf(config, settings).image)
     backbone: Backbone = from_hf(config, images[0])
-    return backbone
+    return as_wrapped(backbone, wrapped) if wrapped else backbone
+
+
+def as_wrapped(backbone: Backbone, wrapped: Wrapped) -> Backbone:
+    """A backbone under the conventions of the class that wraps it."""
+    backbone = replace(backbone, prompts=wrapped.prompts, single_prompts=None, dim=wrapped.dim)
+    if not (wrapped.plain_positions and isinstance(backbone.decoder, DecoderConfig)):
+        return backbone
+    return replace(
+        backbone, decoder=replace(backbone.decoder, mrope_section=()), positions=replace(backbone.positions, axes=1)
+    )
 
 
 def module_name(backbone: str) -> str:
@@ -86,6 +105,8 @@ def read_config(name: str, given: Settings) -> Settings:
 
     logging.set_verbosity_error()
     check_sizes(given.where, given.values)
+    if given.has("text_config") and given.section("text_config").has("text_model_name"):
+        given.section("text_config").refuse("text_model_name", "none: save it with a colpali-engine of 0.3.18 or later")
     try:
         config = CONFIG_MAPPING[module_name(name)].from_dict(copy.deepcopy(dict(given.values))).to_dict()
     except Exception as error:  # whatever its own checks raise, and what they did not think of
@@ -96,11 +117,6 @@ def read_config(name: str, given: Settings) -> Settings:
 def check_model_type(name: str | None, root: Path, config: Settings) -> str:
     """The backbone of a checkpoint. Raises CembedError: there is none, or it is not the one that was named."""
     kind = config.text("model_type")
-    if config.has("vlm_config") or kind in WRAPPERS:
-        raise CembedError(
-            f"{root} is a transformers {kind} wrapper, whose prompts differ from those of the original "
-            "checkpoints: export the original one (colpali-engine's layout)"
-        )
     found = next((backbone for backbone in BACKBONES if module_name(backbone) == kind), None)
     if found is None:
         raise CembedError(

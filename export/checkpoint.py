@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,12 +25,19 @@ from cembed.runtime.errors import CembedError
 _NOT_USED = re.compile(r"^lm_head\.|^mtp\.|\.rotary_emb\.inv_freq$|\.position_ids$|^vision_tower\.head\.")
 
 
-def named_weights(root: Path, sources: Sequence[Sequence[Path]]) -> dict[str, tuple[Weights, str]]:
-    """Where each weight is, by its canonical name. Raises CembedError: damaged files, two weights of one name."""
+def named_weights(
+    root: Path, sources: Sequence[Sequence[Path]], unread: Sequence[str] = ()
+) -> dict[str, tuple[Weights, str]]:
+    """Where each weight is, by its canonical name; those called `unread` count in all sources but the first.
+
+    Raises CembedError: damaged files, two weights of one name.
+    """
     keys: dict[str, tuple[Weights, str]] = {}
-    for weights in map(Weights, sources):
+    for i, weights in enumerate(map(Weights, sources)):
         for key in weights:
             name = canonical_name(key)
+            if i == 0 and name in unread:
+                continue
             if name in keys:
                 raise CembedError(f"{root}: {key} and {keys[name][1]} are the same weight")
             keys[name] = (weights, key)
@@ -39,20 +46,28 @@ def named_weights(root: Path, sources: Sequence[Sequence[Path]]) -> dict[str, tu
 
 @dataclass
 class Checkpoint:
-    """Tensors by canonical name; `unused` shrinks as they are loaded, so that left-over weights can be named."""
+    """Tensors by canonical name; `unused` shrinks as they are loaded, so that left-over weights can be named.
+
+    `zeros` are weights that no file has, by their shapes.
+    """
 
     root: Path
     adapter: Adapter | None
     keys: dict[str, tuple[Weights, str]]
     unused: set[str]
+    zeros: dict[str, Shape] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, root: Path, adapter: Path | None, head_weights: Path | None = None) -> Checkpoint:
-        """Raises CembedError: an adapter in place of a model, damaged files, two weights of one name, an adapter that
+    def open(
+        cls, root: Path, adapter: Path | None, head_weights: Sequence[Path] = (), unread: Sequence[str] = ()
+    ) -> Checkpoint:
+        """The weights in `root` but for those called `unread`, with those of other files.
+
+        Raises CembedError: an adapter in place of a model, damaged files, two weights of one name, an adapter that
         does not fit."""
         if adapter is None:
             refuse_alone(root)
-        keys = named_weights(root, [weight_files(root), *([[head_weights]] if head_weights else [])])
+        keys = named_weights(root, [weight_files(root), *([path] for path in head_weights)], unread)
         merged = Adapter(adapter) if adapter else None
         names = keys.keys() | (merged.whole.keys() if merged else set())
         opened = cls(root, merged, keys, {name for name in names if not _NOT_USED.search(name)})
@@ -61,13 +76,15 @@ class Checkpoint:
         return opened
 
     def __contains__(self, name: str) -> bool:
-        return name in self.keys or (self.adapter is not None and name in self.adapter.whole)
+        return name in self.keys or name in self.zeros or (self.adapter is not None and name in self.adapter.whole)
 
     def shape(self, name: str) -> Shape:
         """The shape of a weight that is there."""
         whole = self.adapter.shape(name) if self.adapter else None
         if whole is not None:
             return whole
+        if name in self.zeros:
+            return self.zeros[name]
         weights, key = self.keys[name]
         return weights.shape(key)
 
@@ -75,6 +92,8 @@ class Checkpoint:
         """One tensor, the adapter merged in. Raises CembedError if the checkpoint has none of that name."""
         weights, key = self.keys.get(name, (None, name))
         tensor = weights.load(key) if weights else None
+        if name in self.zeros:
+            tensor = torch.zeros(self.zeros[name])
         if self.adapter:
             tensor = self.adapter.apply(name, tensor)
         if tensor is None:

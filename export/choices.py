@@ -10,19 +10,21 @@ from cembed.runtime.errors import CembedError
 
 @dataclass(frozen=True)
 class Known:
-    """What names a backbone outside of its module: the released checkpoint that people use, as a hub id."""
+    """What names a backbone outside of its module: the released checkpoint that people use, as a hub id, and the model
+    type of transformers' retrieval class around it, if there is one."""
 
     checkpoint: str
+    wrapper: str | None = None
 
 
 BACKBONES = {
-    "qwen2-vl": Known("vidore/colqwen2-v1.0"),
-    "qwen2.5-vl": Known("vidore/colqwen2.5-v0.2"),
+    "qwen2-vl": Known("vidore/colqwen2-v1.0", "colqwen2"),
+    "qwen2.5-vl": Known("vidore/colqwen2.5-v0.2", "colqwen2"),
     "qwen3-vl": Known("TomoroAI/tomoro-colqwen3-embed-4b"),
     "qwen3.5": Known("athrael-soju/colqwen3.5-4.5B-v3"),
-    "paligemma": Known("vidore/colpali-v1.3"),
+    "paligemma": Known("vidore/colpali-v1.3", "colpali"),
     "idefics3": Known("vidore/colSmol-256M"),
-    "modernvbert": Known("ModernVBERT/colmodernvbert"),
+    "modernvbert": Known("ModernVBERT/colmodernvbert", "colmodernvbert"),
 }
 """Module names are these with underscores, and are what checkpoints call their `model_type`."""
 HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert", "single")

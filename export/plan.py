@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,9 +19,10 @@ from cembed.export.checkpoint import Checkpoint, check_shape, parameter
 from cembed.export.decoder import DecoderConfig
 from cembed.export.encoder import EncoderConfig
 from cembed.export.graph import GraphSpec, empty_module
-from cembed.export.head_weights import Rows, SlotTables, named_head, projection_width, slot_tables
+from cembed.export.head_weights import BIAS, WEIGHT, Rows, SlotTables, named_head, projection_width, slot_tables
 from cembed.export.heads import Head, HeadSide, read_head, with_budgets, with_pooling
 from cembed.export.layers import DTYPES, Decomposed
+from cembed.export.pipelines import MODULES, Pipeline, transformer_folder
 from cembed.export.specs import graph_specs
 from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
 from cembed.runtime.bundle.manifest import (
@@ -105,13 +107,19 @@ class ExportPlan:
     @classmethod
     def make(cls, options: ExportOptions, root: Path) -> ExportPlan:
         adapter = None if options.adapter is None else Path(options.adapter)
-        checkpoint = Checkpoint.open(root, adapter, options.head_weights)
-        backbone = load_backbone(options.backbone, root, adapter)
+        pipeline = find_pipeline(options, adapter or root)
+        options = with_pipeline(options, pipeline)
+        root, adapter = transformer_folder(root), adapter and transformer_folder(adapter)
+        checkpoint = open_checkpoint(root, adapter, options, pipeline)
+        backbone = load_backbone(options.backbone, root, adapter, pipeline.images if pipeline else {})
+        check_projection(checkpoint, backbone.dim)
         backbone = replace(backbone, image=backbone.image.limited(options.max_visual_tokens))
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer = read_tokenizer([place for place in (adapter, root) if place is not None])
-        if name == "single" and backbone.single_prompts:
+        if pipeline:
+            backbone = pipeline.dress(backbone, tokenizer)
+        elif name == "single" and backbone.single_prompts:
             backbone = replace(backbone, prompts=backbone.single_prompts, tokenizer_adds=True)
         backbone = replace(backbone, prompts=prompts_of(backbone, tokenizer, root))
         hidden = backbone.decoder.hidden_size
@@ -184,6 +192,34 @@ class ExportPlan:
         )
 
 
+def find_pipeline(options: ExportOptions, root: Path) -> Pipeline | None:
+    """A directory of sentence-transformers; with a head that is asked for it is a checkpoint like others."""
+    if not (options.head or options.head_spec):
+        return Pipeline.read(root)
+    if (root / MODULES).exists():
+        warnings.warn(f"{root / MODULES} is not read, as the head is given", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def with_pipeline(options: ExportOptions, pipeline: Pipeline | None) -> ExportOptions:
+    if pipeline is None:
+        return options
+    return replace(options, head=pipeline.head, pooling=options.pooling or pipeline.pooling)
+
+
+def open_checkpoint(root: Path, adapter: Path | None, options: ExportOptions, pipeline: Pipeline | None) -> Checkpoint:
+    """The checkpoint with the weights beside it; a projection without a bias gets one of zeros.
+
+    sentence-transformers reads no projection with the transformer, but for that of a retrieval class.
+    """
+    unread = (WEIGHT, BIAS) if pipeline and not pipeline.wraps else ()
+    beside = (*(pipeline.files if pipeline else ()), *([options.head_weights] if options.head_weights else ()))
+    checkpoint = Checkpoint.open(root, adapter, beside, unread)
+    if pipeline and not pipeline.bias and WEIGHT in checkpoint and BIAS not in checkpoint:
+        checkpoint.zeros[BIAS] = checkpoint.shape(WEIGHT)[:1]
+    return checkpoint
+
+
 def choose_head(options: ExportOptions, checkpoint: Checkpoint) -> tuple[str, Head]:
     """The head's name and what it is: the one asked for, or what the checkpoint's weights say."""
     if options.head_spec:
@@ -215,6 +251,14 @@ def check_weights(checkpoint: Checkpoint, specs: Sequence[GraphSpec], tables: It
     checkpoint.require([checkpoint.embeddings_name, *tables, *(prefix + name for prefix, _, name in wanted)])
     for prefix, module, name in wanted:
         check_shape(module, checkpoint, prefix, name)
+
+
+def check_projection(checkpoint: Checkpoint, dim: int | None) -> None:
+    """Raises CembedError if the projection has not the width that the configuration says, where it says one."""
+    shape = checkpoint.shape(WEIGHT) if WEIGHT in checkpoint else None
+    if dim is not None and (shape is None or shape[:1] != (dim,)):
+        found = "is missing" if shape is None else f"has shape {shape}"
+        raise CembedError(f"{WEIGHT} {found}: config.json has embedding_dim {dim}, so [{dim}, hidden] is needed")
 
 
 def check_embeddings(checkpoint: Checkpoint, hidden: int, last_token: int) -> None:

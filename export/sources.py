@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cembed.export.adapter import base_name, is_adapter
 from cembed.export.choices import BACKBONES, require_choice
+from cembed.export.pipelines import transformer_folder
 from cembed.export.settings import one_line
 from cembed.runtime.errors import CembedError
 
@@ -75,7 +76,7 @@ def find_source(
     """
     given = Place.of(model, revision) if model is not None else _usual(backbone, revision)
     merged = None if adapter is None else Place.of(str(adapter))
-    if merged is None and is_adapter(given.root):
+    if merged is None and is_adapter(transformer_folder(given.root)):
         found = _base_of(given, base)
         tell(f"{given.name} is a LoRA adapter, merged into {found.name}")
         return Source(found, given)
@@ -106,7 +107,7 @@ def _usual(backbone: str | None, revision: str | None) -> Place:
 
 
 def _base_of(adapter: Place, base: str | None) -> Place:
-    name = base or base_name(adapter.root)
+    name = base or base_name(transformer_folder(adapter.root))
     if name is None:
         raise CembedError(f"{adapter.root} is a LoRA adapter that does not say of what: give the model with --base")
     try:

@@ -103,7 +103,7 @@ CONFIGURATIONS: dict[str, tuple[Json, str]] = {
     "a list": ({"text_config": []}, "text_config"),
     "no kind": ({"model_type": None}, "model_type is None"),
     "a foreign kind": ({"model_type": "bert"}, "bert checkpoint, and cembed has qwen2-vl"),
-    "a wrapper": ({"model_type": "colqwen2"}, "wrapper"),
+    "a wrapper": ({"model_type": "colqwen2"}, "vlm_config is missing: supported is an object"),
     "a wrapper of old": ({"vlm_config": {}}, "wrapper"),
     "many layers": ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
     "more layers than any": ({"vision_config": {"depth": 2000}}, "depth is 2000"),
