@@ -273,6 +273,12 @@ class Manifest:
     upgraded_from: Sha256 | None = None
     schema_version: SchemaVersion = SCHEMA_VERSION
 
+    @property
+    def reads_parts(self) -> bool:
+        """Whether the vision graph takes a part of a page: the places of patches are an input, or tiles are alone."""
+        inputs = {tensor.name for tensor in self.graphs["vision"].inputs}
+        return inputs == {"pixel_values"} if self.image.tiles else "patch_positions" in inputs
+
     def side(self, name: SideName) -> Side:
         return self.document if name == "document" else self.query
 
@@ -285,6 +291,8 @@ class Manifest:
                 del side["unread_slots"]
         if self.image.tiles is None:
             del raw["image"]["tiles"]
+        if not self.image.skip_blank:
+            del raw["image"]["skip_blank"]
         return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
