@@ -63,7 +63,7 @@ def blank_parts(sums: Sums) -> Mask:
     calm: Mask = deviations <= calmest + MARGIN
     levels = np.sort(sums.levels[calm], axis=0)
     paper = levels[(len(levels) - 1) // 2]
-    blank = np.asarray(calm & (np.abs(sums.levels - paper) <= COLOUR * sums.pixels).all(axis=2), bool)
+    blank: Mask = calm & (np.abs(sums.levels - paper) <= COLOUR * sums.pixels).all(axis=2)
     there_is_paper = calmest <= NOISIEST and 2 * np.count_nonzero(blank) > np.count_nonzero(calm)
     return blank if there_is_paper else np.zeros(blank.shape, bool)
 
@@ -80,7 +80,7 @@ def parts_to_read(pixels: NDArray[np.uint8], image: ImageProcessing) -> Mask:
         return enough(found)
     side = image.tiles.side // image.factor
     rows, columns = found.shape[0] // side, found.shape[1] // side
-    tiles: Mask = found.reshape(rows, side, columns, side).any(axis=(1, 3))
+    tiles = np.asarray(found.reshape(rows, side, columns, side).any(axis=(1, 3)), bool)
     return tiles if tiles.size > 1 else np.ones(tiles.shape, bool)
 
 
