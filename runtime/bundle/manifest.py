@@ -7,7 +7,7 @@ have to do with each other is in `contract.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -244,6 +244,13 @@ class Quantisation:
     sensitivity: tuple[LayerDamage, ...] = ()
 
 
+def reads_parts(image: ImageProcessing, inputs: Iterable[Tensor]) -> bool:
+    """Whether a vision graph with these inputs takes a part of a page: it is told the places of patches, or each tile
+    is alone."""
+    names = {tensor.name for tensor in inputs}
+    return names == {"pixel_values"} if image.tiles else "patch_positions" in names
+
+
 @dataclass(frozen=True)
 class Manifest:
     backbone: str
@@ -275,9 +282,7 @@ class Manifest:
 
     @property
     def reads_parts(self) -> bool:
-        """Whether the vision graph takes a part of a page: the places of patches are an input, or tiles are alone."""
-        inputs = {tensor.name for tensor in self.graphs["vision"].inputs}
-        return inputs == {"pixel_values"} if self.image.tiles else "patch_positions" in inputs
+        return reads_parts(self.image, self.graphs["vision"].inputs)
 
     def side(self, name: SideName) -> Side:
         return self.document if name == "document" else self.query
