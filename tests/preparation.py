@@ -21,7 +21,7 @@ pillows_pixels = pytest.mark.skipif(
 )
 TESTS = Path(__file__).parent
 LIBRARY = TESTS.parent / "runtime" / "native" / "lib"
-PARTS = ("bpe", "image", "matcher", "positions", "prompts", "tokenizer", "unicode", "words")
+PARTS = ("blank", "bpe", "image", "matcher", "positions", "prompts", "tokenizer", "unicode", "words")
 COMPILE = ["-std=c++17", "-O2", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 Array = NDArray[Any]
 Ints = NDArray[np.int64]

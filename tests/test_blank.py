@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKBONE_OF, GOLDEN, BundleMaker
+from libcembed import CallError, Library
 from manifests import read
 from numpy.typing import NDArray
 from PIL import Image
@@ -402,3 +403,40 @@ def test_commands_refuse_what_the_bundle_cannot_do(bundle_of: BundleMaker, scans
         ("index", "add", tmp_path / "shelf", scans, "--bundle", bundle),
     ):
         assert cembed(*command, "--skip-blank").error.startswith("skip_blank: pages of paligemma are read whole")
+
+
+# The C library --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READ_IN_PARTS)
+def test_the_c_library_reads_the_same(name: str, bundle_of: BundleMaker, library: Library) -> None:
+    bundle = bundle_of(name)
+    skipping, whole = pair(bundle)
+    ours, all_of_it = library.open(bundle, skip_blank=1), library.open(bundle, skip_blank=-1)
+    for picture in (*map(tall, PAPERS.values()), photo(), np.full((336, 224, 3), 255, np.uint8)):
+        found = ours.embed_image(picture)
+        np.testing.assert_allclose(found, skipping.embed_image(picture), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(all_of_it.embed_image(page()), whole.embed_image(page()), rtol=0, atol=1e-6)
+    ours.close(), all_of_it.close()
+
+
+def test_the_c_library_does_as_the_bundle_says(causal_bundle: Path, tmp_path: Path, library: Library) -> None:
+    bundle = skipping_bundle(causal_bundle, tmp_path / "bundle")
+    skipping, whole = pair(causal_bundle)
+    for chosen, expected in ((0, skipping), (1, skipping), (-1, whole)):
+        opened = library.open(bundle, skip_blank=chosen)
+        for loop, decode in ((0, None), (1, "loop")):
+            wanted = expected.embed_image(page(), Budget(decode=decode))
+            np.testing.assert_allclose(opened.embed_image(page(), loop=loop), wanted, rtol=0, atol=1e-6)
+        opened.close()
+
+
+def test_what_the_c_library_refuses(
+    causal_bundle: Path, bundle_of: BundleMaker, tmp_path: Path, library: Library
+) -> None:
+    with pytest.raises(CallError, match="skip_blank is -1, 0 or 1"):
+        library.open(causal_bundle, skip_blank=2)
+    with pytest.raises(CallError, match="skip_blank: pages of paligemma are read whole"):
+        library.open(bundle_of("colpali"), skip_blank=1)
+    with pytest.raises(CallError, match=r"image\.skip_blank is true"):
+        library.open(skipping_bundle(bundle_of("colpali"), tmp_path / "bundle"))
