@@ -50,6 +50,6 @@ def write_picture(embedder: Embedder, page: Page, path: Path) -> None:
 
 def kept_picture(embedder: Embedder, page: Page) -> Image.Image:
     """The page, with what is not read in grey."""
-    pixels, read = np.asarray(to_rgb(page.image)), embedder.read(page.image)
+    pixels, read = np.asarray(to_rgb(page.image)), embedder.kept(page.image)
     rows, columns = (np.arange(size) * count // size for size, count in zip(pixels.shape[:2], read.shape, strict=True))
     return Image.fromarray(np.where(read[rows][:, columns, None], pixels, pixels // 3 + 85))

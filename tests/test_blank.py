@@ -171,9 +171,9 @@ def tall(pixels: Pixels) -> Pixels:
 @pytest.mark.parametrize("name", [name for name in READ_IN_PARTS if name not in ("colidefics3", "colmodernvbert")])
 def test_what_is_read_stays_where_it_is(name: str, bundle_of: BundleMaker) -> None:
     skipping, whole = pair(bundle_of(name))
-    read, prompt, full = skipping.read(page()), skipping.inputs.document(page()), whole.inputs.document(page())
+    read, prompt, full = skipping.kept(page()), skipping.inputs.document(page()), whole.inputs.document(page())
     assert 0 < read.mean() < 1
-    assert whole.read(page()).all()
+    assert whole.kept(page()).all()
     count, image = read.size, prompt_of(whole)
     stay = np.ones(len(full), bool)
     start = int(np.argmax(image))
@@ -187,7 +187,7 @@ def test_what_is_read_stays_where_it_is(name: str, bundle_of: BundleMaker) -> No
 
 
 def prompt_of(embedder: Embedder) -> Mask:
-    manifest, read = embedder.manifest, embedder.read(page())
+    manifest, read = embedder.manifest, embedder.kept(page())
     return embedder.inputs.prompter.document(manifest.document.prompt, read.size) == manifest.image_token_id
 
 
@@ -195,7 +195,7 @@ def prompt_of(embedder: Embedder) -> Mask:
 def test_where_nothing_is_blank_nothing_changes(name: str, bundle_of: BundleMaker) -> None:
     skipping, whole = pair(bundle_of(name))
     for picture in (photo(1), photo(2)[:200]):
-        assert skipping.read(picture).all()
+        assert skipping.kept(picture).all()
         assert np.array_equal(skipping.embed_image(picture), whole.embed_image(picture))
 
 
@@ -218,6 +218,22 @@ def test_the_loop_gives_what_one_pass_does(backbone: str, zoo: Zoo) -> None:
         loop, at_once = (embedder.embed_image(picture, Budget(9, decode=how)) for how in ("loop", "single-pass"))
         np.testing.assert_allclose(loop, at_once, rtol=0, atol=1e-5)
         np.testing.assert_allclose(embedder.start(picture).extend(9), at_once, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2-vl", "qwen3-vl"])
+def test_a_state_goes_on_from_its_file(backbone: str, zoo: Zoo, tmp_path: Path) -> None:
+    """Its prompt has no rectangle of visual tokens, which an embedder that reads whole pages takes for damage."""
+    skipping, whole = pair(zoo.model(backbone).bundle)
+    file = tmp_path / "page.state.safetensors"
+    for picture in (page(), page()[:, : 5 * SIDE], page(noise=3), np.full((336, 224, 3), 255, np.uint8), photo()):
+        state = skipping.start(picture)
+        state.extend(2)
+        state.save(file)
+        assert np.array_equal(skipping.resume(file).extend(5), state.extend(5))
+    skipping.start(page()).save(file)
+    assert "ends at" in refusal(lambda: whole.resume(file))
+    whole.start(photo()).save(file)
+    assert np.array_equal(skipping.resume(file).extend(5), whole.resume(file).extend(5))
 
 
 def features_of_read(model: Model, picture: Image.Image, read: Mask) -> torch.Tensor:
@@ -250,7 +266,7 @@ def test_vectors_are_those_of_torch_for_what_is_read(backbone: str, paper: str, 
     model = zoo.model(backbone)
     embedder = Embedder(model.embedder.bundle, EngineSettings(threads=1), PageOptions(skip_blank=True))
     picture, side = Image.fromarray(PAPERS[paper]), embedder.manifest.document
-    read = embedder.read(picture)
+    read = embedder.kept(picture)
     with torch.inference_mode():
         embeds, positions = model.document(picture)
         features = features_of_read(model, picture, read)
@@ -271,7 +287,7 @@ def test_vectors_are_those_of_torch_for_what_is_read(backbone: str, paper: str, 
 def test_blank_tiles_go_with_their_markers(name: str, bundle_of: BundleMaker) -> None:
     skipping, whole = pair(bundle_of(name))
     picture = tall(page())
-    read, tiles = skipping.read(picture), skipping.manifest.image.tiles
+    read, tiles = skipping.kept(picture), skipping.manifest.image.tiles
     assert tiles is not None
     assert 0 < read.mean() < 1
     assert not read[-1].any()
@@ -290,8 +306,8 @@ def test_blank_tiles_go_with_their_markers(name: str, bundle_of: BundleMaker) ->
 def test_a_pickled_embedder_skips_what_it_skipped(causal_bundle: Path) -> None:
     embedder = Embedder.load(causal_bundle, threads=1, skip_blank=True, max_visual_tokens=60)
     again = pickle.loads(pickle.dumps(embedder))
-    assert np.array_equal(again.read(page()), embedder.read(page()))
-    assert not again.read(page()).all()
+    assert np.array_equal(again.kept(page()), embedder.kept(page()))
+    assert not again.kept(page()).all()
 
 
 # Who says so ----------------------------------------------------------------------------------------------------------
@@ -367,7 +383,7 @@ def test_embed_tells_and_shows_what_was_read(causal_bundle: Path, scans: Path, t
     assert "visual tokens" not in cembed(*command).out
     said = cembed(*command, "--skip-blank", "--show-kept", shown)
     skipping = Embedder.load(causal_bundle, threads=1, skip_blank=True)
-    read = skipping.read(page())
+    read = skipping.kept(page())
     assert f"{read.sum() + 96} of 192 visual tokens read, {(read.sum() + 96) / 192:.0%}" in said.out
     letter, picture = (np.asarray(Image.open(shown / name)) for name in ("00001-letter-1.png", "00002-photo-1.png"))
     assert np.array_equal(picture, photo())

@@ -25,6 +25,7 @@ from cembed.runtime.embed.latent import LatentState, Loop, StateMemory
 from cembed.runtime.embed.pooling import normalise, pool_states, pool_tokens
 from cembed.runtime.embed.positions import slot_positions
 from cembed.runtime.embed.state_files import StateSchema, open_state
+from cembed.runtime.engines.memory import longest_row
 from cembed.runtime.engines.providers import open_sessions
 from cembed.runtime.engines.session import Array, EngineSettings, Session
 from cembed.runtime.errors import CembedError
@@ -105,7 +106,7 @@ class Embedder:
         weights memory-mapped, which opens at once, is a little slower per page, and with int8 or int4 weights fifteen
         times or more slower per step of the loop; `prepack=None` maps those only that this costs little, for a process
         of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `skip_blank` leaves blank paper
-        out before the vision graph, also for speed (see `read` and docs/numbers.md; None is as the bundle says);
+        out before the vision graph, also for speed (see `kept` and docs/numbers.md; None is as the bundle says);
         `state_memory` bounds, in bytes, what the states of `start` hold together; `verify=False` skips the sha256 of
         files. An Embedder can be pickled: it is opened again where it is unpickled.
         Raises CembedError: no bundle, a damaged one, a provider that is not available, `skip_blank` where the vision
@@ -124,10 +125,10 @@ class Embedder:
         """Visual tokens of all pages so far: fewer were `read` than there are where blank paper is skipped."""
         return self.inputs.tokens_read
 
-    def read(self, image: ImageLike) -> NDArray[np.bool_]:
+    def kept(self, image: ImageLike) -> NDArray[np.bool_]:
         """Which visual tokens of a page are read, bool [rows, columns]; or which tiles, where it comes in tiles: the
         whole page in one more always is. All are unless blank paper is skipped. Raises CembedError: no image."""
-        return self.inputs.read(image)
+        return self.inputs.kept(image)
 
     def embed_images(
         self,
@@ -187,10 +188,12 @@ class Embedder:
     def resume(self, path: str | Path, max_vectors: int | None = None) -> LatentState:
         """A state that `LatentState.save` wrote.
 
+        One of a page whose blank paper was skipped needs an embedder that skips it.
         Raises CembedError: damaged, of another bundle or version of cembed, too many states for `state_memory`.
         """
         around = len(self.inputs.prompter.document(self.manifest.document.prompt, 0))
-        saved = open_state(Path(path), StateSchema(self.bundle.hash, self.manifest, around))
+        longest = longest_row(self.inputs.image) if self.inputs.image.skip_blank else None
+        saved = open_state(Path(path), StateSchema(self.bundle.hash, self.manifest, around, longest))
         more = max(0, self._max_vectors(saved.schema.side(saved.side), max_vectors) - saved.vectors)
         check_length(self.manifest, saved.positions + more)
         state = self._states.add(LatentState(self._loop(saved.side), self._cache(saved.positions + more)))

@@ -123,7 +123,7 @@ class InputBuilder:
         self.tokens_read.add(len(features), self._tokens(grid))
         return filled
 
-    def read(self, image: ImageLike) -> Mask:
+    def kept(self, image: ImageLike) -> Mask:
         """Which visual tokens of a page are read, or which tiles where it comes in tiles, bool [rows, columns]."""
         page = resize(to_rgb(image), self.image)
         read, side = self._parts_to_read(page), self.image.tiles.side if self.image.tiles else self.image.factor
