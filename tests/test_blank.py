@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.image_processing import ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest_file import write_manifest
+from cembed.runtime.embed import inputs
 from cembed.runtime.embed.blank import LEAST, Sums, blank_parts, parts_to_read
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.embed.inputs import PageOptions
@@ -412,10 +414,37 @@ def test_an_index_knows_pages_that_were_read_whole(causal_bundle: Path, scans: P
     assert "2 pages added" in cembed(*add, "--no-skip-blank").out
 
 
-def test_commands_refuse_what_the_bundle_cannot_do(bundle_of: BundleMaker, scans: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def dataset(scans: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    shutil.copytree(scans, folder / "pages")
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "a letter"}\n')
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\tletter.png\t1\n")
+    return folder
+
+
+def test_eval_measures_what_is_read(causal_bundle: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, parts = list[float](), inputs.parts_to_read
+
+    def watched(pixels: Pixels, image: ImageProcessing) -> Mask:
+        kept.append(float(parts(pixels, image).mean()))
+        return parts(pixels, image)
+
+    monkeypatch.setattr(inputs, "parts_to_read", watched)
+    command = ("eval", causal_bundle, dataset, "--budgets", 8, "--json")
+    assert cembed(*command).status == 0
+    assert not kept
+    assert json.loads(cembed(*command, "--skip-blank").out)["pages"] == 2
+    assert min(kept) < 1
+
+
+def test_commands_refuse_what_the_bundle_cannot_do(
+    bundle_of: BundleMaker, scans: Path, dataset: Path, tmp_path: Path
+) -> None:
     bundle = bundle_of("colpali")
     for command in (
         ("embed", bundle, scans, "--out", tmp_path / "v.npz"),
+        ("eval", bundle, dataset),
         ("index", "add", tmp_path / "shelf", scans, "--bundle", bundle),
     ):
         assert cembed(*command, "--skip-blank").error.startswith("skip_blank: pages of paligemma are read whole")
