@@ -18,9 +18,10 @@ namespace {
 [[noreturn]] void wrong(const std::string &what) { throw Error(INVALID_ARGUMENT, what); }
 
 ImageProcessing skipping(const Manifest &manifest, const std::optional<bool> &skip_blank) {
-    if (skip_blank.value_or(false) && !manifest.reads_parts())
-        wrong("skip_blank: pages of " + manifest.backbone + " are read whole, as the places of patches are inside of its "
-              "vision graph; leave skip_blank out");
+    if (skip_blank.value_or(false) && !manifest.reads_parts()) {
+        wrong("skip_blank: pages of " + manifest.backbone +
+              " are read whole, as the places of patches are inside of its vision graph; leave skip_blank out");
+    }
     ImageProcessing image = manifest.image;
     image.skip_blank = skip_blank.value_or(image.skip_blank);
     return image;
@@ -176,7 +177,8 @@ std::vector<int64_t> Embedder::page_ids(const PixelValues &pixels) const {
 }
 
 // Takes the visual tokens that are not `read` out of a prompt; the others stay where they are.
-void Embedder::leave_out(const std::vector<bool> &read, std::vector<int64_t> &ids, std::vector<int64_t> &positions) const {
+void Embedder::leave_out(const std::vector<bool> &read, std::vector<int64_t> &ids,
+                         std::vector<int64_t> &positions) const {
     std::vector<bool> stays;
     auto next = read.begin();
     for (const int64_t id : ids) stays.push_back(id != manifest.image_token_id || *next++);
@@ -210,9 +212,11 @@ Prompt Embedder::prompt(const std::vector<int64_t> &ids, std::vector<int64_t> po
 
 std::vector<float> Embedder::image_features(const PixelValues &pixels) {
     const Graph &graph = bundle.graph("vision");
-    const int64_t patches = pixels.num_patches(), merged = image.merge_size * image.merge_size, tokens = patches / merged;
+    const int64_t merged = image.merge_size * image.merge_size;
+    const int64_t patches = pixels.num_patches(), tokens = patches / merged;
     std::vector<bool> read;  // by patch
-    for (size_t i = 0; !image.tiles && i < pixels.read.size(); ++i) read.insert(read.end(), size_t(merged), pixels.read[i]);
+    for (size_t i = 0; !image.tiles && i < pixels.read.size(); ++i)
+        read.insert(read.end(), size_t(merged), pixels.read[i]);
     const std::vector<int64_t> shape{pixels.images, patches / pixels.images, 3 * image.patch_size * image.patch_size};
     std::vector<Tensor> inputs{{"pixel_values", shape, pixels.values}};
     std::vector<int64_t> places, restore;

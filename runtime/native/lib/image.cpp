@@ -333,10 +333,11 @@ PixelValues preprocess(const Rgb &image, const ImageProcessing &spec) {
     PixelValues result;
     result.grid = {size.height / spec.patch_size, size.width / spec.patch_size};
     if (spec.skip_blank) result.read = parts_to_read(pixels, size, spec);
-    const int64_t merged = spec.merge_size * spec.merge_size, left = std::count(result.read.begin(), result.read.end(), false);
-    result.patches = result.grid.height * result.grid.width - left * merged;
+    const int64_t left_out = std::count(result.read.begin(), result.read.end(), false);
+    result.patches = result.grid.height * result.grid.width - left_out * spec.merge_size * spec.merge_size;
     result.values.resize(size_t(result.patches * 3 * spec.patch_size * spec.patch_size));
-    write_patches(pixels.data(), size.width * 3, size, spec, normalised_levels(spec), result.values.data(), result.read);
+    const Levels levels = normalised_levels(spec);
+    write_patches(pixels.data(), size.width * 3, size, spec, levels, result.values.data(), result.read);
     return result;
 }
 

@@ -23,8 +23,8 @@ struct Tiles {
 
     // Tiles of a page, the whole page counted.
     static int64_t count(int64_t rows, int64_t columns) { return rows * columns + (rows * columns > 1 ? 1 : 0); }
-    // What stands for `{image}` in the prompt of a page, with `{image}` once for each tile; of the tiles [rows, columns]
-    // only those that are `read` are there, all if it is empty.
+    // What stands for `{image}` in the prompt of a page, with `{image}` once for each tile; of the tiles only those that
+    // are `read` [rows, columns] are there, all if it is empty.
     std::string fill(int64_t rows, int64_t columns, const std::vector<bool> &read = {}) const;
 };
 
