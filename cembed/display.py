@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cembed.runtime.bundle.manifest import LayerDamage, Manifest, Quantisation, Side
+    from cembed.runtime.embed.embedder import Embedder
 
 
 TEXTS = ("path", "field", "value", "warning")
@@ -34,6 +35,14 @@ def say(message: str) -> None:
 def complain(message: str) -> None:
     """One line on standard error, whatever a file's name has in it."""
     typer.echo(printable(message), err=True)
+
+
+def tokens_text(embedder: Embedder, before: str = "") -> str:
+    """How many of the visual tokens of pages were read, after `before`; nothing where blank paper is not skipped."""
+    tokens = embedder.tokens_read
+    if not embedder.inputs.image.skip_blank or not tokens.of:
+        return ""
+    return f"{before}{tokens.read:,} of {tokens.of:,} visual tokens read, {tokens.read / tokens.of:.0%}"
 
 
 def show_json(value: Any) -> None:
@@ -83,7 +92,8 @@ def show_manifest(path: Path, manifest: Manifest) -> None:
         "source": ", ".join(manifest.source.values()),
         "document": describe_side(manifest.document, manifest.dim),
         "query": describe_side(manifest.query, manifest.dim),
-        "visual tokens": f"at most {manifest.image.max_visual_tokens}",
+        "visual tokens": f"at most {manifest.image.max_visual_tokens}"
+        + (", blank paper is skipped" if manifest.image.skip_blank else ""),
         "prompt attention": manifest.prompt_attention,
         "graphs": f"{manifest.dtype}, opset {manifest.opset}, for {manifest.target}",
         "parity with torch": parity,

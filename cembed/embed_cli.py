@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cembed.display import complain, progress_bar, say
+from cembed.display import complain, progress_bar, say, tokens_text
 from cembed.options import EXIT_INCOMPLETE, BundlePath, Engine, Force, PageVectors, Paths, Reading, spread
 from cembed.runtime.errors import CembedError
 from cembed.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from cembed.harvest import Harvest
+    from cembed.runtime.embed.embedder import Embedder
 
 
 @spread
@@ -24,6 +25,10 @@ def embed(
     page_vectors: PageVectors,
     reading: Reading,
     engine: Engine,
+    show_kept: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a picture of each page, what --skip-blank leaves unread in grey."),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Embed the pages of documents into one vector file.
@@ -32,13 +37,15 @@ def embed(
     written.
     """
     from cembed.harvest import Harvest
+    from cembed.kept_pages import make_folder, shown_pages
     from cembed.runtime.bundle.vectors import check_writable
     from cembed.runtime.page_vectors import embed_pages
     from cembed.runtime.pages.documents import find_documents
 
     check_writable(out, force)
     files = find_documents(paths)
-    embedder = engine.load(bundle, page_vectors.max_visual_tokens)
+    embedder = engine.load(bundle, page_vectors.max_visual_tokens, skip_blank=page_vectors.skip_blank)
+    folder = make_folder(show_kept, embedder) if show_kept else None
     budget = page_vectors.budget()
     embedder.prepare("document", budget)
     harvest = Harvest(out, embedder.bundle.hash)
@@ -46,12 +53,13 @@ def embed(
         with reading.reader() as reader, progress_bar() as progress:
             harvest.total = reader.count_pages(files)
             task = progress.add_task("embedding", total=harvest.total)
-            pages = embed_pages(embedder, reader.read(files), budget)
+            read = reader.read(files)
+            pages = embed_pages(embedder, shown_pages(embedder, read, folder) if folder else read, budget)
             ended = harvest.run(pages, signals, lambda: progress.advance(task))
-        finish(harvest, ended)
+        finish(harvest, ended, embedder)
 
 
-def finish(harvest: Harvest, ended: BaseException | None) -> None:
+def finish(harvest: Harvest, ended: BaseException | None, embedder: Embedder) -> None:
     """Writes what there is, and says what there is not; `ended` is what ended the run before the last page."""
     try:
         if harvest.pages:
@@ -68,6 +76,7 @@ def finish(harvest: Harvest, ended: BaseException | None) -> None:
         raise CembedError(f"none of the {harvest.seen} pages could be embedded: {harvest.out} was not written")
     rows, dim = sum(len(page.vectors) for page in harvest.pages), harvest.pages[0].vectors.shape[1]
     size = harvest.out.stat().st_size
-    say(f"{harvest.out}: {len(harvest.pages)} pages, {rows} vectors of {dim}, {size:,} bytes")
+    read = tokens_text(embedder, before="; ")
+    say(f"{harvest.out}: {len(harvest.pages)} pages, {rows} vectors of {dim}, {size:,} bytes{read}")
     if harvest.doubtful:
         raise typer.Exit(EXIT_INCOMPLETE)

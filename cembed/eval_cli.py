@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cembed.display import progress_bar, show_json, show_table
-from cembed.options import AsJson, BundlePath, Engine, split, spread
+from cembed.options import AsJson, BundlePath, Engine, SkipBlank, split, spread
 from cembed.runtime.errors import CembedError
 
 
@@ -32,6 +32,7 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw quality against bytes and milliseconds a page.")
     ] = None,
+    skip_blank: SkipBlank = None,
     engine: Engine,
     as_json: AsJson = False,
 ) -> None:
@@ -39,7 +40,7 @@ def evaluate(
     from cembed.runtime import evaluate as evaluation
 
     data = evaluation.Dataset.read(dataset)
-    embedder = engine.load(bundle)
+    embedder = engine.load(bundle, skip_blank=skip_blank)
     with progress_bar() as progress:
         task = progress.add_task("embedding", total=None)
         result = evaluation.evaluate(

@@ -72,6 +72,10 @@ class ExportFlags:
     max_visual_tokens: Annotated[
         int | None, typer.Option(min=1, help="Visual tokens a page may take; the checkpoint's limit by default.")
     ] = None
+    skip_blank: Annotated[
+        bool,
+        typer.Option("--skip-blank", help="Blank paper is not read, unless the user of the bundle says otherwise."),
+    ] = False
     num_layers: Annotated[
         int | None, typer.Option(min=1, help="Keep the first layers of the decoder only (2D Matryoshka).")
     ] = None

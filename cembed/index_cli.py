@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cembed.display import Cell, complain, progress_bar, say, show_json, show_table
+from cembed.display import Cell, complain, progress_bar, say, show_json, show_table, tokens_text
 from cembed.inspect_cli import show_checks
 from cembed.options import (
     EXIT_INCOMPLETE,
@@ -75,7 +75,7 @@ def add(
 
     files, pairs = find_documents(paths), parse_pairs("--metadata", tuple(metadata or ()))
     check_metadata(pairs)
-    embedder = engine.load(bundle, page_vectors.max_visual_tokens)
+    embedder = engine.load(bundle, page_vectors.max_visual_tokens, skip_blank=page_vectors.skip_blank)
     budget = page_vectors.budget()
     embedder.check(embedder.manifest.document, budget)
     kept = split([*(storage or ()), *(store or ())])
@@ -84,7 +84,7 @@ def add(
             index=opened,
             embedder=embedder,
             budget=budget,
-            settings=settings_of(page_vectors, reading),
+            settings=settings_of(page_vectors, reading, embedder.inputs.image.skip_blank),
             metadata=pairs or None,
         )
         work(job, reader, files)
@@ -109,11 +109,15 @@ def work(job: Job, reader: PageReader, files: Sequence[Path]) -> None:
         report(job)
 
 
-def settings_of(page_vectors: PageVectors, reading: Reading) -> str:
-    """What a page's vectors depend on beside its file's bytes. Pages of indexes that are there are known by it."""
+def settings_of(page_vectors: PageVectors, reading: Reading, skip_blank: bool = False) -> str:
+    """What a page's vectors depend on beside its file's bytes; `skip_blank` is what was chosen, or the bundle's.
+
+    Pages of indexes that are there are known by it: what came later is left out where it is as before.
+    """
     made = page_vectors
     settings = [made.num_vectors, made.dim, made.pool_factor, made.max_visual_tokens, reading.dpi]
-    return json.dumps(settings + ([reading.max_pixels] if reading.max_pixels != MAX_PIXELS else []))
+    later = [reading.max_pixels] if reading.max_pixels != MAX_PIXELS else []
+    return json.dumps([*settings, *later, *(["skip_blank"] if skip_blank else [])])
 
 
 def report(job: Job) -> None:
@@ -134,6 +138,7 @@ def summary(job: Job, stats: Stats) -> str:
         f"metadata of {job.changed} changed": job.changed,
         f"{job.removed} removed that their files do not have any more": job.removed,
         f"{stats.warnings} with a warning": stats.warnings,
+        tokens_text(job.embedder): tokens_text(job.embedder),
     }
     return "; ".join(part for part, there in parts.items() if there)
 

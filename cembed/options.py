@@ -35,6 +35,9 @@ DecodeOption = Annotated[
     str | None,
     typer.Option(metavar="{single-pass,loop}", help="Latent slots in one pass, or one by one; the former if possible."),
 ]
+SkipBlank = Annotated[
+    bool | None, typer.Option(help="Leave blank paper unread, for speed; by default as the bundle says.")
+]
 Result = TypeVar("Result")
 
 
@@ -79,6 +82,7 @@ class PageVectors:
         int | None,
         typer.Option(min=1, help="Visual tokens a page may take, at most the bundle's limit: fewer are faster."),
     ] = None
+    skip_blank: SkipBlank = None
     dim: Annotated[int | None, typer.Option(min=1, help="Keep the first components of vectors, normalised again.")] = (
         None
     )
@@ -127,8 +131,14 @@ class Engine:
     ] = None
     threads: Threads = None
 
-    def load(self, bundle: Path, max_visual_tokens: int | None = None, prepack: bool | None = True) -> Embedder:
-        """Raises CembedError: no bundle, a damaged one, an engine that is not there."""
+    def load(
+        self,
+        bundle: Path,
+        max_visual_tokens: int | None = None,
+        prepack: bool | None = True,
+        skip_blank: bool | None = None,
+    ) -> Embedder:
+        """Raises CembedError: no bundle, a damaged one, an engine that is not there, what the bundle cannot do."""
         from cembed.runtime.embed.embedder import Embedder
 
         with held_stderr():
@@ -138,6 +148,7 @@ class Engine:
                 threads=self.threads,
                 prepack=prepack,
                 max_visual_tokens=max_visual_tokens,
+                skip_blank=skip_blank,
             )
 
 

@@ -25,6 +25,7 @@ from cembed.export.layers import DTYPES, Decomposed
 from cembed.export.pipelines import MODULES, Pipeline, transformer_folder
 from cembed.export.specs import graph_specs
 from cembed.export.tokens import check_prompts, prompts_of, read_tokenizer
+from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import (
     EmbeddingTable,
     Graph,
@@ -35,6 +36,7 @@ from cembed.runtime.bundle.manifest import (
     SelfTest,
     Side,
     SlotPositions,
+    reads_parts,
 )
 from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, check_prompt, longest_page
 from cembed.runtime.errors import CembedError
@@ -67,6 +69,7 @@ class ExportOptions:
     prompt_attention: PromptAttention | None = None
     query_prefix: str = ""
     max_visual_tokens: int | None = None
+    skip_blank: bool = False
     num_layers: int | None = None
     dtype: str = "fp32"
     target: str = "onnxruntime"
@@ -88,6 +91,13 @@ class ExportOptions:
             raise CembedError("--head and --head-spec both say what the head is: give one of them")
         if any(budget is not None and budget < 1 for budget in (self.num_vectors, self.query_vectors)):
             raise CembedError("--num-vectors and --query-vectors must be at least 1")
+
+
+def image_of(backbone: Backbone, options: ExportOptions) -> ImageProcessing:
+    """Raises CembedError: a limit that no page keeps, blank paper that the backbone cannot skip."""
+    if options.skip_blank and not reads_parts(backbone.image, backbone.vision_inputs):
+        raise CembedError(f"--skip-blank: pages of {backbone.name} are read whole; leave it out")
+    return replace(backbone.image.limited(options.max_visual_tokens), skip_blank=options.skip_blank)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class ExportPlan:
         checkpoint = open_checkpoint(root, adapter, options, pipeline)
         backbone = load_backbone(options.backbone, root, adapter, pipeline.images if pipeline else {})
         check_projection(checkpoint, backbone.dim)
-        backbone = replace(backbone, image=backbone.image.limited(options.max_visual_tokens))
+        backbone = replace(backbone, image=image_of(backbone, options))
         backbone = limit_layers(backbone, options.num_layers, checkpoint)
         name, head = choose_head(options, checkpoint)
         tokenizer = read_tokenizer([place for place in (adapter, root) if place is not None])

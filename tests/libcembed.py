@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADERS = ("onnxruntime_c_api.h", "nlohmann/json.hpp", "openssl/evp.h", "zlib.h")
 FOLDERS = ("", "include", "include/onnxruntime", "usr/include/onnxruntime", "include/onnxruntime/core/session")
 SAMPLE_HEADERS = ("boost/beast/version.hpp", "png.h", "turbojpeg.h")
-ABI_VERSION = 1
+ABI_VERSION = 2
 OK, ARGUMENT, BUNDLE, ENGINE, INDEX, MEMORY, CAPACITY = range(7)
 
 
@@ -59,6 +59,7 @@ class Options(ctypes.Structure):
         ("provider", ctypes.c_char_p),
         ("onnxruntime", ctypes.c_char_p),
         ("max_visual_tokens", ctypes.c_int32),
+        ("skip_blank", ctypes.c_int32),
         ("mapped_weights", ctypes.c_int32),
         ("state_memory", ctypes.c_uint64),
     )

@@ -100,6 +100,7 @@ def make_full(source: Path, to: Path) -> Path:
     tiles = {"side": 56, "longest_edge": 224, "tile": "{row}{column}{image}", "row_end": "", "page": "{image}"}
     raw["image"] |= {"resize": "tiles", "min_pixels": 56**2, "max_pixels": 17 * 56**2}
     raw["image"]["tiles"] = tiles | {"alone": "{image}"}
+    raw["image"]["skip_blank"] = False
     damage = {"layer": "text/layers.0.mlp", "weights": ["w"], "min_cosine": 0.99, "score_error": 0.01}
     comparison = {"pages": 12, "queries": 12, "min_cosine": 0.99, "p1_cosine": 0.99, "median_cosine": 1.0}
     comparison |= {"score_error": 0.01, "top5_overlap": 1.0, "ms_per_page": [2.0, 1.0], "bytes": [2, 1]}

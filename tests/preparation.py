@@ -21,7 +21,7 @@ pillows_pixels = pytest.mark.skipif(
 )
 TESTS = Path(__file__).parent
 LIBRARY = TESTS.parent / "runtime" / "native" / "lib"
-PARTS = ("bpe", "image", "matcher", "positions", "prompts", "tokenizer", "unicode", "words")
+PARTS = ("blank", "bpe", "image", "matcher", "positions", "prompts", "tokenizer", "unicode", "words")
 COMPILE = ["-std=c++17", "-O2", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -127,4 +127,4 @@ def processing(spec: ImageProcessing) -> tuple[Ints, NDArray[np.float64]]:
     sizes = [RESIZE.index(spec.resize), spec.patch_size, spec.merge_size, spec.min_pixels, spec.max_pixels]
     tiles = (spec.tiles.side, spec.tiles.longest_edge) if spec.tiles else (0, 0)
     levels = np.array([spec.rescale_factor, *spec.mean, *spec.std])
-    return np.array([*sizes, spec.window_size, *tiles], np.int64), levels
+    return np.array([*sizes, spec.window_size, *tiles, spec.skip_blank], np.int64), levels

@@ -169,6 +169,7 @@ CONTRADICTIONS: list[tuple[Edit, str]] = [
     (lambda m: m["image"]["tiles"].update(row_end="{image}"), "row_end"),
     (lambda m: m["image"]["tiles"].update(page="{image}{image}"), "page"),
     (lambda m: m["image"]["tiles"].update(alone=""), "alone"),
+    (lambda m: m["image"].update(skip_blank=True), "skip_blank"),
     (lambda m: m["positions"].update(axes=1), "axes"),
     (lambda m: m.update(dim=7), "dim"),
     (lambda m: m.update(dim=m["dim"] + 1), "dim"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from cembed.runtime.bundle.image_processing import ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest import Positions
 from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, page_prompt
 from cembed.runtime.embed import positions
-from cembed.runtime.embed.preprocess import preprocess, resized_size
+from cembed.runtime.embed.blank import parts_to_read
+from cembed.runtime.embed.preprocess import page_patches, preprocess, resize, resized_size
 
 LONG = os.environ.get("CEMBED_PREPARATION") == "long"
 VOCABULARY, LINES, TEXTS, IMAGES = (60_000, 150_000, 100_000, 1000) if LONG else (2500, 3000, 2000, 150)
@@ -255,6 +257,32 @@ def test_tiles_equal_pythons(spec: ImageProcessing, library: Library) -> None:
         prompt = page_prompt("a {image} b", spec, grid)
         assert library.page_prompt("a {image} b", spec, grid) == prompt
         assert prompt.count("{image}") * (spec.input_patches or 0) == len(wanted)
+
+
+def papers(seed: int, count: int) -> Iterator[NDArray[np.uint8]]:
+    """Pages of any size and colour, with noise, light that falls off, and some writing."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        height, width = rng.integers(40, 700, 2)
+        light = np.linspace(0, rng.choice([0, 0, 10, 60]), width)[:, None]
+        page = rng.integers(0, 256, 3) - light + rng.uniform(0, 10) * rng.standard_normal((height, width, 1))
+        for _ in range(rng.integers(0, 9)):
+            top, left = rng.integers(0, height), rng.integers(0, width)
+            page[top : top + rng.integers(1, 40), left : left + rng.integers(1, 200)] += rng.uniform(-90, 90)
+        yield np.clip(page, 0, 255).astype(np.uint8)
+
+
+@pillows_pixels
+@pytest.mark.parametrize("spec", [QWEN_IMAGE, *TILED.values()], ids=["qwen", *TILED])
+def test_what_is_read_equals_pythons(spec: ImageProcessing, library: Library) -> None:
+    shares = list[float]()
+    for image in papers(3, IMAGES // (15 if spec.tiles else 1)):
+        page = resize(Image.fromarray(image), spec)
+        read = parts_to_read(np.asarray(page), spec)
+        found = library.preprocess(image, replace(spec, skip_blank=True))[0]
+        assert found.tobytes() == page_patches(page, spec, read).tobytes()
+        shares.append(float(read.mean()))
+    assert spec.tiles or min(shares) < 0.2 < max(shares) == 1, shares
 
 
 SIDES = st.integers(1, 30000)

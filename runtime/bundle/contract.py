@@ -88,6 +88,8 @@ def check_contract(manifest: Manifest) -> None:
     check_side(manifest, "document", manifest.document, "{image}")
     check_side(manifest, "query", manifest.query, "{text}")
     check_graphs(manifest)
+    if manifest.image.skip_blank and not manifest.reads_parts:
+        raise CembedError("image.skip_blank is true: the vision graph takes whole pages only")
 
 
 def check_files(manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -51,15 +52,27 @@ class Tiles:
         steps = range(1, -(-self.longest_edge // self.side) + 1)
         return [(rows, columns) for rows in steps for columns in steps if self.count(rows, columns) <= most]
 
-    def fill(self, rows: int, columns: int) -> str:
-        """What stands for `{image}` in the prompt of a page, with `{image}` once for each tile."""
-        if rows == columns == 1:
-            return self.alone
+    def fill(self, rows: int, columns: int, read: Sequence[Sequence[bool]] | None = None) -> str:
+        """What stands for `{image}` in the prompt of a page, with `{image}` once for each tile.
+
+        Of the tiles [rows, columns] only those that are `read` are there; None is all. If there is none, the whole page
+        stands alone; a row without any has no end.
+
+        >>> tiles = Tiles(32, 64, "<{row}{column}>", "|", "page", "alone")
+        >>> tiles.fill(2, 2), tiles.fill(2, 2, [[False, False], [False, True]]), tiles.fill(1, 2, [[False, False]])
+        ('<11><12>|<21><22>|page', '<22>|page', 'alone')
+        """
         cells = [
-            [self.tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1)) for column in range(columns)]
+            [
+                self.tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1))
+                for column in range(columns)
+                if read is None or read[row][column]
+            ]
             for row in range(rows)
         ]
-        return "".join("".join(row) + self.row_end for row in cells) + self.page
+        if rows == columns == 1 or not any(cells):
+            return self.alone
+        return "".join("".join(row) + self.row_end for row in cells if row) + self.page
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class ImageProcessing:
     `smart` resizing keeps the aspect ratio within `min_pixels`..`max_pixels` in steps of `patch_size * merge_size`
     (Qwen2-VL, arXiv 2409.12191); `fixed` always gives `max_pixels`, square (SigLIP); `tiles` are those of `tiles`, and
     the pixels are counted in all of them. A window of the vision tower is `window_size` pixels wide; 0 means that there
-    are none.
+    are none. With `skip_blank` only what is not blank paper is read, unless the caller says otherwise.
     """
 
     resize: Literal["smart", "fixed", "tiles"]
@@ -82,6 +95,7 @@ class ImageProcessing:
     std: tuple[Positive, Positive, Positive]
     window_size: WindowSize = 0
     tiles: Tiles | None = None
+    skip_blank: bool = False
 
     @property
     def factor(self) -> int:

@@ -7,7 +7,7 @@ have to do with each other is in `contract.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -244,6 +244,13 @@ class Quantisation:
     sensitivity: tuple[LayerDamage, ...] = ()
 
 
+def reads_parts(image: ImageProcessing, inputs: Iterable[Tensor]) -> bool:
+    """Whether a vision graph with these inputs takes a part of a page: it is told the places of patches, or each tile
+    is alone."""
+    names = {tensor.name for tensor in inputs}
+    return names == {"pixel_values"} if image.tiles else "patch_positions" in names
+
+
 @dataclass(frozen=True)
 class Manifest:
     backbone: str
@@ -273,6 +280,10 @@ class Manifest:
     upgraded_from: Sha256 | None = None
     schema_version: SchemaVersion = SCHEMA_VERSION
 
+    @property
+    def reads_parts(self) -> bool:
+        return reads_parts(self.image, self.graphs["vision"].inputs)
+
     def side(self, name: SideName) -> Side:
         return self.document if name == "document" else self.query
 
@@ -285,6 +296,8 @@ class Manifest:
                 del side["unread_slots"]
         if self.image.tiles is None:
             del raw["image"]["tiles"]
+        if not self.image.skip_blank:
+            del raw["image"]["skip_blank"]
         return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod

@@ -109,12 +109,18 @@ class Prompter:
         return self._encode(prompt.replace("{text}", text))
 
 
-def page_prompt(prompt: str, image: ImageProcessing, grid: tuple[int, int]) -> str:
-    """The prompt of a page of `grid` patches: where it comes in tiles, `{image}` is there for each, between markers."""
+def page_prompt(
+    prompt: str, image: ImageProcessing, grid: tuple[int, int], read: NDArray[np.bool_] | None = None
+) -> str:
+    """The prompt of a page of `grid` patches: where it comes in tiles, `{image}` is there for each, between markers.
+
+    `read` says which tiles [rows, columns] are there, by default all.
+    """
     if image.tiles is None:
         return prompt
     side = image.tiles.side // image.patch_size
-    return prompt.replace("{image}", image.tiles.fill(grid[0] // side, grid[1] // side))
+    tiles_read = None if read is None else read.tolist()
+    return prompt.replace("{image}", image.tiles.fill(grid[0] // side, grid[1] // side, tiles_read))
 
 
 def longest_page(prompter: Prompter, prompt: str, image: ImageProcessing) -> int:

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.graph_tensors import state_tensors
 from cembed.runtime.bundle.manifest import Side, SideName
 from cembed.runtime.bundle.vectors import Vectors
-from cembed.runtime.embed.inputs import ImageLike, InputBuilder, Prompt, check_length
+from cembed.runtime.embed.inputs import ImageLike, InputBuilder, PageOptions, Prompt, TokensRead, check_length
 from cembed.runtime.embed.kv_cache import StaticKVCache
 from cembed.runtime.embed.latent import LatentState, Loop, StateMemory
 from cembed.runtime.embed.pooling import normalise, pool_states, pool_tokens
 from cembed.runtime.embed.positions import slot_positions
 from cembed.runtime.embed.state_files import StateSchema, open_state
 from cembed.runtime.engines import tuned
+from cembed.runtime.engines.memory import longest_row
 from cembed.runtime.engines.providers import CPU, open_sessions
 from cembed.runtime.engines.session import Array, EngineSettings, Session
 from cembed.runtime.errors import CembedError
@@ -44,6 +46,7 @@ class Budget:
 
 
 FULL = Budget()
+AS_BUNDLED = PageOptions()
 
 
 def check_slots(side: Side, budget: Budget) -> None:
@@ -69,17 +72,17 @@ class Embedder:
         self,
         bundle: Bundle,
         engine: EngineSettings,
-        max_visual_tokens: int | None = None,
+        pages: PageOptions = AS_BUNDLED,
         state_memory: int = DEFAULT_STATE_MEMORY,
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._options = (engine, max_visual_tokens, state_memory)
+        self._options = (engine, pages, state_memory)
         self._open = open_sessions(bundle, engine)
         self._sessions: dict[str, Session] = {}
         self._replaced = False
         self._lock = threading.Lock()
-        self.inputs = InputBuilder(bundle, max_visual_tokens, self.session)
+        self.inputs = InputBuilder(bundle, pages, self.session)
         self._slots = bundle.table(self.manifest.slot_embeddings) if self.manifest.slot_embeddings else None
         self._states = StateMemory(state_memory)
 
@@ -92,6 +95,7 @@ class Embedder:
         threads: int | None = None,
         prepack: bool | None = True,
         max_visual_tokens: int | None = None,
+        skip_blank: bool | None = None,
         state_memory: int = DEFAULT_STATE_MEMORY,
         verify: bool = True,
     ) -> Embedder:
@@ -103,20 +107,33 @@ class Embedder:
         was tuned; `prepack=False` leaves the weights memory-mapped, which opens at once, is a little slower per page,
         and with int8 or int4 weights fifteen times or more slower per step of the loop; `prepack=None` maps those only
         that this costs little, for a process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for
-        speed; `state_memory` bounds, in bytes, what the states of `start` hold together; `verify=False` skips the
-        sha256 of files.
+        speed; `skip_blank` leaves blank paper out before the vision graph, also for speed (see `kept` and
+        docs/numbers.md; None is as the bundle says); `state_memory` bounds, in bytes, what the states of `start` hold
+        together; `verify=False` skips the sha256 of files.
         An Embedder can be pickled: it is opened again where it is unpickled.
-        Raises CembedError: no bundle, a damaged one, a provider that is not available.
+        Raises CembedError: no bundle, a damaged one, a provider that is not available, `skip_blank` where the vision
+        graph takes whole pages only.
         """
         bundle = Bundle(path, verify=verify)
         found = tuned.read(bundle.root, bundle.hash) if providers is None else None
         chosen, known = (found.providers, found.threads) if found else (tuple(providers or CPU), None)
-        return cls(bundle, EngineSettings(chosen, threads or known, prepack), max_visual_tokens, state_memory)
+        engine = EngineSettings(chosen, threads or known, prepack)
+        return cls(bundle, engine, PageOptions(max_visual_tokens, skip_blank), state_memory)
 
     @property
     def dim(self) -> int:
         """Length of a document's vector at the full budget."""
         return self.manifest.document.vector_dim(self.manifest.dim)
+
+    @property
+    def tokens_read(self) -> TokensRead:
+        """Visual tokens of all pages so far: fewer were `read` than there are where blank paper is skipped."""
+        return self.inputs.tokens_read
+
+    def kept(self, image: ImageLike) -> NDArray[np.bool_]:
+        """Which visual tokens of a page are read, bool [rows, columns]; or which tiles, where it comes in tiles: the
+        whole page in one more always is. All are unless blank paper is skipped. Raises CembedError: no image."""
+        return self.inputs.kept(image)
 
     def embed_images(
         self,
@@ -176,10 +193,12 @@ class Embedder:
     def resume(self, path: str | Path, max_vectors: int | None = None) -> LatentState:
         """A state that `LatentState.save` wrote.
 
+        One of a page whose blank paper was skipped needs an embedder that skips it.
         Raises CembedError: damaged, of another bundle or version of cembed, too many states for `state_memory`.
         """
         around = len(self.inputs.prompter.document(self.manifest.document.prompt, 0))
-        saved = open_state(Path(path), StateSchema(self.bundle.hash, self.manifest, around))
+        longest = longest_row(self.inputs.image) if self.inputs.image.skip_blank else None
+        saved = open_state(Path(path), StateSchema(self.bundle.hash, self.manifest, around, longest))
         more = max(0, self._max_vectors(saved.schema.side(saved.side), max_vectors) - saved.vectors)
         check_length(self.manifest, saved.positions + more)
         state = self._states.add(LatentState(self._loop(saved.side), self._cache(saved.positions + more)))

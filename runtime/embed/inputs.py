@@ -5,8 +5,9 @@ Letters: S positions of the prompt, H hidden, P patches, V visual tokens, A posi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +15,14 @@ from PIL import Image
 
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.graph_tensors import EMBEDS, row_tensors, row_width
+from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import Manifest, Tensor
 from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, page_prompt
+from cembed.runtime.embed.blank import parts_to_read
 from cembed.runtime.embed.pooling import require_finite
 from cembed.runtime.embed.positions import Grid, IntArray, prompt_positions
-from cembed.runtime.embed.preprocess import preprocess
-from cembed.runtime.embed.vision_feeds import vision_feeds
+from cembed.runtime.embed.preprocess import grid_of, page_patches, resize
+from cembed.runtime.embed.vision_feeds import Mask, vision_feeds
 from cembed.runtime.engines.session import Array, Session
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages.images import to_rgb
@@ -52,12 +55,44 @@ def text_rows(inputs: Sequence[Tensor], embeds: Array) -> dict[str, Array]:
     return {EMBEDS: embeds, **others}
 
 
+@dataclass
+class TokensRead:
+    """How many visual tokens of pages were read so far, and how many the pages have."""
+
+    read: int = 0
+    of: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, read: int, of: int) -> None:
+        with self._lock:
+            self.read, self.of = self.read + read, self.of + of
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """How pages are read: None is as the bundle says; see `Embedder.load`."""
+
+    max_visual_tokens: int | None = None
+    skip_blank: bool | None = None
+
+    def image(self, manifest: Manifest) -> ImageProcessing:
+        """Raises CembedError: what the bundle cannot do."""
+        image = manifest.image.limited(self.max_visual_tokens, manifest.image.max_visual_tokens)
+        if self.skip_blank and not manifest.reads_parts:
+            raise CembedError(
+                f"skip_blank: pages of {manifest.backbone} are read whole, as the places of patches are inside of its "
+                "vision graph; leave skip_blank out"
+            )
+        return image if self.skip_blank is None else replace(image, skip_blank=self.skip_blank)
+
+
 class InputBuilder:
     """Fills the prompts of a bundle; `session` gives a graph's session, and is asked for the vision graph only."""
 
-    def __init__(self, bundle: Bundle, max_visual_tokens: int | None, session: Callable[[str], Session]) -> None:
+    def __init__(self, bundle: Bundle, pages: PageOptions, session: Callable[[str], Session]) -> None:
         self.manifest = bundle.manifest
-        self.image = self.manifest.image.limited(max_visual_tokens, self.manifest.image.max_visual_tokens)
+        self.image = pages.image(self.manifest)
+        self.tokens_read = TokensRead()
         self.prompter = Prompter(load_tokenizer(bundle.path(self.manifest.tokenizer)), self.manifest.image_token_id)
         self.tokens = bundle.table(self.manifest.token_embeddings)
         self.rows = row_tensors(
@@ -75,41 +110,73 @@ class InputBuilder:
             raise CembedError(f"{bundle.root / self.manifest.tokenizer}: {error}") from error
 
     def document(self, image: ImageLike) -> Prompt:
-        pixel_values, grid = preprocess(to_rgb(image), self.image)
-        num_visual_tokens = len(pixel_values) // self.image.merge_size**2
-        images = len(pixel_values) // (self.image.input_patches or len(pixel_values))
-        prompt = page_prompt(self.manifest.document.prompt, self.image, grid)
-        ids = self.prompter.document(prompt, num_visual_tokens // images)
+        page = resize(to_rgb(image), self.image)
+        grid, read = grid_of(page, self.image), self._parts_to_read(page)
+        ids, positions = self._page_prompt(grid, read)
+        is_image = ids == self.manifest.image_token_id
+        images = int(is_image.sum()) // self._tokens_of_image(grid) if self.image.tiles else 1
         check_page(self.manifest, len(ids), images)
-        if np.count_nonzero(ids == self.manifest.image_token_id) != num_visual_tokens:
-            raise CembedError("the bundle's document prompt has image tokens beside {image}")
-        filled = self._prompt(ids, grid)
-        features = self._image_features(pixel_values, grid)
+        filled = Prompt(text_rows(self.rows, self.tokens[ids]), positions)
+        features = self._image_features(page_patches(page, self.image, read), grid, read)
         for tensor, columns in zip(self.rows, self._split(features), strict=True):
-            filled.rows[tensor.name][ids == self.manifest.image_token_id] = columns
+            filled.rows[tensor.name][is_image] = columns
+        self.tokens_read.add(len(features), self._tokens(grid))
         return filled
+
+    def kept(self, image: ImageLike) -> Mask:
+        """Which visual tokens of a page are read, or which tiles where it comes in tiles, bool [rows, columns]."""
+        page = resize(to_rgb(image), self.image)
+        read, side = self._parts_to_read(page), self.image.tiles.side if self.image.tiles else self.image.factor
+        return np.ones((page.height // side, page.width // side), bool) if read is None else read
+
+    def _parts_to_read(self, page: Image.Image) -> Mask | None:
+        return parts_to_read(np.asarray(page), self.image) if self.image.skip_blank else None
 
     def query(self, text: str) -> Prompt:
         ids = self.prompter.query(self.manifest.query.prompt, text)
         check_length(self.manifest, len(ids))
-        return self._prompt(ids, None)
+        return Prompt(text_rows(self.rows, self.tokens[ids]), self._positions(ids, None))
 
     def slots(self, embeds: Array, positions: IntArray) -> Prompt:
         """Slots that are fed `embeds` [n, H] at positions [A, n]."""
         return Prompt(text_rows(self.rows, embeds), positions)
 
-    def _prompt(self, ids: IntArray, grid: Grid | None) -> Prompt:
+    def _page_prompt(self, grid: Grid, read: Mask | None) -> tuple[IntArray, IntArray]:
+        """`input_ids` [S] of a page, and their positions [A, S]: those that they have where all of it is read."""
+        tiled = self.image.tiles is not None
+        prompt = page_prompt(self.manifest.document.prompt, self.image, grid, read if tiled else None)
+        ids = self.prompter.document(prompt, self._tokens_of_image(grid))
         is_image = ids == self.manifest.image_token_id
-        positions = prompt_positions(is_image, grid, self.manifest.positions, self.image.merge_size)
-        return Prompt(text_rows(self.rows, self.tokens[ids]), positions)
+        if np.count_nonzero(is_image) != prompt.count("{image}") * self._tokens_of_image(grid):
+            raise CembedError("the bundle's document prompt has image tokens beside {image}")
+        positions = self._positions(ids, grid)
+        if read is None or tiled:
+            return ids, positions
+        stay = ~is_image
+        stay[is_image] = read.reshape(-1)
+        return ids[stay], positions[:, stay]
+
+    def _positions(self, ids: IntArray, grid: Grid | None) -> IntArray:
+        is_image = ids == self.manifest.image_token_id
+        return prompt_positions(is_image, grid, self.manifest.positions, self.image.merge_size)
+
+    def _tokens_of_image(self, grid: Grid) -> int:
+        """Visual tokens of a page, or of one tile, of which all is read."""
+        return (self.image.input_patches or grid[0] * grid[1]) // self.image.merge_size**2
+
+    def _tokens(self, grid: Grid) -> int:
+        """Visual tokens of a page of which all is read."""
+        tokens, tiles = self._tokens_of_image(grid), self.image.tiles
+        side = tiles.side // self.image.patch_size if tiles else 1
+        return tokens * (tiles.count(grid[0] // side, grid[1] // side) if tiles else 1)
 
     def _split(self, features: Array) -> list[Array]:
         """Features [V, all widths] as one array for each kind of row."""
         return np.split(features, np.cumsum([row_width(tensor) for tensor in self.rows])[:-1], axis=1)
 
-    def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid) -> Array:
+    def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid, read: Mask | None) -> Array:
         """Features [V, all widths] of one page, from the inputs that the vision graph declares."""
-        feeds = vision_feeds(self.manifest.graphs["vision"].inputs, pixel_values, grid, self.image)
+        feeds = vision_feeds(self.manifest.graphs["vision"].inputs, pixel_values, grid, self.image, read)
         output: Array = self._session("vision").run(feeds)
         features = output.reshape(-1, output.shape[-1])
         expected = (len(pixel_values) // self.image.merge_size**2, sum(map(row_width, self.rows)))

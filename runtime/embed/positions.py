@@ -104,6 +104,18 @@ def window_index(grid: Grid, image: ImageProcessing) -> IntArray:
     return np.where(groups[:, :, None] < 0, -1, patches).reshape(len(groups), -1)
 
 
+def windows_read(windows: IntArray, read: NDArray[np.bool_]) -> IntArray:
+    """Windows [W, L] of the patches of which `read` [P] says that they are, counted anew; windows without any go.
+
+    >>> windows_read(np.array([[0, 1], [2, 3], [4, -1]]), np.array([False, True, False, False, True]))
+    array([[-1,  0],
+           [ 1, -1]])
+    """
+    numbers = np.where(read, np.cumsum(read) - 1, -1)
+    left = np.where(windows < 0, -1, numbers[windows])
+    return left[(left >= 0).any(axis=1)]
+
+
 def window_restore(windows: IntArray, num_patches: int) -> IntArray:
     """Where in the flattened windows [W * L] each patch [P] stands.
 

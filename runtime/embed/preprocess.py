@@ -14,7 +14,7 @@ from PIL import Image
 
 from cembed.runtime.bundle.image_processing import MAX_ASPECT_RATIO, ImageProcessing
 from cembed.runtime.embed.positions import Grid
-from cembed.runtime.embed.tiles import cut_tiles, tile_sizes
+from cembed.runtime.embed.tiles import cut_tiles, stretch, tile_sizes
 from cembed.runtime.errors import CembedError
 
 
@@ -70,21 +70,43 @@ def preprocess(image: Image.Image, spec: ImageProcessing) -> tuple[NDArray[np.fl
     other, the whole page last, which the grid does not count. Temporal copies of a still image are left out: their
     weights were summed at export.
     """
+    page = resize(image, spec)
+    return page_patches(page, spec), grid_of(page, spec)
+
+
+def resize(image: Image.Image, spec: ImageProcessing) -> Image.Image:
+    """An RGB image in the size of whole visual tokens, or of whole tiles."""
     if spec.tiles is not None:
-        parts, grid = cut_tiles(image, spec, spec.tiles)
-        side = spec.tiles.side // spec.patch_size
-        return np.concatenate([patches(part, spec) for part in parts]), (grid[0] * side, grid[1] * side)
+        return stretch(image, spec, spec.tiles)
     height, width = resized_size(image.height, image.width, spec)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    return patches(pixels, spec), (height // spec.patch_size, width // spec.patch_size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def patches(pixels: NDArray[np.uint8], spec: ImageProcessing) -> NDArray[np.float32]:
-    """The values [P, C] of pixels [height, width, 3]."""
+def grid_of(page: Image.Image, spec: ImageProcessing) -> Grid:
+    """Of a resized page, without the whole page after tiles."""
+    return page.height // spec.patch_size, page.width // spec.patch_size
+
+
+def page_patches(
+    page: Image.Image, spec: ImageProcessing, read: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
+    """`pixel_values` float32 [P, C] of a resized page, and of the whole page after tiles.
+
+    `read` says of which visual tokens or tiles [rows, columns], by default all.
+    """
+    if spec.tiles is None:
+        return patches(np.asarray(page), spec, read)
+    return np.concatenate([patches(part, spec) for part in cut_tiles(page, spec.tiles.side, read)])
+
+
+def patches(
+    pixels: NDArray[np.uint8], spec: ImageProcessing, read: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
+    """The values [P, C] of pixels [height, width, 3], of the visual tokens [rows, columns] that are `read`."""
     patch, merge = spec.patch_size, spec.merge_size
     rows, columns = (side // spec.factor for side in pixels.shape[:2])
-    blocks = pixels.reshape(rows, merge, patch, columns, merge, patch, 3)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns * merge**2, 3, patch * patch)
+    blocks = pixels.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    blocks = (blocks if read is None else blocks[read]).reshape(-1, 3, patch * patch)
     levels = _normalised_levels(spec)
     values = np.empty(blocks.shape, np.float32)
     for channel in range(3):

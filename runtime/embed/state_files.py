@@ -49,11 +49,15 @@ class ForeignError(CembedError):
 
 @dataclass(frozen=True)
 class StateSchema:
-    """What states of a bundle are like; `page_text` are the positions of a page's prompt around the image."""
+    """What states of a bundle are like; `page_text` are the positions of a page's prompt around the image.
+
+    `longest` is how many visual tokens a page may have side by side, where only a part of them may be read.
+    """
 
     bundle: str
     manifest: Manifest
     page_text: int
+    longest: int | None = None
 
     def side(self, name: SideName) -> Side:
         return self.manifest.side(name)
@@ -91,7 +95,10 @@ class StateSchema:
         if name == "query" or self.manifest.positions.axes == 1:
             return {prompt - 1}
         visual = prompt - self.page_text
-        longer = (side for side in range(math.isqrt(max(visual, 1)), visual + 1) if side * side >= visual)
+        shortest = math.isqrt(max(visual, 1))
+        if self.longest is not None:
+            return {self.page_text + side - 1 for side in range(shortest, self.longest + 1) if side * side >= visual}
+        longer = (side for side in range(shortest, visual + 1) if side * side >= visual)
         return {self.page_text + side - 1 for side in longer if visual % side == 0}
 
 

@@ -59,16 +59,25 @@ def whole_tiles(height: int, width: int, side: int) -> Size:
     return longer, -(-int(longer * ratio) // side) * side
 
 
-def cut_tiles(image: Image.Image, spec: ImageProcessing, tiles: Tiles) -> tuple[list[NDArray[np.uint8]], Size]:
-    """Tiles [side, side, 3] of an RGB image, row by row, then the whole of it, and their grid."""
+def stretch(image: Image.Image, spec: ImageProcessing, tiles: Tiles) -> Image.Image:
+    """An RGB image in the size of whole tiles."""
     page = image
     for height, width in tile_sizes(image.height, image.width, spec, tiles):
         page = page.resize((width, height), Image.Resampling.LANCZOS)
-    grid = page.height // tiles.side, page.width // tiles.side
-    parts = [np.asarray(part) for part in crops(page, tiles.side)]
-    if len(parts) > 1:
-        parts.append(np.asarray(page.resize((tiles.side, tiles.side), Image.Resampling.LANCZOS)))
-    return parts, grid
+    return page
+
+
+def cut_tiles(page: Image.Image, side: int, read: NDArray[np.bool_] | None = None) -> list[NDArray[np.uint8]]:
+    """Tiles [side, side, 3] of an RGB image of whole ones, row by row, then the whole of it.
+
+    `read` says which tiles [rows, columns] are to be there, by default all.
+    """
+    parts = [np.asarray(part) for part in crops(page, side)]
+    if len(parts) == 1:
+        return parts
+    if read is not None:
+        parts = [part for part, is_read in zip(parts, read.reshape(-1), strict=True) if is_read]
+    return [*parts, np.asarray(page.resize((side, side), Image.Resampling.LANCZOS))]
 
 
 def crops(page: Image.Image, side: int) -> Iterator[Image.Image]:

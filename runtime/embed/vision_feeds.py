@@ -6,6 +6,7 @@ Letters: P patches, C pixels of a patch, B images of one page (tiles; 1 without 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,29 +14,59 @@ from numpy.typing import NDArray
 
 from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.manifest import Tensor
-from cembed.runtime.embed.positions import Grid, patch_fractions, patch_positions, window_index, window_restore
+from cembed.runtime.embed.positions import (
+    Grid,
+    IntArray,
+    patch_fractions,
+    patch_positions,
+    window_index,
+    window_restore,
+    windows_read,
+)
 
 Pixels = NDArray[np.float32]
-Feed = Callable[[Pixels, Grid, ImageProcessing], NDArray[Any]]
+Mask = NDArray[np.bool_]
 
 
-def images(pixels: Pixels, image: ImageProcessing) -> Pixels:
-    """`pixels` as [B, P / B, C]."""
-    return pixels.reshape(-1, image.input_patches or len(pixels), pixels.shape[1])
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """A page's patches [P, C], those that are read; the grid of all, how pages are prepared, and which visual tokens or
+    tiles [rows, columns] are read, None for all."""
+
+    pixels: Pixels
+    grid: Grid
+    image: ImageProcessing
+    read: Mask | None = None
+
+    def images(self) -> Pixels:
+        """The pixels as [B, P / B, C]."""
+        return self.pixels.reshape(-1, self.image.input_patches or len(self.pixels), self.pixels.shape[1])
+
+    def of_read(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Those of the rows of all patches that are of patches that are read."""
+        return rows if self.read is None else rows[self._is_read(self.read)]
+
+    def windows(self) -> IntArray:
+        windows = window_index(self.grid, self.image)
+        return windows if self.read is None else windows_read(windows, self._is_read(self.read))
+
+    def _is_read(self, read: Mask) -> Mask:
+        return np.repeat(read.reshape(-1), self.image.merge_size**2)
 
 
-FEEDS: Mapping[str, Feed] = {
-    "pixel_values": lambda pixels, _, image: images(pixels, image),
-    "patch_positions": lambda _, grid, image: patch_positions(grid, image.merge_size),
-    "patch_fractions": lambda _, grid, image: patch_fractions(grid, image.merge_size),
-    "window_index": lambda _, grid, image: window_index(grid, image),
-    "window_restore": lambda pixels, grid, image: window_restore(window_index(grid, image), len(pixels)),
+FEEDS: Mapping[str, Callable[[Patches], NDArray[Any]]] = {
+    "pixel_values": Patches.images,
+    "patch_positions": lambda page: page.of_read(patch_positions(page.grid, page.image.merge_size)),
+    "patch_fractions": lambda page: page.of_read(patch_fractions(page.grid, page.image.merge_size)),
+    "window_index": Patches.windows,
+    "window_restore": lambda page: window_restore(page.windows(), len(page.pixels)),
 }
-"""By input, from a page's patches [P, C], its grid, and how pages are prepared."""
+"""By input."""
 
 
 def vision_feeds(
-    inputs: Iterable[Tensor], pixels: Pixels, grid: Grid, image: ImageProcessing
+    inputs: Iterable[Tensor], pixels: Pixels, grid: Grid, image: ImageProcessing, read: Mask | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of a vision graph's `inputs`, whose names a manifest's contract has checked."""
-    return {tensor.name: FEEDS[tensor.name](pixels, grid, image) for tensor in inputs}
+    """The arrays of a vision graph's `inputs`, whose names a manifest's contract has checked; see `Patches`."""
+    page = Patches(pixels, grid, image, read)
+    return {tensor.name: FEEDS[tensor.name](page) for tensor in inputs}

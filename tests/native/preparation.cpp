@@ -38,6 +38,7 @@ ImageProcessing processing(const int64_t *sizes, const double *levels) {
                          sizes[5],
                          std::nullopt};
     if (spec.resize == Resize::TILES) spec.tiles = Tiles{sizes[6], sizes[7], "[{row}.{column}{image}]", "/", "~{image}", "={image}"};
+    spec.skip_blank = sizes[8] != 0;
     return spec;
 }
 

@@ -37,7 +37,7 @@ extern "C" {
 
 /* Goes up when a function or a struct of this header changes, not when one is added. cembed_open and cembed_index_open
  * refuse another one. */
-#define CEMBED_ABI_VERSION 1
+#define CEMBED_ABI_VERSION 2
 
 typedef enum cembed_status {
     CEMBED_OK = 0,
@@ -62,12 +62,13 @@ typedef struct cembed_options {
     const char *onnxruntime;   /* its library; 1.24 or later; null: $CEMBED_ONNXRUNTIME, then
                                   libonnxruntime.so.1 */
     int32_t max_visual_tokens; /* of a page; 0: the bundle's */
+    int32_t skip_blank;        /* 1: blank paper is not read, -1: it is; 0: as the bundle says */
     int32_t mapped_weights;    /* not 0: weights stay in the file, shared with other processes; pages take 4 % longer */
     uint64_t state_memory;     /* bytes that all states of a bundle hold together; 0: 1 GiB */
 } cembed_options;
 
 #define CEMBED_OPTIONS \
-    { CEMBED_ABI_VERSION, 0, NULL, NULL, 0, 0, 0 }
+    { CEMBED_ABI_VERSION, 0, NULL, NULL, 0, 0, 0, 0 }
 
 /* What a bundle is; texts live as long as it is open. A number of vectors is 0 where every token gives one. */
 typedef struct cembed_info {

@@ -111,6 +111,8 @@ Settings settings_of(const cembed_options &options) {
     settings.engine.threads = options.threads;
     settings.engine.mapped_weights = options.mapped_weights != 0;
     settings.max_visual_tokens = options.max_visual_tokens;
+    require(-1 <= options.skip_blank && options.skip_blank <= 1, "skip_blank is -1, 0 or 1");
+    if (options.skip_blank != 0) settings.skip_blank = options.skip_blank > 0;
     if (options.state_memory != 0) settings.state_memory = int64_t(std::min<uint64_t>(options.state_memory, INT64_MAX));
     return settings;
 }

@@ -329,6 +329,8 @@ void check_contract(const Manifest &manifest) {
     check_side(manifest, "document", manifest.document, "{image}");
     check_side(manifest, "query", manifest.query, "{text}");
     check_graphs(manifest);
+    if (manifest.image.skip_blank && !manifest.reads_parts())
+        refuse("image.skip_blank is true: the vision graph takes whole pages only");
 }
 
 }  // namespace cembed

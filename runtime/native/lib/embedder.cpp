@@ -19,8 +19,17 @@ namespace {
 
 [[noreturn]] void wrong(const std::string &what) { throw Error(INVALID_ARGUMENT, what); }
 
-ImageProcessing limited(const Manifest &manifest, int64_t tokens) {
+ImageProcessing skipping(const Manifest &manifest, const std::optional<bool> &skip_blank) {
+    if (skip_blank.value_or(false) && !manifest.reads_parts()) {
+        wrong("skip_blank: pages of " + manifest.backbone +
+              " are read whole, as the places of patches are inside of its vision graph; leave skip_blank out");
+    }
     ImageProcessing image = manifest.image;
+    image.skip_blank = skip_blank.value_or(image.skip_blank);
+    return image;
+}
+
+ImageProcessing limited(const Manifest &manifest, ImageProcessing image, int64_t tokens) {
     const int64_t area = image.factor() * image.factor(), most = image.max_visual_tokens();
     if (tokens == 0) return image;
     if (image.resize == Resize::FIXED)
@@ -63,6 +72,17 @@ void normalise(const float *from, int64_t dim, double squares, float *to) {
     std::transform(from, from + dim, to, [norm](float value) { return value / norm; });
 }
 
+// Pairs [P, 2], of the patches that are `read` only if it is not empty.
+template <class T>
+std::vector<T> pairs_of(std::vector<T> pairs, const std::vector<bool> &read) {
+    size_t kept = 0;
+    for (size_t i = 0; !read.empty() && i < pairs.size(); ++i) {
+        if (read[i / 2]) pairs[kept++] = pairs[i];
+    }
+    if (!read.empty()) pairs.resize(kept);
+    return pairs;
+}
+
 Engines engines_of(Bundle &bundle, const EngineSettings &settings) {
     if (settings.provider == TENSORRT) return tensorrt_engines(bundle);
     check_provider(settings);
@@ -93,7 +113,7 @@ int64_t Prompt::last_position() const { return *std::max_element(positions.begin
 Embedder::Embedder(const std::string &path, const Settings &settings)
     : bundle(path),
       manifest(bundle.manifest),
-      image(limited(manifest, settings.max_visual_tokens)),
+      image(limited(manifest, skipping(manifest, settings.skip_blank), settings.max_visual_tokens)),
       deepstack_width(cembed::deepstack_width(manifest)),
       state_memory(settings.state_memory),
       prompter_(Tokenizer::from_json(bundle.read(manifest.tokenizer)), manifest.image_token_id),
@@ -133,12 +153,11 @@ Prompt Embedder::document(const Rgb &page) {
     const PixelValues pixels = preprocess(page, image);
     const int64_t num_visual_tokens = pixels.num_patches() / (image.merge_size * image.merge_size);
     check_page(num_visual_tokens, pixels.images);
-    const std::string text = page_prompt(manifest.document.prompt, image, pixels.grid);
-    const auto ids = prompter_.document(text, num_visual_tokens / pixels.images);
+    auto ids = page_ids(pixels);
+    std::vector<int64_t> positions = positions_of(ids, pixels.grid);
+    if (!image.tiles && !pixels.read.empty()) leave_out(pixels.read, ids, positions);
     check_page(int64_t(ids.size()), pixels.images);
-    if (std::count(ids.begin(), ids.end(), manifest.image_token_id) != num_visual_tokens)
-        throw Error(BUNDLE, "the bundle's document prompt must contain {image} exactly once");
-    Prompt made = prompt(ids, pixels.grid);
+    Prompt made = prompt(ids, std::move(positions));
     made.after = Activations::RELEASE;
     const auto features = image_features(pixels);
     auto from = features.begin();
@@ -153,15 +172,50 @@ Prompt Embedder::document(const Rgb &page) {
 }
 
 Prompt Embedder::query(std::string_view text) {
-    return prompt(prompter_.query(manifest.query.prompt, text), std::nullopt);
+    const auto ids = prompter_.query(manifest.query.prompt, text);
+    return prompt(ids, positions_of(ids, std::nullopt));
 }
 
-Prompt Embedder::prompt(const std::vector<int64_t> &ids, const std::optional<Grid> &grid) const {
+// `input_ids` of a page of which all is read; of tiles only those that are.
+std::vector<int64_t> Embedder::page_ids(const PixelValues &pixels) const {
+    const int64_t patches = image.input_patches() ? image.input_patches() : pixels.grid.height * pixels.grid.width;
+    const int64_t tokens = patches / (image.merge_size * image.merge_size);
+    const std::string text =
+        page_prompt(manifest.document.prompt, image, pixels.grid, image.tiles ? pixels.read : std::vector<bool>());
+    auto ids = prompter_.document(text, tokens);
+    if (std::count(ids.begin(), ids.end(), manifest.image_token_id) != tokens * pixels.images)
+        throw Error(BUNDLE, "the bundle's document prompt must contain {image} exactly once");
+    return ids;
+}
+
+// Takes the visual tokens that are not `read` out of a prompt; the others stay where they are.
+void Embedder::leave_out(const std::vector<bool> &read, std::vector<int64_t> &ids,
+                         std::vector<int64_t> &positions) const {
+    std::vector<bool> stays;
+    auto next = read.begin();
+    for (const int64_t id : ids) stays.push_back(id != manifest.image_token_id || *next++);
+    size_t kept = 0;
+    for (size_t i = 0; i < positions.size(); ++i) {
+        if (stays[i % ids.size()]) positions[kept++] = positions[i];
+    }
+    positions.resize(kept);
+    kept = 0;
+    for (size_t i = 0; i < ids.size(); ++i) {
+        if (stays[i]) ids[kept++] = ids[i];
+    }
+    ids.resize(kept);
+}
+
+std::vector<int64_t> Embedder::positions_of(const std::vector<int64_t> &ids, const std::optional<Grid> &grid) const {
+    return prompt_positions(ids, manifest.image_token_id, grid, manifest.positions, image.merge_size);
+}
+
+Prompt Embedder::prompt(const std::vector<int64_t> &ids, std::vector<int64_t> positions) const {
     Prompt made;
     made.length = int64_t(ids.size());
     check_length(made.length);
     if (ids.empty()) throw Error(BUNDLE, "the bundle's prompt is empty");
-    made.positions = prompt_positions(ids, manifest.image_token_id, grid, manifest.positions, image.merge_size);
+    made.positions = std::move(positions);
     made.embeds.resize(ids.size() * size_t(manifest.hidden_size));
     made.deepstack.resize(ids.size() * size_t(deepstack_width));
     for (size_t i = 0; i < ids.size(); ++i) tokens_.read(ids[i], &made.embeds[i * size_t(manifest.hidden_size)]);
@@ -170,23 +224,28 @@ Prompt Embedder::prompt(const std::vector<int64_t> &ids, const std::optional<Gri
 
 std::vector<float> Embedder::image_features(const PixelValues &pixels) {
     const Graph &graph = bundle.graph("vision");
-    const int64_t patches = pixels.num_patches(), tokens = patches / (image.merge_size * image.merge_size);
+    const int64_t merged = image.merge_size * image.merge_size;
+    const int64_t patches = pixels.num_patches(), tokens = patches / merged;
+    std::vector<bool> read;  // by patch
+    for (size_t i = 0; !image.tiles && i < pixels.read.size(); ++i)
+        read.insert(read.end(), size_t(merged), pixels.read[i]);
     const std::vector<int64_t> shape{pixels.images, patches / pixels.images, 3 * image.patch_size * image.patch_size};
     std::vector<Tensor> inputs{{"pixel_values", shape, pixels.values}};
     std::vector<int64_t> places, restore;
     std::vector<float> fractions;
     Windows windows;
     if (graph.takes("patch_positions")) {
-        places = patch_positions(pixels.grid, image.merge_size);
+        places = pairs_of(patch_positions(pixels.grid, image.merge_size), read);
         inputs.emplace_back("patch_positions", std::vector<int64_t>{patches, 2}, places);
     }
     if (graph.takes("patch_fractions")) {
-        fractions = patch_fractions(pixels.grid, image.merge_size);
+        fractions = pairs_of(patch_fractions(pixels.grid, image.merge_size), read);
         inputs.emplace_back("patch_fractions", std::vector<int64_t>{patches, 2}, fractions);
     }
     if (graph.takes("window_index")) {
         if (image.window_size == 0) throw Error(BUNDLE, "the bundle's vision graph takes windows of no size");
         windows = window_index(pixels.grid, image);
+        if (!read.empty()) windows = windows_read(windows, read);
         restore = window_restore(windows.index, patches);
         inputs.emplace_back("window_index", std::vector<int64_t>{windows.count, windows.length}, windows.index);
         inputs.emplace_back("window_restore", std::vector<int64_t>{patches}, restore);

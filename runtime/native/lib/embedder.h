@@ -24,7 +24,8 @@ namespace cembed {
 
 struct Settings {
     EngineSettings engine;
-    int64_t max_visual_tokens = 0;  // 0: the bundle's
+    int64_t max_visual_tokens = 0;   // 0: the bundle's
+    std::optional<bool> skip_blank;  // of paper; by default the bundle's
     int64_t state_memory = shared::DEFAULT_STATE_MEMORY;
 };
 
@@ -80,7 +81,10 @@ class Embedder {
     std::atomic<int64_t> states_hold{0};
 
   private:
-    Prompt prompt(const std::vector<int64_t> &ids, const std::optional<Grid> &grid) const;
+    Prompt prompt(const std::vector<int64_t> &ids, std::vector<int64_t> positions) const;
+    std::vector<int64_t> positions_of(const std::vector<int64_t> &ids, const std::optional<Grid> &grid) const;
+    std::vector<int64_t> page_ids(const PixelValues &pixels) const;
+    void leave_out(const std::vector<bool> &read, std::vector<int64_t> &ids, std::vector<int64_t> &positions) const;
     void check_page(int64_t length, int64_t images) const;
     std::vector<float> image_features(const PixelValues &pixels);
     std::vector<float> single_pass(const Side &side, const Prompt &prompt, int64_t num_vectors);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "blank.h"
 #include "error.h"
 #include "shared_tables.h"
 
@@ -231,12 +232,14 @@ float *write_patch(const uint8_t *corner, int64_t stride, int64_t side, const Le
     return out;
 }
 
-// Values of the patches in `size` pixels from `corner` on: merge groups row by row.
+// Values of the patches in `size` pixels from `corner` on: merge groups row by row, those that are `read` if it is not
+// empty.
 float *write_patches(const uint8_t *corner, int64_t stride, Size size, const ImageProcessing &spec, const Levels &levels,
-                     float *out) {
+                     float *out, const std::vector<bool> &read = {}) {
     const int64_t patch = spec.patch_size, merge = spec.merge_size, across = size.width / spec.factor();
     for (int64_t i = 0; i < size.height / patch * (size.width / patch); ++i) {
         const int64_t group = i / (merge * merge), inside = i % (merge * merge);
+        if (!read.empty() && !read[size_t(group)]) continue;
         const int64_t y = (group / across * merge + inside / merge) * patch;
         const int64_t x = (group % across * merge + inside % merge) * patch;
         out = write_patch(corner + y * stride + x * 3, stride, patch, levels, out);
@@ -259,14 +262,19 @@ PixelValues tiled(const Rgb &image, const ImageProcessing &spec) {
     const Pixels between = resized(image, first, Resampling::LANCZOS);
     const Pixels page = resized({between.data(), first.width, first.height, first.width * 3}, size, Resampling::LANCZOS);
     const Levels levels = normalised_levels(spec);
-    PixelValues result{{}, {size.height / spec.patch_size, size.width / spec.patch_size}, Tiles::count(rows, columns)};
+    PixelValues result;
+    result.grid = {size.height / spec.patch_size, size.width / spec.patch_size};
+    if (spec.skip_blank) result.read = parts_to_read(page, size, spec);
+    result.images = Tiles::count(rows, columns) - std::count(result.read.begin(), result.read.end(), false);
+    result.patches = result.images * (side / spec.patch_size) * (side / spec.patch_size);
     result.values.resize(size_t(result.images * side * side * 3));
     float *out = result.values.data();
     for (int64_t i = 0; i < rows * columns; ++i) {
+        if (spec.skip_blank && !result.read[size_t(i)]) continue;
         const uint8_t *corner = page.data() + i / columns * side * stride + i % columns * side * 3;
         out = write_patches(corner, stride, tile, spec, levels, out);
     }
-    if (result.images == 1) return result;
+    if (rows * columns == 1) return result;
     const Pixels whole = resized({page.data(), size.width, size.height, stride}, tile, Resampling::LANCZOS);
     write_patches(whole.data(), side * 3, tile, spec, levels, out);
     return result;
@@ -279,14 +287,20 @@ std::string replaced(std::string text, const std::string &name, int64_t number) 
 
 }  // namespace
 
-std::string Tiles::fill(int64_t rows, int64_t columns) const {
+std::string Tiles::fill(int64_t rows, int64_t columns, const std::vector<bool> &read) const {
     if (rows * columns == 1) return alone;
     std::string text;
+    int64_t tiles = 0, ended = 0;
     for (int64_t i = 0; i < rows * columns; ++i) {
-        text += replaced(replaced(tile, "{row}", i / columns + 1), "{column}", i % columns + 1);
-        if (i % columns == columns - 1) text += row_end;
+        if (read.empty() || read[size_t(i)]) {
+            text += replaced(replaced(tile, "{row}", i / columns + 1), "{column}", i % columns + 1);
+            ++tiles;
+        }
+        if (i % columns < columns - 1 || tiles == ended) continue;
+        text += row_end;
+        ended = tiles;
     }
-    return text + page;
+    return tiles == 0 ? alone : text + page;
 }
 
 Size resized_size(int64_t height, int64_t width, const ImageProcessing &spec) {
@@ -316,8 +330,14 @@ PixelValues preprocess(const Rgb &image, const ImageProcessing &spec) {
     const Size size = resized_size(image.height, image.width, spec);
     check_size(size, spec);
     const Pixels pixels = resized(image, size, Resampling::BICUBIC);
-    PixelValues result{std::vector<float>(pixels.size()), {size.height / spec.patch_size, size.width / spec.patch_size}};
-    write_patches(pixels.data(), size.width * 3, size, spec, normalised_levels(spec), result.values.data());
+    PixelValues result;
+    result.grid = {size.height / spec.patch_size, size.width / spec.patch_size};
+    if (spec.skip_blank) result.read = parts_to_read(pixels, size, spec);
+    const int64_t left_out = std::count(result.read.begin(), result.read.end(), false);
+    result.patches = result.grid.height * result.grid.width - left_out * spec.merge_size * spec.merge_size;
+    result.values.resize(size_t(result.patches * 3 * spec.patch_size * spec.patch_size));
+    const Levels levels = normalised_levels(spec);
+    write_patches(pixels.data(), size.width * 3, size, spec, levels, result.values.data(), result.read);
     return result;
 }
 

@@ -23,8 +23,9 @@ struct Tiles {
 
     // Tiles of a page, the whole page counted.
     static int64_t count(int64_t rows, int64_t columns) { return rows * columns + (rows * columns > 1 ? 1 : 0); }
-    // What stands for `{image}` in the prompt of a page, with `{image}` once for each tile.
-    std::string fill(int64_t rows, int64_t columns) const;
+    // What stands for `{image}` in the prompt of a page, with `{image}` once for each tile; of the tiles only those that
+    // are `read` [rows, columns] are there, all if it is empty.
+    std::string fill(int64_t rows, int64_t columns, const std::vector<bool> &read = {}) const;
 };
 
 // The manifest's `image`, field by field.
@@ -36,6 +37,7 @@ struct ImageProcessing {
     std::array<double, 3> mean{}, std{};
     int64_t window_size = 0;
     std::optional<Tiles> tiles;
+    bool skip_blank = false;
 
     int64_t factor() const { return patch_size * merge_size; }
     int64_t max_visual_tokens() const { return max_pixels / (factor() * factor()); }
@@ -60,9 +62,11 @@ using Grid = Size;  // of an image in patches
 
 struct PixelValues {
     std::vector<float> values;  // [P, C]; tiles one after the other, the whole page last
-    Grid grid;                  // without the whole page after tiles
+    Grid grid;                  // of all that could be read, without the whole page after tiles
     int64_t images = 1;         // of the same number of patches
-    int64_t num_patches() const { return images == 1 ? grid.height * grid.width : grid.height * grid.width / (images - 1) * images; }
+    int64_t patches = 0;        // P: those that are read
+    std::vector<bool> read;     // which visual tokens or tiles [rows, columns] are read; empty for all
+    int64_t num_patches() const { return patches; }
 };
 
 // Size in pixels that an image is resized to, in whole tiles where there are any. Throws Error(INVALID_ARGUMENT) for sides that differ by over 200 times,

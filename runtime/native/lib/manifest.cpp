@@ -87,6 +87,7 @@ ImageProcessing read_image(const Json &value) {
     image.mean = value.at("mean").get<std::array<double, 3>>();
     image.std = value.at("std").get<std::array<double, 3>>();
     image.window_size = value.value("window_size", int64_t(0));
+    image.skip_blank = value.value("skip_blank", false);
     if (const auto tiles = value.find("tiles"); tiles != value.end() && !tiles->is_null()) {
         image.tiles = {tiles->at("side"),    tiles->at("longest_edge"), tiles->at("tile"),
                        tiles->at("row_end"), tiles->at("page"),         tiles->at("alone")};
@@ -177,6 +178,12 @@ int64_t Side::vector_dim(int64_t dim, int64_t budget) const {
 
 bool Graph::takes(std::string_view input) const {
     return std::any_of(inputs.begin(), inputs.end(), [&](const TensorSpec &tensor) { return tensor.name == input; });
+}
+
+bool Manifest::reads_parts() const {
+    const Graph &vision = graphs.at("vision");
+    if (!image.tiles) return vision.takes("patch_positions");
+    return vision.takes("pixel_values") && vision.inputs.size() == 1;
 }
 
 Manifest Manifest::from_json(std::string_view text) {

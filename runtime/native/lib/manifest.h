@@ -79,6 +79,9 @@ struct Manifest {
     std::optional<std::string> upgraded_from;
     int64_t schema_version = 0;
 
+    // Whether the vision graph takes a part of a page: it is told the places of patches, or each tile is alone.
+    bool reads_parts() const;
+
     // Throws Error(BUNDLE) that names the field which is unknown, missing, of another kind or out of range.
     static Manifest from_json(std::string_view text);
 };

@@ -81,6 +81,7 @@ constexpr Field FIELDS[] = {
     {"ImageProcessing", "std", "[number*3]", true, 1e-06, 1000.0},
     {"ImageProcessing", "window_size", "int", false, 0, 4096},
     {"ImageProcessing", "tiles", "Tiles?", false, 0, 0},
+    {"ImageProcessing", "skip_blank", "bool", false, 0, 0},
     {"Tiles", "side", "int", true, 1, 4096},
     {"Tiles", "longest_edge", "int", true, 1, 4096},
     {"Tiles", "tile", "str", true, 0, 0},

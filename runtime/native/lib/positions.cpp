@@ -79,6 +79,22 @@ Windows window_index(Grid grid, const ImageProcessing &image) {
     return windows;
 }
 
+Windows windows_read(const Windows &windows, const std::vector<bool> &read) {
+    std::vector<int64_t> numbers;
+    int64_t count = 0;
+    for (const bool is_read : read) numbers.push_back(is_read ? count++ : -1);
+    Windows left{{}, 0, windows.length};
+    for (auto from = windows.index.begin(); from != windows.index.end(); from += windows.length) {
+        std::vector<int64_t> window;
+        for (auto patch = from; patch != from + windows.length; ++patch)
+            window.push_back(*patch < 0 ? -1 : numbers[size_t(*patch)]);
+        if (*std::max_element(window.begin(), window.end()) < 0) continue;
+        left.index.insert(left.index.end(), window.begin(), window.end());
+        ++left.count;
+    }
+    return left;
+}
+
 std::vector<int64_t> window_restore(const std::vector<int64_t> &windows, int64_t num_patches) {
     std::vector<int64_t> restore(size_t(num_patches), 0);
     for (size_t i = 0; i < windows.size(); ++i) {

@@ -39,6 +39,9 @@ struct Windows {
 
 Windows window_index(Grid grid, const ImageProcessing &image);
 
+// Those of the patches of which `read` says that they are, counted anew; windows without any go.
+Windows windows_read(const Windows &windows, const std::vector<bool> &read);
+
 // Where in the flattened windows [W * L] each patch [P] stands.
 std::vector<int64_t> window_restore(const std::vector<int64_t> &windows, int64_t num_patches);
 

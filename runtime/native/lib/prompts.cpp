@@ -21,10 +21,11 @@ bool is_blank(char32_t c) { return unicode::is_space(c) || (c >= 0x1c && c <= 0x
 
 }  // namespace
 
-std::string page_prompt(const std::string &prompt, const ImageProcessing &image, Grid grid) {
+std::string page_prompt(const std::string &prompt, const ImageProcessing &image, Grid grid,
+                        const std::vector<bool> &read) {
     if (!image.tiles) return prompt;
     const int64_t side = image.tiles->side / image.patch_size;
-    return filled(prompt, "{image}", image.tiles->fill(grid.height / side, grid.width / side));
+    return filled(prompt, "{image}", image.tiles->fill(grid.height / side, grid.width / side, read));
 }
 
 Prompter::Prompter(Tokenizer tokenizer, int64_t image_token_id)

@@ -11,8 +11,10 @@
 
 namespace cembed {
 
-// The prompt of a page of `grid` patches: where it comes in tiles, `{image}` is there for each, between markers.
-std::string page_prompt(const std::string &prompt, const ImageProcessing &image, Grid grid);
+// The prompt of a page of `grid` patches: where it comes in tiles, `{image}` is there for each, between markers. `read`
+// says which tiles are there, all if it is empty.
+std::string page_prompt(const std::string &prompt, const ImageProcessing &image, Grid grid,
+                        const std::vector<bool> &read = {});
 
 class Prompter {
   public:

@@ -57,6 +57,7 @@ bool is_scalar(const Json &value, const std::string &kind) {
     if (kind == "sha256") return value.is_string() && is_digest(value.get_ref<const std::string &>());
     if (kind == "int") return is_integer(value);
     if (kind == "number") return value.is_number();
+    if (kind == "bool") return value.is_boolean();
     if (kind == "axis") return value.is_string() || is_integer(value);
     return kind[0] == '=' && is_one_of(value, kind.substr(1));
 }
