@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cembed.display import say, show_json, show_table
-from cembed.options import AsJson, BundlePath, Threads, split
+from cembed.options import AsJson, BundlePath, SkipBlank, Threads, split
 from cembed.runtime.errors import CembedError
 from cembed.streams import held_stderr
 
@@ -68,6 +68,7 @@ def page(
     max_visual_tokens: Annotated[
         int | None, typer.Option(min=1, help="Visual tokens a page may take, at most the bundle's limit.")
     ] = None,
+    skip_blank: SkipBlank = None,
     provider: Annotated[list[str] | None, typer.Option(metavar="NAME,…", help="Engines, as for embed.")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -79,7 +80,8 @@ def page(
 
     images = read_pages(Bundle(bundle), paths, pages)
     with held_stderr():
-        found = attempt(Way(bundle, tuple(split(provider)) or None, threads, max_visual_tokens), images, rounds)
+        way = Way(bundle, tuple(split(provider)) or None, threads, max_visual_tokens, skip_blank)
+        found = attempt(way, images, rounds)
     if found.failure:
         raise CembedError(found.failure)
     counted = {"visual tokens": found.tokens, "positions": found.positions, "peak MiB": round(found.memory)}

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -82,6 +82,7 @@ class Way:
     providers: tuple[str, ...] | None = None
     threads: int | None = None
     max_visual_tokens: int | None = None
+    skip_blank: bool | None = None
 
 
 def try_all(way: Way, pages: Sequence[Pixels], rounds: int) -> Iterator[Trial]:
@@ -103,9 +104,8 @@ def attempt(way: Way, pages: Sequence[Pixels], rounds: int) -> Trial:
 
 
 def _run(way: Way, pages: list[Pixels], rounds: int) -> Trial:
-    embedder = Embedder.load(
-        way.bundle, providers=way.providers, threads=way.threads, max_visual_tokens=way.max_visual_tokens
-    )
+    settings = asdict(way)
+    embedder = Embedder.load(settings.pop("bundle"), **settings)
     single = embedder.manifest.document.slots != "feedback"
     timed = {name: Timed(embedder.session(name)) for name in (("vision", "text") if single else ("vision",))}
     embedder.replace_sessions(timed)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_cli import cembed
 
 from cembed.export.exporter import export
@@ -174,6 +175,17 @@ def test_fewer_visual_tokens_are_timed(bundle: Path) -> None:
     shown = cembed("bench", "page", bundle, "--rounds", "1", "--threads", "1", "--max-visual-tokens", "20", "--json")
     assert json.loads(shown.out)["visual tokens"] <= 20
     assert "visual tokens: " in cembed("bench", "page", bundle, "--rounds", "1", "--threads", "1").out
+
+
+def test_pages_without_their_blank_paper_are_timed(bundle: Path, tmp_path: Path) -> None:
+    page = np.full((280, 280, 3), 255, np.uint8)
+    page[100:140, 40:120:4] = 0
+    Image.fromarray(page).save(tmp_path / "page.png")
+    tokens = [
+        json.loads(cembed("bench", "page", bundle, tmp_path, "--rounds", "1", "--json", flag).out)["visual tokens"]
+        for flag in ("--skip-blank", "--no-skip-blank")
+    ]
+    assert tokens[0] < tokens[1]
 
 
 def test_an_engine_that_is_not_there_is_an_error(bundle: Path) -> None:
