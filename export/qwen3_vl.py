@@ -12,10 +12,10 @@ from cembed.runtime.bundle.manifest import MAX_DEEPSTACK
 EMBEDDING_PROMPTS = (
     "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
     "<|vision_start|>{image}<|vision_end|><|im_end|>\n<|im_start|>assistant\n",
-    "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+    "<|im_start|>system\nRetrieve images or text relevant to the user's query.<|im_end|>\n<|im_start|>user\n"
     "{text}<|im_end|>\n<|im_start|>assistant\n",
 )
-"""Of Qwen3-VL-Embedding's own code, with its default instruction."""
+"""Of Qwen3-VL-Embedding's own code: its default instruction, and for queries the one of its examples of retrieval."""
 
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:
