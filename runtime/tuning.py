@@ -53,15 +53,20 @@ class Trial:
 
 
 class Timed:
-    """A session that says how long its last run took."""
+    """A session that says how long its runs of a page took, and how many rows they gave."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self.seconds, self.rows = session, 0.0, 0
+        self._session = session
+        self.start_page()
+
+    def start_page(self) -> None:
+        self.seconds, self.rows = 0.0, 0
 
     def run(self, feeds: Mapping[str, Array]) -> Array:
         start = time.perf_counter()
         output = self._session.run(feeds)
-        self.seconds, self.rows = time.perf_counter() - start, int(np.prod(output.shape[:-1]))
+        self.seconds += time.perf_counter() - start
+        self.rows += int(np.prod(output.shape[:-1]))
         return output
 
     def bind(self, cache: Mapping[str, Array]) -> StepSession:
@@ -118,14 +123,16 @@ def _run(way: Way, pages: list[Pixels], rounds: int) -> Trial:
 
 def _page(embedder: Embedder, timed: Mapping[str, Timed], page: Pixels) -> dict[str, float]:
     """Seconds of one page, and how many visual tokens and positions it takes."""
+    for session in timed.values():
+        session.start_page()
     start = time.perf_counter()
     prompt = embedder.inputs.document(page)
     made = time.perf_counter()
     embedder.embed_prompt("document", prompt)
     found = {PAGE: time.perf_counter() - start, PIXELS: made - start - timed["vision"].seconds}
     found |= {name: session.seconds for name, session in timed.items()}
-    found |= {STEP: _step(embedder, page)} if STEP in embedder.manifest.graphs else {}
-    return found | {"tokens": timed["vision"].rows, "positions": len(prompt)}
+    found |= {"tokens": timed["vision"].rows, "positions": len(prompt)}
+    return found | ({STEP: _step(embedder, page)} if STEP in embedder.manifest.graphs else {})
 
 
 def _step(embedder: Embedder, page: Pixels) -> float:

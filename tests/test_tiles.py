@@ -42,8 +42,10 @@ from cembed.runtime.bundle.image_processing import ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.bundle.prompts import Prompter, longest_page
 from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.embed.inputs import InputBuilder, PageOptions
 from cembed.runtime.embed.preprocess import preprocess
 from cembed.runtime.embed.tiles import tile_sizes
+from cembed.runtime.engines.session import EngineSettings, OrtSession
 
 Json = dict[str, Any]
 TILED = ("colidefics3", "colmodernvbert")
@@ -324,6 +326,23 @@ def test_batch_mates_do_not_matter(name: str, bundle_of: BundleMaker) -> None:
     pages = [page(image) for image in ("page", "wide", "small")]
     for together, alone in zip(embedder.embed_images(pages), pages, strict=True):
         np.testing.assert_array_equal(together, embedder.embed_image(alone))
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_tiles_are_run_one_by_one(name: str, bundle_of: BundleMaker) -> None:
+    """What a page takes in memory does not grow with them, and the features are those of all in one run."""
+    bundle = Bundle(bundle_of(name))
+    session, runs = OrtSession(bundle.graph_path("vision"), EngineSettings()), []
+
+    class Recorded:
+        def run(self, feeds: dict[str, Any]) -> Any:
+            runs.append((feeds["pixel_values"], session.run(feeds)))
+            return runs[-1][1]
+
+    InputBuilder(bundle, PageOptions(), lambda graph: Recorded()).document(page())
+    assert [len(tile) for tile, _ in runs] == 13 * [1]
+    together = session.run({"pixel_values": np.concatenate([tile for tile, _ in runs])})
+    np.testing.assert_array_equal(together, np.concatenate([features for _, features in runs]))
 
 
 # Other targets and weights --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BundleMaker
 from PIL import Image
 from test_cli import cembed
 
@@ -169,6 +170,15 @@ def test_stages_of_a_page(bundle: Path) -> None:
     assert seconds["page"] >= seconds["pixels"] + seconds["vision"] + seconds["text"]
     assert made["visual tokens"] < made["positions"]
     assert made["peak MiB"] > 50
+
+
+def test_all_tiles_of_a_page_are_timed(bundle_of: BundleMaker, tmp_path: Path) -> None:
+    Image.fromarray(PAGE).save(tmp_path / "page.png")
+    bundle = bundle_of("colidefics3")
+    made = json.loads(cembed("bench", "page", bundle, tmp_path, "--rounds", "2", "--threads", "1", "--json").out)
+    embedder = Embedder.load(bundle)
+    embedder.embed_image(PAGE)
+    assert made["visual tokens"] == embedder.inputs.tokens_read.read > 16
 
 
 def test_fewer_visual_tokens_are_timed(bundle: Path) -> None:

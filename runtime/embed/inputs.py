@@ -175,10 +175,14 @@ class InputBuilder:
         return np.split(features, np.cumsum([row_width(tensor) for tensor in self.rows])[:-1], axis=1)
 
     def _image_features(self, pixel_values: NDArray[np.float32], grid: Grid, read: Mask | None) -> Array:
-        """Features [V, all widths] of one page, from the inputs that the vision graph declares."""
+        """Features [V, all widths] of one page, from the inputs that the vision graph declares.
+
+        Tiles are run one by one: the processor's caches hold what is between the layers, and the features are the same.
+        """
         feeds = vision_feeds(self.manifest.graphs["vision"].inputs, pixel_values, grid, self.image, read)
-        output: Array = self._session("vision").run(feeds)
-        features = output.reshape(-1, output.shape[-1])
+        session = self._session("vision")
+        outputs = [session.run({**feeds, "pixel_values": image[None]}) for image in feeds["pixel_values"]]
+        features = np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])
         expected = (len(pixel_values) // self.image.merge_size**2, sum(map(row_width, self.rows)))
         if features.shape != expected:
             raise CembedError(f"the vision graph gave {list(features.shape)}, by the manifest it is {list(expected)}")

@@ -229,8 +229,9 @@ std::vector<float> Embedder::image_features(const PixelValues &pixels) {
     std::vector<bool> read;  // by patch
     for (size_t i = 0; !image.tiles && i < pixels.read.size(); ++i)
         read.insert(read.end(), size_t(merged), pixels.read[i]);
-    const std::vector<int64_t> shape{pixels.images, patches / pixels.images, 3 * image.patch_size * image.patch_size};
-    std::vector<Tensor> inputs{{"pixel_values", shape, pixels.values}};
+    const std::vector<int64_t> shape{1, patches / pixels.images, 3 * image.patch_size * image.patch_size};
+    float *const values = const_cast<float *>(pixels.values.data());
+    std::vector<Tensor> inputs{{"pixel_values", Type::FLOAT32, shape, values}};
     std::vector<int64_t> places, restore;
     std::vector<float> fractions;
     Windows windows;
@@ -252,9 +253,14 @@ std::vector<float> Embedder::image_features(const PixelValues &pixels) {
     }
     const int64_t width = manifest.hidden_size + deepstack_width;
     std::vector<float> features(size_t(tokens * width));
-    const std::vector<Tensor> outputs{
-        {graph.outputs.at(0).name, {pixels.images, tokens / pixels.images, width}, features}};
-    engine("vision").run(inputs, outputs, Activations::RELEASE);
+    std::vector<Tensor> outputs{
+        {graph.outputs.at(0).name, Type::FLOAT32, {1, tokens / pixels.images, width}, features.data()}};
+    // Tiles are run one by one: the processor's caches hold what is between the layers.
+    for (int64_t i = 0; i < pixels.images; ++i) {
+        inputs[0].data = values + i * (pixels.values.size() / pixels.images);
+        outputs[0].data = features.data() + i * (features.size() / pixels.images);
+        engine("vision").run(inputs, outputs, i + 1 < pixels.images ? Activations::KEEP : Activations::RELEASE);
+    }
     require_finite(features.data(), int64_t(features.size()), "graph vision, of this image,");
     return features;
 }
