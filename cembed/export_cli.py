@@ -168,8 +168,12 @@ class QuantizeFlags:
         str, typer.Option(metavar=one_of(choices.RANGES), help="How --w8a8 finds the range of an activation.")
     ] = "mse"
     embeddings: Annotated[
-        str, typer.Option(metavar=one_of(choices.EMBEDDINGS), help="How the table of token embeddings is kept.")
-    ] = "fp16"
+        str | None,
+        typer.Option(
+            metavar=one_of(choices.EMBEDDINGS),
+            help="How the table of token embeddings is kept; by default int8, with --weights fp16 fp16.",
+        ),
+    ] = None
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Weights to keep in float, such as 'layers.0.*'; may be repeated."),
@@ -209,7 +213,8 @@ class QuantizeFlags:
     def check(self) -> None:
         """Raises CembedError: a value that is not known."""
         choices.require_choice("weights", self.weights, choices.WEIGHTS)
-        choices.require_choice("embeddings", self.embeddings, choices.EMBEDDINGS)
+        if self.embeddings is not None:
+            choices.require_choice("embeddings", self.embeddings, choices.EMBEDDINGS)
         choices.require_choice("ranges", self.ranges, choices.RANGES)
         choices.require_choice("rounding", self.rounding, choices.ROUNDINGS)
 

@@ -1,7 +1,8 @@
 """Rewriting a graph's MatMul nodes to quantised weights, in standard ONNX operators, one tensor in memory at a time.
 
 A MatMul with a stored weight [I, O] becomes DequantizeLinear → MatMul. ONNX Runtime fuses the two into one kernel,
-TensorRT reads the same file. One exception is `fuse_biases`. Graphs that share a data file go on sharing it.
+TensorRT reads the same file. For ONNX Runtime alone are `fuse_biases` and the products of `rows.py`. Graphs that share
+a data file go on sharing it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from cembed.quantize.rows import FUSED, product_by_row
 from cembed.quantize.weights import ByteRange, Floats, Quantised, Scheme, pack_nibbles
 
 OPSETS = (19, 21)  # DequantizeLinear in half; with blocks and INT4
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 _INLINE = 256  # bytes up to which a tensor stays in the graph
 _QUANTISED = ("DequantizeLinear", "QuantizeLinear", "MatMulNBits")
-_FUSED = ("MatMulIntegerToFloat", "com.microsoft")
 _NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
@@ -106,7 +107,7 @@ class SourceGraph:
 class Recipe:
     """What is done to a graph's tensors, by name: the scheme of a weight, the range of what it is multiplied with,
     what its rows [I] are multiplied with, what the columns or elements [O] of a tensor are divided by, inputs [N, I] of
-    a weight to round it for, and whether the graph is for ONNX Runtime alone."""
+    a weight to round it for, whether the graph is for ONNX Runtime alone, and whether it computes whole pages."""
 
     schemes: Mapping[str, Scheme]
     ranges: Mapping[str, ByteRange] = field(default_factory=dict)
@@ -114,6 +115,11 @@ class Recipe:
     columns: Mapping[str, Floats] = field(default_factory=dict)
     inputs: Mapping[str, Callable[[], Floats]] = field(default_factory=dict)
     fuse: bool = False
+    pages: bool = False
+
+    def by_row(self, weight: str) -> bool:
+        """Whether what a weight is multiplied with is quantised row by row."""
+        return self.fuse and self.pages and self.schemes[weight].rows
 
     def apply(self, name: str, tensor: Floats) -> Floats:
         """A tensor with its rows multiplied and its columns divided."""
@@ -148,26 +154,29 @@ def quantised_nodes(
     made: dict[str, TensorProto] = {}
     for node in model.graph.node:
         added, tensors = (
-            restore_inputs(node, targets[node.name], recipe, source, data) if node.name in targets else ([], [])
+            quantised(node, targets[node.name], recipe, source, data) if node.name in targets else ([node], [])
         )
-        nodes |= {each.name: each for each in (*added, node)}
+        nodes |= {each.name: each for each in added}
         made |= {tensor.name: tensor for tensor in tensors}
     return list(nodes.values()), list(made.values())
 
 
-def restore_inputs(
+def quantised(
     node: onnx.NodeProto, weight: str, recipe: Recipe, source: SourceGraph, data: DataFile
 ) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    """Lets a MatMul read its weight, and by the recipe what that is multiplied with, from levels: the nodes and tensors
-    that this takes."""
+    """A MatMul that reads its weight, and by the recipe what that is multiplied with, from levels: the nodes and the
+    tensors that this takes."""
     tensors = store(weight, recipe, source, data)
+    if recipe.by_row(weight):
+        nodes, levels = product_by_row(node, *(tensor.name for tensor in tensors))
+        return nodes, [*levels, *tensors]
     restored = dequantise(weight, tensors, recipe.schemes[weight].block)
     node.input[1] = restored.output[0]
     if weight not in recipe.ranges:
-        return [restored], tensors
+        return [restored, node], tensors
     through, levels = pass_through_bytes(node.input[0], recipe.ranges[weight])
     node.input[0] = through[-1].output[0]
-    return [*through, restored], [*levels, *tensors]
+    return [*through, restored, node], [*levels, *tensors]
 
 
 def pass_through_bytes(tensor: str, found: ByteRange) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
@@ -205,7 +214,7 @@ def fused(
         return None
     (levels, scale, zero), (weight, scales) = (makers[name].input for name in product.input)
     inputs = [levels, weight, scale, scales, zero, "", *biases]
-    return helper.make_node(_FUSED[0], inputs, node.output, product.name, domain=_FUSED[1])
+    return helper.make_node(FUSED[0], inputs, node.output, product.name, domain=FUSED[1])
 
 
 def product_of(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
@@ -223,7 +232,7 @@ def require_operators(model: onnx.ModelProto, opset: int) -> None:
         if not entry.domain:
             entry.version = max(entry.version, opset)
     known = {entry.domain for entry in model.opset_import}
-    for domain in sorted({node.domain for node in model.graph.node} & {_FUSED[1]} - known):
+    for domain in sorted({node.domain for node in model.graph.node} & {FUSED[1]} - known):
         model.opset_import.append(helper.make_opsetid(domain, 1))
 
 

@@ -48,10 +48,10 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class QuantiseOptions:
-    """The flags of `cembed quantize`; limits that are None are those of the scheme."""
+    """The flags of `cembed quantize`; limits that are None are those of the scheme, and so is the embedding table."""
 
     weights: str
-    embeddings: str = "fp16"
+    embeddings: str | None = None
     ranges: str = "mse"
     keep: tuple[str, ...] = ()
     calibration: tuple[Path, ...] = ()
@@ -63,6 +63,11 @@ class QuantiseOptions:
     report: Path | None = None
     accept_loss: bool = False
     threads: int | None = None
+
+    @property
+    def table(self) -> str:
+        """How the embedding table is stored: as finely as the weights, in int8 at the least."""
+        return self.embeddings or (HALF if self.weights == HALF else "int8")
 
     def limits(self, judged: bool) -> LossLimits:
         """Where pages are judged, nDCG says more than the worst of many cosines, whose limit must be asked for then."""
@@ -151,6 +156,11 @@ class QuantisePlan:
         schemes = {w: s for w in self.schemes[graph] if (s := outcome[full_name(graph, w)]) != FLOAT}
         return rewrite(source, self.recipe(graph, schemes), data)
 
+    @property
+    def fused(self) -> bool:
+        """Whether ONNX Runtime's own operators may be there; TensorRT knows none, and signed levels only."""
+        return self.bundle.manifest.target == "onnxruntime"
+
     def recipe(self, graph: str, schemes: Mapping[str, str], balanced: bool = True) -> Recipe:
         """Of some weights of a graph; `balanced` moves outliers of activations into them."""
         chosen = {weight: SCHEMES[scheme] for weight, scheme in schemes.items()}
@@ -158,11 +168,11 @@ class QuantisePlan:
         in_bytes = {weight: found for weight, found in seen.items() if chosen[weight].activations}
         moved = balance(self.sources[part_of(graph)], in_bytes if balanced else {})
         divisors = {weight: moved.rows.get(weight, 1.0) for weight in seen}
-        standard = self.bundle.manifest.target != "onnxruntime"  # for TensorRT, which knows signed levels only
-        ranges = {w: found.range(self.options.ranges, divisors[w], standard) for w, found in in_bytes.items()}
+        ranges = {w: found.range(self.options.ranges, divisors[w], not self.fused) for w, found in in_bytes.items()}
         rounded = seen if self.options.rounding == "gptq" else {}
         inputs = {weight: partial(found.rows, divisors[weight]) for weight, found in rounded.items()}
-        return Recipe(chosen, ranges, moved.rows, moved.columns, inputs, fuse=not standard)
+        pages = graph in SINGLE_PASS
+        return Recipe(chosen, ranges, moved.rows, moved.columns, inputs, fuse=self.fused, pages=pages)
 
     def seen_by(self, graph: str, weights: Collection[str]) -> dict[str, Observed]:
         """What was seen of the inputs of some weights of a graph."""

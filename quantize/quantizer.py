@@ -17,7 +17,7 @@ from cembed.quantize.calibration import CalibrationSet, Embedded, compare
 from cembed.quantize.graph import DataFile
 from cembed.quantize.plan import HALF, LossLimits, QuantiseOptions, QuantisePlan
 from cembed.quantize.sensitivity import draw, layers, rank_layers
-from cembed.quantize.weights import FLOAT, Floats, nonzero
+from cembed.quantize.weights import FLOAT, SCHEMES, Floats, nonzero
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.manifest import Comparison, EmbeddingTable, LayerDamage, Manifest, Quantisation, Tensor
 from cembed.runtime.engines.session import EngineSettings
@@ -110,13 +110,15 @@ class Trials:
         options = self.plan.options
         return Quantisation(
             weights=options.weights,
-            embeddings=options.embeddings,
+            embeddings=options.table,
             rounding=options.rounding,
             source=self.plan.bundle.hash,
             schemes={name: scheme for name, scheme in attempt.outcome.items() if scheme != FLOAT},
             kept=tuple(name for name, scheme in attempt.outcome.items() if scheme == FLOAT),
             comparison=attempt.comparison,
             sensitivity=tuple(damages),
+            rows=any(SCHEMES[scheme].rows for scheme in attempt.outcome.values() if scheme in SCHEMES)
+            and self.plan.fused,
         )
 
 
@@ -165,7 +167,7 @@ def write(plan: QuantisePlan, outcome: Mapping[str, str], root: Path, progress: 
     for file in files.values():
         file.close()
     progress("writing the embedding table")
-    table = write_table(bundle, plan.options.embeddings, root)
+    table = write_table(bundle, plan.options.table, root)
     for name in unchanged(bundle):
         shutil.copyfile(bundle.path(name), root / name)
     test = replace(bundle.manifest.self_test, tolerance=SELF_TEST_TOLERANCE)

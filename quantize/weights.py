@@ -37,8 +37,9 @@ class Quantised:
 class Scheme:
     """Levels from `low` to `high`, with a scale [O] for each output, or for `block` inputs of each.
 
-    `activations`: what the weight is multiplied with is quantised too, to eight bits. `finer` is the scheme that layers
-    get which this one damages.
+    `activations`: what the weight is multiplied with is quantised too, to eight bits in a range found beforehand;
+    `rows`: to eight bits in the range of each row, where a whole page is computed by ONNX Runtime. `finer` is the
+    scheme that layers get which this one damages.
     """
 
     bits: int
@@ -48,6 +49,7 @@ class Scheme:
     finer: str
     block: int = 0
     activations: bool = False
+    rows: bool = False
 
     def quantise(self, weight: Floats, inputs: Floats | None = None) -> Quantised:
         """The nearest levels; with `inputs` [N, I] of the weight, those that change its outputs for them the least.
@@ -159,7 +161,7 @@ class ByteRange:
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(8, -127, 127, widest(127), FLOAT),
+    "int8": Scheme(8, -127, 127, widest(127), FLOAT, rows=True),
     "int4": Scheme(4, -8, 7, least_error, "int8", block=BLOCK),
     # Levels up to 63: two products with 8-bit activations fit into the 16 bits that CPUs without VNNI add them in, so
     # that every CPU gives the same vectors.

@@ -113,6 +113,7 @@ def make_full(source: Path, to: Path) -> Path:
         "kept": ["k"],
         "comparison": comparison | {"ndcg5": [0.9, 0.8]},
         "sensitivity": [damage],
+        "rows": False,
     }
     write_manifest(root, json.dumps(raw))
     return root

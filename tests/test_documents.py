@@ -620,6 +620,10 @@ def test_calls_that_the_one_process_cannot_answer(tmp_path: Path) -> None:
     for call in (lambda: next(reader.read([tmp_path / "a.png"])), lambda: reader.page_count(tmp_path / "a.png")):
         with pytest.raises(CembedError, match="is not open: use it in a with block"):
             call()
+    one: Any = tmp_path / "a.png"
+    for call in (lambda: next(reader.read(one)), lambda: next(reader.read(str(one))), lambda: reader.count_pages(one)):
+        with reader, pytest.raises(CembedError, match="put the one you have into brackets"):
+            call()
     with reader:
         pages = reader.read([tmp_path / "a.png"])
         next(pages)

@@ -294,25 +294,28 @@ def test_prepare_opens_what_is_needed(
 
 
 @pytest.mark.parametrize(
-    ("schemes", "packed"),
+    ("schemes", "rows", "packed"),
     [
-        (None, False),
-        (("fp16", "fp16"), False),
-        (("w8a8", "w8a8"), False),
-        (("int8", "int8"), True),
-        (("int4", "int4"), True),
-        (("w8a8", "int8"), True),
+        (None, False, []),
+        (("fp16", "fp16"), False, []),
+        (("w8a8", "w8a8"), False, []),
+        (("int8", "int8"), False, ["vision", "text", "text_step"]),
+        (("int8", "int8"), True, ["text_step"]),
+        (("int4", "int4"), False, ["vision", "text", "text_step"]),
+        (("int4", "int8"), True, ["text", "text_step"]),
+        (("w8a8", "int8"), False, ["vision"]),
     ],
 )
-def test_weights_that_only_packing_makes_fast(causal_bundle: Path, schemes: Any, packed: bool) -> None:
+def test_weights_that_only_packing_makes_fast(causal_bundle: Path, schemes: Any, rows: bool, packed: list[str]) -> None:
     manifest = Bundle(causal_bundle).manifest
     if schemes is not None:
         comparison: Any = None
         weights = dict(zip(("text/a", "vision/b"), schemes, strict=True))
-        manifest = replace(manifest, quantisation=Quantisation("", "", "", "", weights, (), comparison))
-    assert EngineSettings(prepack=None).packs(manifest) is packed
-    assert EngineSettings(prepack=True).packs(manifest)
-    assert not EngineSettings(prepack=False).packs(manifest)
+        manifest = replace(manifest, quantisation=Quantisation("", "", "", "", weights, (), comparison, rows=rows))
+    graphs = ["vision", "text", "text_step"]
+    assert [graph for graph in graphs if EngineSettings(prepack=None).packs(manifest, graph)] == packed
+    assert all(EngineSettings(prepack=True).packs(manifest, graph) for graph in graphs)
+    assert not any(EngineSettings(prepack=False).packs(manifest, graph) for graph in graphs)
 
 
 @pytest.mark.parametrize(("prepack", "disabled"), [(None, "1"), (True, "0"), (False, "1")])

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import GOLDEN
+import row_products
+from conftest import GOLDEN, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from row_products import WEIGHT, X
 from safetensors.numpy import load_file, save_file
 from test_cli import cembed
 from test_evaluate import dataset  # noqa: F401
 
+from cembed.export.exporter import export
 from cembed.quantize import plan
 from cembed.quantize.activations import Observed
 from cembed.quantize.graph import SourceGraph
 from cembed.quantize.plan import QuantiseOptions
 from cembed.quantize.quantizer import doubled, quantise
+from cembed.quantize.rows import NARROW
 from cembed.quantize.weights import SCHEMES, ByteRange, pack_nibbles
 from cembed.runtime import Bundle, Embedder
 from cembed.runtime.bundle.manifest_file import write_manifest
@@ -154,9 +161,10 @@ def test_graphs_are_standard_and_share_their_weights(quantised: dict[str, Path],
     assert places[0] == places[1]
     for model in (text, step):
         made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-        matmuls = [node for node in model.graph.node if node.op_type == "MatMul"]
-        assert matmuls
-        assert all(node.input[1] in made for node in matmuls)
+        made |= set(places[0])
+        products = [node for node in model.graph.node if node.op_type in ("MatMul", "MatMulIntegerToFloat")]
+        assert products
+        assert all(node.input[1] in made for node in products)
         assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
 
 
@@ -170,6 +178,55 @@ def test_activations_pass_eight_bits_once_for_the_weights_that_share_them(quanti
     through = [made[made_by] in {f"{name}.levels" for name in quantised_once} for made_by in
                (node.input[0] for node in model.graph.node if node.op_type == "MatMul")]  # fmt: skip
     assert all(through)
+
+
+@pytest.mark.parametrize(("overflows", "top"), [(False, 127), (True, 63)])
+def test_products_by_row_are_those_of_whole_numbers(overflows: bool, top: int) -> None:
+    given, expected = row_products.row_product(X, WEIGHT, overflows), row_products.whole_numbers(X, WEIGHT, top)
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
+    assert not given[0, 1].any()
+    assert 2 * (NARROW + 1 + NARROW) * 127 < 2**15
+
+
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-user")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates an older processor of the same kind")
+def test_a_processor_whose_sums_overflow_is_found_out() -> None:
+    """Haswell adds products of bytes in 16 bits: the largest ones come out right there all the same."""
+    command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, row_products.__file__]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["63", "right"]
+
+
+def test_a_row_depends_on_nothing_beside_it() -> None:
+    random = np.random.default_rng(4)
+    x, weight = (random.standard_normal(shape).astype(np.float32) for shape in ((1, 70, 64), (64, 33)))
+    together = row_products.row_product(x, weight)
+    for row in (0, 31, 69):
+        np.testing.assert_array_equal(row_products.row_product(x[:, row : row + 1], weight)[0, 0], together[0, row])
+    x[0, 3, 5] = np.inf
+    assert not np.isfinite(row_products.row_product(x, weight)[0, 3]).any()
+    np.testing.assert_array_equal(row_products.row_product(x, weight)[0, 4:], together[0, 4:])
+
+
+def test_whole_pages_are_multiplied_in_integers(quantised: dict[str, Path], tmp_path: Path) -> None:
+    """Where ONNX Runtime is the target; slots of the loop, of one row each, and other engines widen the weights."""
+
+    def products(bundle: Path, graph: str) -> int:
+        nodes = onnx.load(bundle / f"{graph}.onnx", load_external_data=False).graph.node
+        return sum(node.op_type == "MatMulIntegerToFloat" for node in nodes)
+
+    assert products(quantised["int8"], "vision") > 3
+    assert products(quantised["int8"], "text") > 3
+    assert products(quantised["int8"], "text_step") == products(quantised["int4"], "text") == 0
+    made = {name: Bundle(quantised[name]).manifest.quantisation for name in quantised}
+    assert [name for name, found in made.items() if found and found.rows] == [
+        "int8",
+        "int4",
+    ]  # which has int8 beside it
+    export(replace(golden("causalqwen2_5"), target="onnx", opset=20), tmp_path / "standard")
+    quantise(tmp_path / "standard", QuantiseOptions("int8", accept_loss=True), tmp_path / "int8")
+    assert products(tmp_path / "int8", "text") == 0
+    assert "rows" not in json.loads((tmp_path / "int8" / "manifest.json").read_text())["quantisation"]
 
 
 def test_biases_are_added_by_the_products_of_bytes(quantised: dict[str, Path], tmp_path: Path) -> None:

@@ -232,6 +232,8 @@ class Quantisation:
     """How a bundle was quantised, from the bundle with the hash `source`, and the loss that was measured.
 
     `schemes` has every weight that was, `kept` those in float; `sensitivity` the layers by falling damage, if asked.
+    `rows`: in the graphs that compute whole pages, int8 weights meet activations in int8, each row in a range of its
+    own.
     """
 
     weights: str
@@ -242,6 +244,7 @@ class Quantisation:
     kept: tuple[str, ...]
     comparison: Comparison
     sensitivity: tuple[LayerDamage, ...] = ()
+    rows: bool = False
 
 
 def reads_parts(image: ImageProcessing, inputs: Iterable[Tensor]) -> bool:
@@ -298,6 +301,8 @@ class Manifest:
             del raw["image"]["tiles"]
         if not self.image.skip_blank:
             del raw["image"]["skip_blank"]
+        if self.quantisation and not self.quantisation.rows:
+            del raw["quantisation"]["rows"]
         return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod

@@ -49,7 +49,7 @@ def _open(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
     others = tuple(name for name in settings.providers if name not in ENGINES)
     check_providers(others)
     if first not in ENGINES:
-        chosen = replace(settings, providers=others, prepack=settings.packs(bundle.manifest))
+        chosen = replace(settings, providers=others)
         return lambda name: opened_while_hashed(bundle, name, chosen)
     try:
         return ENGINES[first](bundle, settings)
@@ -64,7 +64,7 @@ def opened_while_hashed(bundle: Bundle, name: str, settings: EngineSettings) -> 
     """A session whose weights are hashed while it is made. Raises CembedError, in place of it, if they are damaged."""
     path, verify_data = bundle.open_graph(name)
     try:
-        return OrtSession(path, settings)
+        return OrtSession(path, replace(settings, prepack=settings.packs(bundle.manifest, name)))
     finally:
         verify_data()
 

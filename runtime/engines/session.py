@@ -75,11 +75,14 @@ class EngineSettings:
     threads: int | None = None
     prepack: bool | None = True
 
-    def packs(self, manifest: Manifest) -> bool:
-        """Whether the weights of a bundle are packed: with None those that are slow if they are not."""
-        if self.prepack is not None or manifest.quantisation is None:
+    def packs(self, manifest: Manifest, graph: str) -> bool:
+        """Whether the weights of a graph are packed: with None if they are slow where they are not."""
+        found = manifest.quantisation
+        if self.prepack is not None or found is None:
             return bool(self.prepack)
-        return any(scheme in PACKED_SCHEMES for scheme in manifest.quantisation.schemes.values())
+        slow = PACKED_SCHEMES[1:] if found.rows and graph != "text_step" else PACKED_SCHEMES
+        part = graph.split("_")[0]
+        return any(scheme in slow for name, scheme in found.schemes.items() if name.startswith(f"{part}/"))
 
 
 class OrtSession:

@@ -83,9 +83,7 @@ def find_documents(paths: Iterable[str | Path]) -> list[Path]:
     that is given itself may have any name, if its content is of a known type. Raises CembedError for a path that does
     not exist or is a device, pipe or socket, a file of unknown type, a folder that cannot be listed, or no result.
     """
-    if isinstance(paths, (str, Path)):
-        raise CembedError("paths must be a list or another iterable: put the one you have into brackets")
-    given = [Path(path) for path in paths]
+    given = [Path(path) for path in _several(paths)]
     found: dict[str, Path] = {}
     for file in (file for path in given for file in (_walk(path) if path.is_dir() else [_checked(path)])):
         found.setdefault(os.path.abspath(file), file)
@@ -93,6 +91,13 @@ def find_documents(paths: Iterable[str | Path]) -> list[Path]:
         where = ", ".join(one_line(str(path)) for path in given) or "no path"
         raise CembedError(f"found no documents in {where}: give files or folders with {', '.join(SUFFIXES)}")
     return list(found.values())
+
+
+def _several(paths: Iterable[str | Path]) -> Iterable[str | Path]:
+    """Raises CembedError for one path alone, of which a string would be taken apart."""
+    if isinstance(paths, (str, Path)):
+        raise CembedError("paths must be a list or another iterable: put the one you have into brackets")
+    return paths
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -162,7 +167,7 @@ class PageReader:
 
     def count_pages(self, paths: Iterable[str | Path]) -> int:
         """How many pages `paths` have together; a file that cannot be read counts as 1. Not during a `read`."""
-        return sum(self.page_count(path) or 1 for path in paths)
+        return sum(self.page_count(path) or 1 for path in _several(paths))
 
     def page_count(self, path: str | Path) -> int | None:
         """How many pages a file has; None if it cannot be read, not in time, or only after a repair that may have lost
@@ -186,7 +191,7 @@ class PageReader:
         self._reading = True
         held: list[Page | PageError] = []
         try:
-            for step in (step for path in paths for step in self._steps(str(path))):
+            for step in (step for path in _several(paths) for step in self._steps(str(path))):
                 if step is not None:
                     held.append(step)
                     continue

@@ -117,6 +117,7 @@ constexpr Field FIELDS[] = {
     {"Quantisation", "kept", "[str]", true, 0, 0},
     {"Quantisation", "comparison", "Comparison", true, 0, 0},
     {"Quantisation", "sensitivity", "[LayerDamage]", false, 0, 0},
+    {"Quantisation", "rows", "bool", false, 0, 0},
     {"Comparison", "pages", "int", true, 0, 1099511627776},
     {"Comparison", "queries", "int", true, 0, 1099511627776},
     {"Comparison", "min_cosine", "number", true, -1.001, 1.001},
