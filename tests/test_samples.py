@@ -141,6 +141,7 @@ ALL_STAGES = (
     train.Stage("letters", "walls", 2, 2, 1.0),
     train.Stage("words", "walls", 2, 2, 1.0, decoder=True),
     train.Stage("pages", "seen", 2, 3, 1.0, decoder=True, heads=True),
+    train.Stage("holes", "seen", 2, 3, 1.0, decoder=True, heads=True, holes=True),
 )
 
 
@@ -169,12 +170,12 @@ def test_training_resumes_at_the_step_it_was_saved(
     monkeypatch.setattr(train, "CHUNK", 100_000)
     out = tmp_path / "run"
     log = run(out, tokenizer, ALL_STAGES)
-    assert [row["stage"] for row in log] == ["letters", "words", "pages"]
+    assert [row["stage"] for row in log] == ["letters", "words", "pages", "holes"]
     assert {f"{head}.contrast" for head in model.HEADS} <= log[-1].keys()
     assert all(np.isfinite(value) for row in log for value in row.values() if isinstance(value, float))
     assert max(chunk.stat().st_size for chunk in (out / "state").iterdir()) <= 100_000
     trainer = train.Trainer(DIMS, tokenizer, compiled=False)
-    assert trainer.load(out) == 6
+    assert trainer.load(out) == 8
     assert any(torch.count_nonzero(s["momentum_buffer"]) for s in trainer.optimizers[0][0].state.values())
     assert run(out, tokenizer, ALL_STAGES) == log
 
@@ -221,14 +222,13 @@ def test_an_exported_head_gives_the_vectors_it_was_trained_with(
     )
     export(options, tmp_path / "bundle")
     embedder = Embedder.load(tmp_path / "bundle")
-    page = generate.make_page("equal", "validation")
+    page = generate.make_page("paper", "validation")
     text = page.questions[0].text
     with torch.no_grad():
         for parameter in trainer.master.parameters():  # as they are stored
             parameter.copy_(parameter.to(torch.bfloat16).float())
-        features = trainer.master.see(torch.from_numpy(data.patches_in_windows(page.image))[None], page.image.size)
         prompts = {
-            "document": trainer.master.document_prompt(features, page.image.size),
+            "document": trainer.master.page_prompt(page.image),
             "query": trainer.master.query_prompt([text, "a longer one beside it, so that it is filled up"]),
         }
         vectors = {
@@ -239,6 +239,14 @@ def test_an_exported_head_gives_the_vectors_it_was_trained_with(
     assert np.abs(found - vectors["document"].numpy()).max() < 1e-5
     found = embedder.embed_queries([text])[0]
     assert np.abs(found - vectors["query"][: len(found)].numpy()).max() < 1e-5
+    with torch.no_grad():
+        prefix = trainer.master.prefill(trainer.master.page_prompt(page.image, skip_blank=True))
+        expected = trainer.master.embed(prefix, "document", feedback=head == "feedback")[head][0]
+    if head == "colbert":
+        expected = expected[prefix.prompt.there[0]]
+    found = Embedder.load(tmp_path / "bundle", skip_blank=True).embed_images([page.image])[0]
+    assert np.abs(found - expected.numpy()).max() < 1e-5
+    assert not prefix.prompt.there.all()
 
 
 def test_margins_reward_vectors_that_tell_pages_apart() -> None:

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from data import patches_in_windows
 from model import HEADS, Dims, SampleModel
 from PIL import Image
 from train import Trainer
@@ -74,9 +73,7 @@ def torch_quality(model: SampleModel, dataset: Dataset, head: str) -> float:
         parameter.copy_(parameter.to(torch.bfloat16).float())
     pages: dict[str, Any] = {}
     for name, image, _ in dataset.pages():
-        picture = Image.fromarray(image)
-        features = model.see(torch.from_numpy(patches_in_windows(picture))[None], picture.size)
-        prefix = model.prefill(model.document_prompt(features, picture.size))
+        prefix = model.prefill(model.page_prompt(Image.fromarray(image)))
         pages[name] = model.embed(prefix, "document")[head][0].numpy()
     questions = dataset.judged()
     queries = [

@@ -20,6 +20,7 @@ from PIL import Image
 
 from cembed.runtime.bundle.image_processing import ImageProcessing
 from cembed.runtime.bundle.prompts import load_tokenizer
+from cembed.runtime.embed.blank import Sums, blank_parts, enough, parts_to_read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pages"))
 from canvas import PUNCTUATION, Word
@@ -48,12 +49,16 @@ QUESTIONS = 3  # about each page of a batch: they cost little beside the page
 NONE = -100  # what cross-entropy ignores
 SIZES: tuple[tuple[Size, float], ...] = ((PORTRAIT, 0.45), (LANDSCAPE, 0.25), (SQUARE, 0.2), (SLIP, 0.1))
 
+WHOLE = 0.4  # share of pages that are read whole where the others have holes
+
 Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass
 class Example:
     patches: NDArray[np.uint8]  # [P, 588]
+    read: Mask  # [V]: the visual tokens that are not left out
     cells: Ints  # [V, C]
     pieces: Ints  # [V, MAX_PIECES] tokens of the words that end here
     tokens: Ints  # [MAX_PAGE_TOKENS] all tokens of the page, each once
@@ -67,6 +72,7 @@ class Batch:
 
     size: Size
     patches: NDArray[np.uint8]
+    read: Mask
     cells: Ints
     pieces: Ints
     tokens: Ints
@@ -90,6 +96,17 @@ def patches_in_windows(image: Image.Image) -> NDArray[np.uint8]:
     return blocks.reshape(rows * columns, 4, -1)[window_order(image.size)].reshape(rows * columns * 4, -1)
 
 
+def parts_read(image: Image.Image, holes: bool, random: Random) -> Mask:
+    """Visual tokens [V] of a page that are read: all, or in pages with `holes` those that are not blank, with their
+    neighbours or without."""
+    pixels = np.asarray(image.convert("RGB"))
+    if not holes or random.random() < WHOLE:
+        return np.ones(pixels.shape[0] // SIDE * (pixels.shape[1] // SIDE), bool)
+    if random.random() < 0.5:
+        return parts_to_read(pixels, IMAGE).reshape(-1)
+    return enough(~blank_parts(Sums.of(pixels, SIDE))).reshape(-1)
+
+
 class Reader:
     """What can be read on a page, in the tokens of one tokenizer; letters are compared in lower case."""
 
@@ -104,7 +121,7 @@ class Reader:
             self._cache[word] = [(i, end - 1) for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
         return self._cache[word]
 
-    def read(self, page: Page, question: Random) -> Example:
+    def read(self, page: Page, question: Random, holes: bool = False) -> Example:
         columns, rows = page.image.size[0] // SIDE, page.image.size[1] // SIDE
         cells = np.full((rows * columns, CELLS[0] * CELLS[1]), BLANK, dtype=np.int64)
         pieces: list[list[int]] = [[] for _ in range(rows * columns)]
@@ -116,9 +133,12 @@ class Reader:
         asked = list(dict.fromkeys(asked)) + asked  # each once, before any comes again
         asked = asked[:QUESTIONS]
         keys = [{token for key in one.keys for token, _ in self.tokens(key.strip(PUNCTUATION))} for one in asked]
+        read = parts_read(page.image, holes, question)[order]
+        cells = np.where(read[:, None], cells[order], NONE)
         return Example(
             patches_in_windows(page.image),
-            cells[order],
+            read,
+            cells,
             np.stack([padded(ends, MAX_PIECES) for ends in pieces])[order],
             padded(sorted(found), MAX_PAGE_TOKENS),
             [one.text for one in asked],
@@ -149,30 +169,34 @@ def padded(values: list[int], length: int) -> Ints:
     return row
 
 
-def batches(tokenizer: Path, part: Part, size: int, seed: str) -> Iterator[Batch]:
-    """Endless batches; no page is ever shown twice: with each shown three times, reading did not carry over."""
+def batches(tokenizer: Path, part: Part, size: int, seed: str, holes: bool = False) -> Iterator[Batch]:
+    """Endless batches, with `holes` for blank paper.
+
+    No page is ever shown twice: with each shown three times, reading did not carry over.
+    """
     reader, random = Reader(tokenizer), Random(seed)
     drawn = 0
     while True:
         page_size = random.choices([s for s, _ in SIZES], [w for _, w in SIZES])[0]
         pages = [make_page(f"{seed}-{drawn + n}", "train", part, page_size) for n in range(size)]
         drawn += size
-        yield stack(page_size, [reader.read(page, random) for page in pages])
+        yield stack(page_size, [reader.read(page, random, holes) for page in pages])
 
 
 def stack(size: Size, examples: list[Example]) -> Batch:
     columns = {
-        name: np.stack([getattr(e, name) for e in examples]) for name in ("patches", "cells", "pieces", "tokens")
+        name: np.stack([getattr(e, name) for e in examples])
+        for name in ("patches", "read", "cells", "pieces", "tokens")
     }
     keys = np.concatenate([example.keys for example in examples])
     return Batch(size, questions=[text for example in examples for text in example.questions], keys=keys, **columns)
 
 
-def prefetched(tokenizer: Path, part: Part, size: int, seed: str) -> Iterator[Batch]:
+def prefetched(tokenizer: Path, part: Part, size: int, seed: str, holes: bool = False) -> Iterator[Batch]:
     """`batches` from a process of its own."""
     context = get_context("spawn")
     queue: Queue[Batch] = context.Queue(4)
-    worker = context.Process(target=fill, args=(queue, tokenizer, part, size, seed), daemon=True)
+    worker = context.Process(target=fill, args=(queue, tokenizer, part, size, seed, holes), daemon=True)
     worker.start()
     try:
         while worker.is_alive():
@@ -182,6 +206,6 @@ def prefetched(tokenizer: Path, part: Part, size: int, seed: str) -> Iterator[Ba
         worker.kill()
 
 
-def fill(queue: Queue[Batch], tokenizer: Path, part: Part, size: int, seed: str) -> None:
-    for batch in batches(tokenizer, part, size, seed):
+def fill(queue: Queue[Batch], tokenizer: Path, part: Part, size: int, seed: str, holes: bool) -> None:
+    for batch in batches(tokenizer, part, size, seed, holes):
         queue.put(batch)

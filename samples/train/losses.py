@@ -17,7 +17,7 @@ def reading(logits: Tensor, cells: Tensor) -> Tensor:
     classes = OTHER + 1
     weight = torch.ones(classes)
     weight[BLANK] = BLANK_WEIGHT
-    return F.cross_entropy(logits.float().view(-1, classes), cells.flatten(), weight=weight)
+    return F.cross_entropy(logits.float().view(-1, classes), cells.flatten(), weight=weight, ignore_index=NONE)
 
 
 def spelling(hidden: Tensor, table: Tensor, pieces: Tensor, scale: Tensor) -> Tensor:

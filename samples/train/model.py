@@ -13,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import CELLS, IMAGE, OTHER, window_order
+from data import CELLS, IMAGE, OTHER, patches_in_windows, window_order
 from layouts import Size
+from PIL import Image
 from torch import Tensor, nn
 
 from cembed.export.decoder import Decoder, DecoderConfig
 from cembed.export.layers import QKV, Decomposed, Heads, Linear, apart
 from cembed.export.qwen2_vl import DOCUMENT_PROMPT, QUERY_PROMPT
-from cembed.export.qwen_vision import QwenVisionConfig, QwenVisionTower
+from cembed.export.qwen_vision import QwenVisionConfig, QwenVisionTower, Windows
 from cembed.runtime.bundle.manifest import Positions
 from cembed.runtime.bundle.prompts import Prompter, load_tokenizer
+from cembed.runtime.embed.blank import parts_to_read
 from cembed.runtime.embed.positions import patch_positions, prompt_positions
 
 HEADS = ("causal", "feedback", "metaembed", "btoks", "colbert")
@@ -93,11 +95,13 @@ class Dims:
 
 @dataclass
 class Prompt:
-    """Inputs [B, S, H], positions [3, B, S], and how many positions of each row are filled [B]."""
+    """Inputs [B, S, H], positions [3, B, S], how many positions of each row are filled [B], and which of them are
+    there [B, S]: pages have holes where blank paper is left out."""
 
     embeds: Tensor
     positions: Tensor
     lengths: Tensor
+    there: Tensor
 
 
 @dataclass
@@ -114,8 +118,24 @@ class Prefix:
         return self.hidden[torch.arange(len(self.hidden)), self.prompt.lengths - 1].unsqueeze(1)
 
     def attended(self) -> Tensor:
-        """Bool [B, 1, 1, S]: the positions that are filled."""
-        return (torch.arange(self.hidden.shape[1]) < self.prompt.lengths[:, None])[:, None, None]
+        """Bool [B, 1, 1, S]: the positions that are there."""
+        return self.prompt.there[:, None, None]
+
+
+class Holes(Windows):
+    """Rows that are in windows [B * W, L, X] already, of which those of `there` [B * W, L] are attended to."""
+
+    def __init__(self, there: Tensor) -> None:
+        self.there = there | ~there.any(1, keepdim=True)  # of a window without any nothing is read
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def mask(self, batch: int) -> Tensor:
+        return self.there[:, None, None]
+
+    def scatter(self, x: Tensor, batch: int) -> Tensor:
+        return x
 
 
 class Training(Decomposed):
@@ -127,7 +147,8 @@ class Training(Decomposed):
             k, v = (x.repeat_interleave(heads[0] // heads[1], dim=1) for x in (k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            below = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            mask = below if mask is None else below & mask
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -164,8 +185,9 @@ class SampleModel(nn.Module):
         assert found is not None, f"{text = } is not in the tokenizer"
         return int(found)
 
-    def see(self, patches: Tensor, size: Size) -> Tensor:
-        """Features [B, V, H] of uint8 patches [B, P, 588] that are in windows: each window attends to itself."""
+    def see(self, patches: Tensor, read: Tensor, size: Size) -> Tensor:
+        """Features [B, V, H] of uint8 patches [B, P, 588] that are in windows: each window attends to itself, and in
+        it to the visual tokens that are `read` [B, V]."""
         dtype = self.embed_tokens.dtype
         mean, std = (torch.tensor(values).repeat_interleave(196) for values in (IMAGE.mean, IMAGE.std))
         x = self.visual.patch_embed.proj(
@@ -176,12 +198,13 @@ class SampleModel(nn.Module):
         spots = torch.from_numpy(patch_positions(grid, 2)).unflatten(0, (-1, 4))[order].flatten(0, 1)
         cos, sin = (t.unflatten(1, (-1, 64)).flatten(0, 1) for t in self.visual.rotary_tables(spots, len(x), x.dtype))
         x = x.unflatten(1, (-1, 64)).flatten(0, 1)
+        holes = Holes(read.repeat_interleave(4, dim=1).view(-1, 64))
         for block in self.visual.blocks:
-            x = block(x, cos, sin, self.visual.dialect, None)
+            x = block(x, cos, sin, self.visual.dialect, holes)
         return self.visual.merger(x.unflatten(0, (len(patches), -1)).flatten(1, 2))
 
-    def document_prompt(self, features: Tensor, size: Size) -> Prompt:
-        """`features` [B, V, H] in windows become the image tokens, row by row."""
+    def document_prompt(self, features: Tensor, read: Tensor, size: Size) -> Prompt:
+        """`features` [B, V, H] in windows become the image tokens, row by row, where they are `read` [B, V]."""
         ids = self.prompter.document(DOCUMENT_PROMPT, features.shape[1])
         is_image = ids == self.image_token
         positions = prompt_positions(is_image, (size[1] // 14, size[0] // 14), POSITIONS, 2)
@@ -189,22 +212,33 @@ class SampleModel(nn.Module):
         text = self.embed_tokens[torch.from_numpy(ids)].expand(batch, -1, -1)
         rows = torch.from_numpy(np.argsort(window_order(size)))
         embeds = torch.cat([text[:, :start], features[:, rows], text[:, start + len(rows) :]], dim=1)
-        return Prompt(
-            embeds, torch.from_numpy(positions)[:, None].expand(-1, batch, -1), torch.full((batch,), len(ids))
-        )
+        there = torch.ones(embeds.shape[:2], dtype=torch.bool)
+        there[:, start : start + len(rows)] = read[:, rows]
+        places = torch.from_numpy(positions)[:, None].expand(-1, batch, -1)
+        return Prompt(embeds, places, torch.full((batch,), len(ids)), there)
+
+    def page_prompt(self, image: Image.Image, skip_blank: bool = False) -> Prompt:
+        """Of one page, as the runtime reads it."""
+        whole = np.ones(len(window_order(image.size)), bool)
+        read = parts_to_read(np.asarray(image), IMAGE).reshape(-1)[window_order(image.size)] if skip_blank else whole
+        read_rows = torch.from_numpy(read)[None]
+        features = self.see(torch.from_numpy(patches_in_windows(image))[None], read_rows, image.size)
+        return self.document_prompt(features, read_rows, image.size)
 
     def query_prompt(self, texts: list[str]) -> Prompt:
         rows = [torch.from_numpy(self.prompter.query(QUERY_PROMPT, text)) for text in texts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         positions = torch.arange(ids.shape[1]).expand(3, len(texts), -1)
-        return Prompt(self.embed_tokens[ids], positions, torch.tensor([len(row) for row in rows]))
+        lengths = torch.tensor([len(row) for row in rows])
+        return Prompt(self.embed_tokens[ids], positions, lengths, torch.arange(ids.shape[1]) < lengths[:, None])
 
     def prefill(self, prompt: Prompt) -> Prefix:
         cache: list[tuple[Tensor, Tensor]] = []
 
         def attend(_: int, qkv: QKV) -> Tensor:
             cache.append(qkv[1:])
-            return self.decoder.dialect.attention(qkv, self.decoder.config.heads, causal=True)
+            mask = prompt.there[:, None, None]
+            return self.decoder.dialect.attention(qkv, self.decoder.config.heads, causal=True, mask=mask)
 
         every = torch.arange(prompt.embeds.shape[1]).expand(len(prompt.embeds), -1)
         return Prefix(prompt, self.decoder.run(prompt.embeds, prompt.positions, every, attend), cache)

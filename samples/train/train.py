@@ -2,8 +2,9 @@
 
     python samples/train/train.py OUT
 
-Four stages, each the start of the next: letters on pages full of words (vision tower alone), words through the
-decoder, pages and questions with all heads at once, then half of the pages as collages, against leaning on layouts.
+Five stages, each the start of the next: letters on pages full of words (vision tower alone), words through the
+decoder, pages and questions with all heads at once, then half of the pages as collages, against leaning on layouts, and
+last pages with holes, where blank paper is not read.
 OUT keeps log.jsonl, the state to resume from (files of 15 MB at most) and the tokenizer; `write.py` makes a checkpoint
 of each head from it. Weights are float32, the arithmetic is bfloat16.
 """
@@ -55,6 +56,7 @@ class Stage:
     decoder: bool = False
     heads: bool = False
     walls_every: int = 0
+    holes: bool = False
 
 
 STAGES = (
@@ -62,16 +64,18 @@ STAGES = (
     Stage("words", "walls", 1250, 16, 0.7, decoder=True),
     Stage("pages", "seen", 1950, 24, 0.5, decoder=True, heads=True, walls_every=3),
     Stage("collages", "varied", 2500, 24, 0.4, decoder=True, heads=True, walls_every=4),
+    Stage("holes", "varied", 800, 24, 0.2, decoder=True, heads=True, walls_every=4, holes=True),
 )
 
 
 def read_page(model: SampleModel, batch: Batch, decoder: bool) -> tuple[dict[str, Tensor], Prefix | None]:
     """The losses of reading: characters under each visual token, and the words that end in it."""
-    features = model.see(torch.from_numpy(batch.patches), batch.size)
+    read = torch.from_numpy(batch.read)
+    features = model.see(torch.from_numpy(batch.patches), read, batch.size)
     terms = {"reading": losses.reading(model.read_cells(features), torch.from_numpy(batch.cells))}
     if not decoder:
         return terms, None
-    prefix = model.prefill(model.document_prompt(features, batch.size))
+    prefix = model.prefill(model.document_prompt(features, read, batch.size))
     order = torch.from_numpy(window_order(batch.size))
     hidden = prefix.hidden[:, model.image_start : model.image_start + len(order)][:, order]
     terms["spelling"] = losses.spelling(
@@ -228,7 +232,7 @@ def train(
 ) -> None:
     start = trainer.load(out)
     for first, stage, done in schedule(stages, start):
-        supplied = supply(tokenizer, stage.part, stage.batch, f"{stage.name}-{done}")
+        supplied = supply(tokenizer, stage.part, stage.batch, f"{stage.name}-{done}", stage.holes)
         walls = supply(tokenizer, "walls", WALLS, f"{stage.name}-{done}-walls")
         sums: dict[str, list[float]] = {}
         clock, pages = time.perf_counter(), 0
