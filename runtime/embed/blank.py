@@ -17,18 +17,18 @@ from cembed.runtime.bundle.image_processing import ImageProcessing
 
 Mask = NDArray[np.bool_]
 
-MARGIN = 3.0  # levels that the pixels of blank parts may deviate by more than those of the page's calmest tenth
-NOISIEST = 8.0  # levels of deviation in the calmest tenth: over that, nothing tells noise from faint text
-COLOUR = 12  # levels that the mean of a blank part may be away from the paper's colour
+FAINTEST = 6  # levels by which writing makes pixels deviate, beside what noise does in the page's calmest tenth
+NOISIEST = 16  # levels of deviation in the calmest tenth: over that, nothing tells noise from faint writing
+COLOUR = 24  # levels that the mean of a blank part may be away from the paper's colour
 LEAST = 16  # parts that are read of any page that has as many
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Of the levels in each part, int64 [R, C, 3], of their squares, uint64 [R, C, 3], and the pixels of a part."""
+    """Of the levels in each part, int64 [R, C, 3], of their squares, int64 [R, C, 3], and the pixels of a part."""
 
     levels: NDArray[np.int64]
-    squares: NDArray[np.uint64]
+    squares: NDArray[np.int64]
     pixels: int
 
     @classmethod
@@ -38,33 +38,32 @@ class Sums:
         lines = pixels.reshape(rows, side, columns * side * 3).astype(np.uint16)
         shape = (rows, columns, side, 3)
         levels = lines.sum(axis=1, dtype=np.int32).reshape(shape).sum(axis=2, dtype=np.int64)
-        squares = (lines * lines).sum(axis=1, dtype=np.uint32).reshape(shape).sum(axis=2, dtype=np.uint64)
+        squares = (lines * lines).sum(axis=1, dtype=np.uint32).reshape(shape).sum(axis=2, dtype=np.int64)
         return cls(levels, squares, side * side)
 
-    def deviations(self) -> NDArray[np.float64]:
-        """Standard deviation [R, C] of the levels in each part, in the channel where it is largest.
+    def variances(self) -> NDArray[np.int64]:
+        """Of the levels in each part [R, C], in the channel where it is largest, times `pixels` squared.
 
-        >>> Sums.of(np.array([[[1, 2, 3], [1, 4, 3]], [[1, 2, 3], [1, 4, 3]]], np.uint8), 2).deviations()
-        array([[1.]])
+        >>> Sums.of(np.array([[[1, 2, 3], [1, 4, 3]], [[1, 2, 3], [1, 4, 3]]], np.uint8), 2).variances()
+        array([[16]])
         """
-        levels = self.levels.astype(np.uint64)
-        variances = np.uint64(self.pixels) * self.squares - levels * levels
-        deviations: NDArray[np.float64] = np.sqrt(variances.max(axis=2).astype(np.float64)) / self.pixels
-        return deviations
+        variances: NDArray[np.int64] = (self.pixels * self.squares - self.levels**2).max(axis=2)
+        return variances
 
 
 def blank_parts(sums: Sums) -> Mask:
-    """Parts [R, C] of nothing but paper: as calm as the calmest tenth, and of the colour of most parts that are so.
+    """Parts [R, C] of nothing but paper: as calm as the calmest tenth, and of the colour of two thirds of those.
 
-    None are where the calmest tenth is noisy, or has no colour in common: there is no paper.
+    None are where the calmest tenth is noisy, or has no colour in common: there is no paper. Variances of noise and
+    writing add up, so what is too faint to be found is the same on a noisy page and on a clean one.
     """
-    deviations = sums.deviations()
-    calmest = np.sort(deviations, axis=None)[deviations.size // 10]
-    calm: Mask = deviations <= calmest + MARGIN
+    variances, level = sums.variances(), sums.pixels**2
+    calmest = np.sort(variances, axis=None)[variances.size // 10]
+    calm: Mask = variances <= calmest + FAINTEST**2 * level
     levels = np.sort(sums.levels[calm], axis=0)
     paper = levels[(len(levels) - 1) // 2]
     blank: Mask = calm & (np.abs(sums.levels - paper) <= COLOUR * sums.pixels).all(axis=2)
-    there_is_paper = calmest <= NOISIEST and 2 * np.count_nonzero(blank) > np.count_nonzero(calm)
+    there_is_paper = calmest <= NOISIEST**2 * level and 3 * np.count_nonzero(blank) > 2 * np.count_nonzero(calm)
     return blank if there_is_paper else np.zeros(blank.shape, bool)
 
 

@@ -49,7 +49,8 @@ QUESTIONS = 3  # about each page of a batch: they cost little beside the page
 NONE = -100  # what cross-entropy ignores
 SIZES: tuple[tuple[Size, float], ...] = ((PORTRAIT, 0.45), (LANDSCAPE, 0.25), (SQUARE, 0.2), (SLIP, 0.1))
 
-WHOLE = 0.4  # share of pages that are read whole where the others have holes
+WHOLE = 0.25  # share of pages that are read whole where the others have holes
+MARGIN = 0.5  # share of pages with holes that keep the neighbours of what is on them, as the runtime does
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -102,7 +103,7 @@ def parts_read(image: Image.Image, holes: bool, random: Random) -> Mask:
     pixels = np.asarray(image.convert("RGB"))
     if not holes or random.random() < WHOLE:
         return np.ones(pixels.shape[0] // SIDE * (pixels.shape[1] // SIDE), bool)
-    if random.random() < 0.5:
+    if random.random() < MARGIN:
         return parts_to_read(pixels, IMAGE).reshape(-1)
     return enough(~blank_parts(Sums.of(pixels, SIDE))).reshape(-1)
 

@@ -228,12 +228,19 @@ def schedule(stages: tuple[Stage, ...], start: int) -> Iterator[tuple[int, Stage
 
 
 def train(
-    trainer: Trainer, out: Path, tokenizer: Path, stages: tuple[Stage, ...], supply: Callable[..., Iterator[Batch]]
+    trainer: Trainer,
+    out: Path,
+    tokenizer: Path,
+    stages: tuple[Stage, ...],
+    supply: Callable[..., Iterator[Batch]],
+    seed: int = 0,
 ) -> None:
+    """Every seed has other pages."""
     start = trainer.load(out)
     for first, stage, done in schedule(stages, start):
-        supplied = supply(tokenizer, stage.part, stage.batch, f"{stage.name}-{done}", stage.holes)
-        walls = supply(tokenizer, "walls", WALLS, f"{stage.name}-{done}-walls")
+        name = f"{stage.name}-{done}" + (f"-{seed}" if seed else "")
+        supplied = supply(tokenizer, stage.part, stage.batch, name, stage.holes)
+        walls = supply(tokenizer, "walls", WALLS, f"{name}-walls")
         sums: dict[str, list[float]] = {}
         clock, pages = time.perf_counter(), 0
         for step in range(done, stage.steps):
@@ -280,7 +287,7 @@ def main(
     if start and not (out / "state").exists():
         read_checkpoint(trainer.master, start)
         trainer.save(out, sum(stage.steps for stage in stages[:-1]))
-    train(trainer, out, tokenizer, stages, prefetched)
+    train(trainer, out, tokenizer, stages, prefetched, seed)
 
 
 if __name__ == "__main__":

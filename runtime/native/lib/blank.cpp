@@ -2,57 +2,52 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdlib>
 
 namespace cembed {
 namespace {
 
-constexpr double MARGIN = 3.0, NOISIEST = 8.0;
-constexpr int64_t COLOUR = 12, LEAST = 16;
+constexpr int64_t FAINTEST = 6, NOISIEST = 16, COLOUR = 24, LEAST = 16;
 
-// Of one part: sums of levels by channel, and the standard deviation in the channel where it is largest.
+// Of one part: sums of levels by channel, and their variance in the channel where it is largest, times its pixels squared.
 struct Part {
     std::array<int64_t, 3> levels{};
-    double deviation = 0;
+    int64_t variance = 0;
 };
 
 Part sums_of(const uint8_t *corner, int64_t stride, int64_t side) {
     Part part;
-    uint64_t variance = 0;
-    const auto pixels = uint64_t(side * side);
     for (size_t channel = 0; channel < 3; ++channel) {
-        uint64_t sum = 0, squares = 0;
+        int64_t sum = 0, squares = 0;
         for (int64_t y = 0; y < side; ++y) {
             const uint8_t *row = corner + y * stride + channel;
             for (int64_t x = 0; x < side; ++x) {
-                const uint64_t level = row[x * 3];
+                const int64_t level = row[x * 3];
                 sum += level;
                 squares += level * level;
             }
         }
-        part.levels[channel] = int64_t(sum);
-        variance = std::max(variance, pixels * squares - sum * sum);
+        part.levels[channel] = sum;
+        part.variance = std::max(part.variance, side * side * squares - sum * sum);
     }
-    part.deviation = std::sqrt(double(variance)) / double(pixels);
     return part;
 }
 
-double calmest_tenth(const std::vector<Part> &parts) {
-    std::vector<double> deviations;
-    for (const Part &part : parts) deviations.push_back(part.deviation);
-    const auto place = deviations.begin() + std::ptrdiff_t(parts.size() / 10);
-    std::nth_element(deviations.begin(), place, deviations.end());
+int64_t calmest_tenth(const std::vector<Part> &parts) {
+    std::vector<int64_t> variances;
+    for (const Part &part : parts) variances.push_back(part.variance);
+    const auto place = variances.begin() + std::ptrdiff_t(parts.size() / 10);
+    std::nth_element(variances.begin(), place, variances.end());
     return *place;
 }
 
 // The levels that half of the calm parts are not above, by channel.
-std::array<int64_t, 3> colour_of(const std::vector<Part> &parts, double calm) {
+std::array<int64_t, 3> colour_of(const std::vector<Part> &parts, int64_t calm) {
     std::array<int64_t, 3> colour{};
     for (size_t channel = 0; channel < 3; ++channel) {
         std::vector<int64_t> levels;
         for (const Part &part : parts) {
-            if (part.deviation <= calm) levels.push_back(part.levels[channel]);
+            if (part.variance <= calm) levels.push_back(part.levels[channel]);
         }
         const auto middle = levels.begin() + std::ptrdiff_t((levels.size() - 1) / 2);
         std::nth_element(levels.begin(), middle, levels.end());
@@ -63,12 +58,12 @@ std::array<int64_t, 3> colour_of(const std::vector<Part> &parts, double calm) {
 
 // Parts with something on them: all, where there is no paper.
 std::vector<bool> content_of(const std::vector<Part> &parts, int64_t pixels) {
-    const double calmest = calmest_tenth(parts), calm = calmest + MARGIN;
+    const int64_t calmest = calmest_tenth(parts), calm = calmest + FAINTEST * FAINTEST * pixels * pixels;
     const auto paper = colour_of(parts, calm);
     std::vector<bool> content;
     int64_t blank = 0, calm_ones = 0;
     for (const Part &part : parts) {
-        const bool is_calm = part.deviation <= calm;
+        const bool is_calm = part.variance <= calm;
         bool is_blank = is_calm;
         for (size_t channel = 0; channel < 3; ++channel)
             is_blank = is_blank && std::abs(part.levels[channel] - paper[channel]) <= COLOUR * pixels;
@@ -76,7 +71,7 @@ std::vector<bool> content_of(const std::vector<Part> &parts, int64_t pixels) {
         blank += is_blank;
         calm_ones += is_calm;
     }
-    if (calmest > NOISIEST || 2 * blank <= calm_ones) content.assign(parts.size(), true);
+    if (calmest > NOISIEST * NOISIEST * pixels * pixels || 3 * blank <= 2 * calm_ones) content.assign(parts.size(), true);
     return content;
 }
 
