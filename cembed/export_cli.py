@@ -171,7 +171,7 @@ class QuantizeFlags:
         str | None,
         typer.Option(
             metavar=one_of(choices.EMBEDDINGS),
-            help="How the table of token embeddings is kept; by default int8, with --weights fp16 fp16.",
+            help="How the table of token embeddings is kept; by default int8, with --weights fp16 or --mixed fp16.",
         ),
     ] = None
     keep: Annotated[

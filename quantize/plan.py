@@ -66,8 +66,8 @@ class QuantiseOptions:
 
     @property
     def table(self) -> str:
-        """How the embedding table is stored: as finely as the weights, in int8 at the least."""
-        return self.embeddings or (HALF if self.weights == HALF else "int8")
+        """How the embedding table is stored: in int8 beside integers, unless layers may be spared."""
+        return self.embeddings or (HALF if self.weights == HALF or self.mixed else "int8")
 
     def limits(self, judged: bool) -> LossLimits:
         """Where pages are judged, nDCG says more than the worst of many cosines, whose limit must be asked for then."""

@@ -168,7 +168,7 @@ def pair(bundle: Path) -> tuple[Embedder, Embedder]:
 
 def tall(pixels: Pixels) -> Pixels:
     """For tiles, which are larger: with as much blank paper again below."""
-    return np.concatenate([pixels, np.full_like(pixels, 255)])
+    return np.concatenate([pixels, np.broadcast_to(pixels[-1, -1], pixels.shape)])
 
 
 @pytest.mark.parametrize("name", [name for name in READ_IN_PARTS if name not in ("colidefics3", "colmodernvbert")])

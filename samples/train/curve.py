@@ -33,7 +33,7 @@ def main(log: Annotated[Path, typer.Argument()], out: Annotated[Path, typer.Argu
                 axis.axvline(row["step"], color="grey", lw=0.5)
         axis.set(xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     axes[0].set(ylabel="loss", yscale="log")
     axes[1].set(ylabel="right page first among 24", ylim=(0, 1))
     figure.savefig(out, dpi=110)
