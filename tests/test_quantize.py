@@ -316,7 +316,8 @@ def test_sensitive_layers_are_ranked_drawn_and_kept(causal_bundle: Path, tmp_pat
         "--report",
         tmp_path / "layers.png",
     )
-    outcome = cembed("quantize", causal_bundle, *flags, "--out", tmp_path / "q")
+    source = Path(shutil.copytree(causal_bundle, tmp_path / "source" / "bundle"))
+    outcome = cembed("quantize", source, *flags, "--out", tmp_path / "q")
     assert outcome.status == 0, outcome.err
     assert "sensitive" in outcome.out
     assert Image.open(tmp_path / "layers.png").size[0] > 300
@@ -327,7 +328,7 @@ def test_sensitive_layers_are_ranked_drawn_and_kept(causal_bundle: Path, tmp_pat
     assert cosines == sorted(cosines)
     assert {found.schemes[name] for name in found.sensitivity[0].weights} == {"int8"}
     assert "int4" in found.schemes.values()
-    assert not any(path.name.startswith(".sensitivity") for path in causal_bundle.parent.iterdir())
+    assert not any(path.name.startswith(".sensitivity") for path in source.parent.iterdir())
 
 
 def test_the_report_is_in_the_manifest_and_shown(quantised: dict[str, Path]) -> None:
