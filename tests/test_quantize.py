@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from test_cli import cembed
 from test_evaluate import dataset  # noqa: F401
 
-from cembed.export.exporter import export
+from cembed.export.plan import ExportOptions
 from cembed.quantize import plan
 from cembed.quantize.activations import Observed
 from cembed.quantize.graph import SourceGraph
@@ -208,7 +209,9 @@ def test_a_row_depends_on_nothing_beside_it() -> None:
     np.testing.assert_array_equal(row_products.row_product(x, weight)[0, 4:], together[0, 4:])
 
 
-def test_whole_pages_are_multiplied_in_integers(quantised: dict[str, Path], tmp_path: Path) -> None:
+def test_whole_pages_are_multiplied_in_integers(
+    quantised: dict[str, Path], exported: Callable[[ExportOptions], Path], tmp_path: Path
+) -> None:
     """Where ONNX Runtime is the target; slots of the loop, of one row each, and other engines widen the weights."""
 
     def products(bundle: Path, graph: str) -> int:
@@ -223,8 +226,8 @@ def test_whole_pages_are_multiplied_in_integers(quantised: dict[str, Path], tmp_
         "int8",
         "int4",
     ]  # which has int8 beside it
-    export(replace(golden("causalqwen2_5"), target="onnx", opset=20), tmp_path / "standard")
-    quantise(tmp_path / "standard", QuantiseOptions("int8", accept_loss=True), tmp_path / "int8")
+    standard = exported(replace(golden("causalqwen2_5"), target="onnx", opset=20))
+    quantise(standard, QuantiseOptions("int8", accept_loss=True), tmp_path / "int8")
     assert products(tmp_path / "int8", "text") == 0
     assert "rows" not in json.loads((tmp_path / "int8" / "manifest.json").read_text())["quantisation"]
 

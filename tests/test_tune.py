@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BundleMaker
+from conftest import BundleMaker, golden
 from PIL import Image
 from test_cli import cembed
 
-from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions
 from cembed.runtime import CembedError, Embedder, tuning
 from cembed.runtime.bundle.bundle import Bundle
@@ -29,16 +29,9 @@ PAGE = np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8)
 BASE, OTHER = CPU[0], "openvino"
 
 
-@pytest.fixture(scope="module")
-def standard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tune") / "bundle"
-    model = str(Path(__file__).parent / "golden" / "causalqwen2_5")
-    export(ExportOptions(model=model, target="onnx", opset=20, num_vectors=4), root)
-    return root
-
-
 @pytest.fixture
-def bundle(standard: Path, tmp_path: Path) -> Path:
+def bundle(exported: Callable[[ExportOptions], Path], tmp_path: Path) -> Path:
+    standard = exported(replace(golden("causalqwen2_5"), target="onnx", opset=20))
     return Path(shutil.copytree(standard, tmp_path / "bundle"))
 
 
