@@ -16,6 +16,7 @@ from cembed.quantize.graph import DataFile, Recipe, SourceGraph, rewrite
 from cembed.quantize.half import Halver, OverflowScan, segments
 from cembed.quantize.weights import FLOAT, SCHEMES
 from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import part_of
 from cembed.runtime.errors import CembedError
 
 FALLBACK, HALF = "int8", "fp16"
@@ -177,11 +178,6 @@ class QuantisePlan:
     def seen_by(self, graph: str, weights: Collection[str]) -> dict[str, Observed]:
         """What was seen of the inputs of some weights of a graph."""
         return {weight: found for weight, found in self.seen.get(part_of(graph), {}).items() if weight in weights}
-
-
-def part_of(graph: str) -> str:
-    """`text` for `text_step` too: they have the same weights."""
-    return graph.split("_")[0]
 
 
 def full_name(graph: str, weight: str) -> str:

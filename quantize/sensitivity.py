@@ -12,9 +12,9 @@ import onnx
 
 from cembed.quantize.calibration import CalibrationSet, Embedded, compare
 from cembed.quantize.graph import DataFile, Recipe, rewrite
-from cembed.quantize.plan import QuantisePlan, full_name, part_of
+from cembed.quantize.plan import QuantisePlan, full_name
 from cembed.quantize.weights import FLOAT
-from cembed.runtime.bundle.manifest import LayerDamage
+from cembed.runtime.bundle.manifest import LayerDamage, part_of
 from cembed.runtime.embed.embedder import Embedder
 from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.plotting import picture

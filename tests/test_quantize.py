@@ -222,10 +222,7 @@ def test_whole_pages_are_multiplied_in_integers(
     assert products(quantised["int8"], "text") > 3
     assert products(quantised["int8"], "text_step") == products(quantised["int4"], "text") == 0
     made = {name: Bundle(quantised[name]).manifest.quantisation for name in quantised}
-    assert [name for name, found in made.items() if found and found.rows] == [
-        "int8",
-        "int4",
-    ]  # which has int8 beside it
+    assert [name for name, found in made.items() if found and found.rows] == ["int8", "int4"]  # some of int4's are int8
     standard = exported(replace(golden("causalqwen2_5"), target="onnx", opset=20))
     quantise(standard, QuantiseOptions("int8", accept_loss=True), tmp_path / "int8")
     assert products(tmp_path / "int8", "text") == 0

@@ -231,9 +231,11 @@ def test_forged_states_are_refused(model: Model, tmp_path: Path, change: Any, wo
 # Other targets
 
 
-def test_standard_operators_give_the_same_vectors(model: Model, zoo: Zoo, exported: Exported) -> None:
-    """Those of opset 24 for TensorRT run in tests/test_trt_session.py."""
-    bundle = exported(options(zoo, target="onnx", opset=20))
+@pytest.mark.parametrize(("target", "opset"), [("onnx", 20), ("tensorrt", 24)])
+def test_other_targets_give_the_same_vectors(
+    model: Model, zoo: Zoo, exported: Exported, target: str, opset: int
+) -> None:
+    bundle = exported(options(zoo, target=target, opset=opset))
     for path in bundle.glob("*.onnx"):
         graph = onnx.load(str(path), load_external_data=False)
         assert {node.domain for node in graph.graph.node} == {""}

@@ -140,8 +140,11 @@ def test_growing_resuming_and_mates_equal_all_at_once(bundle: Path, tmp_path: Pa
 # Targets and types
 
 
-def test_standard_operators_give_the_same_vectors(bundle: Path, zoo: Zoo, exported: Exported) -> None:
-    other = exported(options(zoo, target="onnx", opset=20))
+@pytest.mark.parametrize(("target", "opset"), [("onnx", 20), ("tensorrt", 24)])
+def test_other_targets_give_the_same_vectors(
+    bundle: Path, zoo: Zoo, exported: Exported, target: str, opset: int
+) -> None:
+    other = exported(options(zoo, target=target, opset=opset))
     for path in other.glob("*.onnx"):
         assert {node.domain for node in onnx.load(str(path), load_external_data=False).graph.node} == {""}
     for kind in KINDS:

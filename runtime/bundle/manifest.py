@@ -246,6 +246,15 @@ class Quantisation:
     sensitivity: tuple[LayerDamage, ...] = ()
     rows: bool = False
 
+    def schemes_of(self, graph: str) -> set[str]:
+        """Of the weights of a graph, which are named after the part of the model that it is of."""
+        return {scheme for name, scheme in self.schemes.items() if name.startswith(f"{part_of(graph)}/")}
+
+
+def part_of(graph: str) -> str:
+    """`text` for `text_step` too: they have the same weights."""
+    return graph.split("_")[0]
+
 
 def reads_parts(image: ImageProcessing, inputs: Iterable[Tensor]) -> bool:
     """Whether a vision graph with these inputs takes a part of a page: it is told the places of patches, or each tile

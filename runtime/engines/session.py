@@ -81,8 +81,7 @@ class EngineSettings:
         if self.prepack is not None or found is None:
             return bool(self.prepack)
         slow = PACKED_SCHEMES[1:] if found.rows and graph != "text_step" else PACKED_SCHEMES
-        part = graph.split("_")[0]
-        return any(scheme in slow for name, scheme in found.schemes.items() if name.startswith(f"{part}/"))
+        return not found.schemes_of(graph).isdisjoint(slow)
 
 
 class OrtSession:

@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from cembed.runtime.bundle import manifest
-from cembed.runtime.embed import embedder, preprocess
+from cembed.runtime.embed import blank, embedder, preprocess
 from cembed.runtime.engines import build, tensorrt
 from cembed.runtime.index import columns, files, reader, records, search, segments
 from cembed.runtime.scoring import arrays, kernels
@@ -38,6 +38,7 @@ NUMBERS = {
     ),
     "images, states and engines": (
         (preprocess, ("MAX_ASPECT_RATIO",)),
+        (blank, ("FAINTEST", "NOISIEST", "COLOUR", "LEAST")),
         (manifest, ("LEAST_ROOM",)),
         (embedder, ("DEFAULT_STATE_MEMORY",)),
         (tensorrt, ("MAX_CONTEXTS",)),

@@ -4,12 +4,14 @@
 #include <array>
 #include <cstdlib>
 
+#include "shared_tables.h"
+
 namespace cembed {
+using namespace shared;
+
 namespace {
 
-constexpr int64_t FAINTEST = 6, NOISIEST = 16, COLOUR = 24, LEAST = 16;
-
-// Of one part: sums of levels by channel, and their variance in the channel where it is largest, times its pixels squared.
+// Of one part: sums of levels by channel, and their largest variance of a channel, times its pixels squared.
 struct Part {
     std::array<int64_t, 3> levels{};
     int64_t variance = 0;

@@ -37,6 +37,10 @@ constexpr int64_t LAST_SHARE = 10;
 
 // Of images, states and engines.
 constexpr int64_t MAX_ASPECT_RATIO = 200;
+constexpr int64_t FAINTEST = 6;
+constexpr int64_t NOISIEST = 16;
+constexpr int64_t COLOUR = 24;
+constexpr int64_t LEAST = 16;
 constexpr int64_t LEAST_ROOM = 64;
 constexpr int64_t DEFAULT_STATE_MEMORY = 1073741824;
 constexpr int64_t MAX_CONTEXTS = 8;
