@@ -28,12 +28,16 @@ SANITIZERS := address,undefined thread
 NATIVE := $(wildcard runtime/native/*.cpp) tests/native/test_maxsim.cpp
 KERNEL_FLAGS := -std=c++17 -O1 -g -pthread -ffp-contract=off
 
-test-native: $(SANITIZERS:%=build/native/%)
+test-native: $(SANITIZERS:%=build/native/%) $(SANITIZERS:%=build/attention/%)
 	for program in $^; do $$program || exit 1; done
 
 build/native/%: $(NATIVE) $(wildcard runtime/native/*.h)
 	mkdir -p $(@D)
 	$(CXX) $(KERNEL_FLAGS) -fsanitize=$* -fno-sanitize-recover=all $(NATIVE) -o $@
+
+build/attention/%: runtime/native/attention.cpp runtime/native/attention.h tests/native/test_attention.cpp
+	mkdir -p $(@D)
+	$(CXX) $(KERNEL_FLAGS) -fsanitize=$* -fno-sanitize-recover=all $(filter %.cpp,$^) -o $@
 
 # libcembed with the same checks, and valgrind's: needs what tests/test_libcembed.py needs, and valgrind.
 LIBRARY := $(wildcard runtime/native/*.cpp runtime/native/lib/*.cpp runtime/native/lib/*.h runtime/native/include/*)
@@ -109,4 +113,4 @@ $(VENV)/ready: pyproject.toml $(wildcard runtime/native/*.cpp runtime/native/*.h
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info runtime/scoring/libmaxsim* runtime/pages/pdf/libpictures*
+	rm -rf $(VENV) .demo build dist *.egg-info runtime/scoring/libmaxsim* runtime/pages/pdf/libpictures* runtime/engines/liboperators*

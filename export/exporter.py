@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cembed.export.checkpoint import require_finite
-from cembed.export.graph import WeightFile, choose_dialect, trace, write_graph
+from cembed.export.graph import WeightFile, choose_dialect, seldom_collecting, trace, write_graph
 from cembed.export.layers import DTYPES, Dialect
 from cembed.export.parity import check_parity, parity_inputs
 from cembed.export.plan import ExportOptions, ExportPlan
@@ -47,6 +47,7 @@ def export(
         return write_self_test(partial, plan.manifest(graphs, parity, tables, source.about()))
 
 
+@seldom_collecting()
 def write_graphs(
     plan: ExportPlan, dialect: Dialect, root: Path, progress: Progress
 ) -> tuple[dict[str, Graph], tuple[Parity, ...]]:

@@ -16,13 +16,15 @@ import numpy as np
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import Embedder
+from cembed.runtime.engines.openvino import PRECISIONS
+from cembed.runtime.engines.operators import BF16
 from cembed.runtime.engines.providers import CPU
 from cembed.runtime.engines.quiet import ort
 from cembed.runtime.engines.session import Array, Session, StepSession
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages.images import Pixels
 
-ALWAYS = (*CPU, "openvino", "openvino-bf16")
+ALWAYS = (*CPU, BF16, *PRECISIONS)
 ON_GPU = ("CUDAExecutionProvider",)
 STEPS = 8  # slots of the loop that are timed
 STEP, PAGE, PIXELS = "text_step", "page", "pixels"

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, BundleMaker
+from conftest import BundleMaker
 from fake_gpu import FakeContext, FakeCuda, FakeEngine, FakeTrt
 from PIL import Image
+from reference import Zoo
 from test_cli import cembed
+from test_qwen3_5 import options as qwen3_5_options
 
 from cembed.export.plan import ExportOptions
 from cembed.runtime import CembedError, Embedder
@@ -79,22 +81,20 @@ def test_vectors_are_those_of_the_cpu(name: str, rig_of: Callable[..., Rig]) -> 
 
 @pytest.mark.parametrize("aliased", [True, False])
 def test_states_of_fixed_size_are_those_of_the_cpu(
-    exported: Callable[[ExportOptions], Path], rig_of: Callable[..., Rig], tmp_path: Path, aliased: bool
+    exported: Callable[[ExportOptions], Path], zoo: Zoo, rig_of: Callable[..., Rig], tmp_path: Path, aliased: bool
 ) -> None:
     """Qwen3.5: no engine updates them in place, whatever it does with caches."""
-    model = str(GOLDEN / "colqwen3_5")
-    options = ExportOptions("qwen3.5", model, head="causal", latent_token="<|video_pad|>", target="tensorrt")
-    rig = rig_of(exported(options), aliased)
+    rig = rig_of(exported(qwen3_5_options(zoo, target="tensorrt", opset=24)), aliased)
     embedder, cpu = rig.open(), rig.cpu
     for image in (page(90, 60), page(64, 200)):
         np.testing.assert_allclose(embedder.embed_image(image, LOOP), cpu.embed_image(image, LOOP), atol=TOLERANCE)
-    state = embedder.start_query("one", 9)
+    state = embedder.start_query("one", 8)
     state.extend(4)
     state.save(tmp_path / "state.safetensors")
-    expected = cpu.embed_query("one", Budget(9, decode="loop"))
-    np.testing.assert_allclose(state.extend(9), expected, atol=TOLERANCE)
+    expected = cpu.embed_query("one", Budget(8, decode="loop"))
+    np.testing.assert_allclose(state.extend(8), expected, atol=TOLERANCE)
     for other in (embedder, cpu):
-        np.testing.assert_allclose(other.resume(tmp_path / "state.safetensors", 9).extend(9), expected, atol=TOLERANCE)
+        np.testing.assert_allclose(other.resume(tmp_path / "state.safetensors", 8).extend(8), expected, atol=TOLERANCE)
 
 
 def test_a_graph_is_captured_once_for_a_shape(rig_of: Callable[..., Rig]) -> None:

@@ -101,9 +101,10 @@ class Embedder:
     ) -> Embedder:
         """Open a bundle.
 
-        `providers` are `tensorrt` (see `cembed build-engine`), `openvino`, `openvino-bf16` and ONNX Runtime's execution
-        providers, in order of preference, one for a single graph as `vision=openvino`; None is what `cembed tune` chose
-        for this bundle and machine, else ONNX Runtime on the CPU; `threads` is per operator, None for all cores or what
+        `providers` are `onnxruntime-bf16` (attention in bfloat16), `tensorrt` (see `cembed build-engine`), `openvino`,
+        `openvino-bf16` and ONNX Runtime's execution providers, in order of preference, one for a single graph as
+        `vision=openvino`; None is what `cembed tune` chose for this bundle and machine, else ONNX Runtime on the CPU;
+        `threads` is per operator, None for all cores or what
         was tuned; `prepack=False` leaves the weights memory-mapped, which opens at once, is a little slower per page,
         and with int8 or int4 weights fifteen times or more slower per step of the loop; `prepack=None` maps those only
         that this costs little, for a process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for

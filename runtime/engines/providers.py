@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.engines.openvino import PRECISIONS, openvino_sessions
-from cembed.runtime.engines.session import EngineSettings, OrtSession, Session, check_providers
+from cembed.runtime.engines.operators import BF16, bf16_sessions
+from cembed.runtime.engines.session import EngineSettings, Session, check_providers, opened_while_hashed
 from cembed.runtime.errors import CembedError
 
 CPU = EngineSettings().providers
@@ -60,15 +61,6 @@ def _open(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
         return _open(bundle, replace(settings, providers=tuple(rest)))
 
 
-def opened_while_hashed(bundle: Bundle, name: str, settings: EngineSettings) -> OrtSession:
-    """A session whose weights are hashed while it is made. Raises CembedError, in place of it, if they are damaged."""
-    path, verify_data = bundle.open_graph(name)
-    try:
-        return OrtSession(path, replace(settings, prepack=settings.packs(bundle.manifest, name)))
-    finally:
-        verify_data()
-
-
 def tensorrt_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
     """Sessions of the engines beside the bundle; all engines it cannot do without must be there."""
     from cembed.runtime.engines.build import EngineCache, Library, needed_graphs
@@ -93,5 +85,6 @@ def tensorrt_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str
 ENGINES: dict[str, Callable[[Bundle, EngineSettings], Callable[[str], Session]]] = {
     "tensorrt": tensorrt_sessions,
     **dict.fromkeys(PRECISIONS, openvino_sessions),
+    BF16: bf16_sessions,
 }
 """What opens the graphs of a bundle, by provider. Every other provider is one of ONNX Runtime's."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.graph_tensors import grows, is_present, present_of
 from cembed.runtime.bundle.manifest import Manifest
 from cembed.runtime.engines.quiet import ort
@@ -88,10 +89,10 @@ class OrtSession:
     """Runs one graph with ONNX Runtime.
 
     The first provider must be obtained: if it is not, and a later one was named, that is a RuntimeWarning; if none was,
-    a CembedError.
+    a CembedError. `operators` is a library of operators that come before ONNX Runtime's.
     """
 
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineSettings, operators: Path | None = None) -> None:
         providers = settings.providers
         check_providers(providers)
         options = ort.SessionOptions()
@@ -99,6 +100,8 @@ class OrtSession:
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_prepacking", str(int(not settings.prepack)))
         try:
+            if operators is not None:
+                options.register_custom_ops_library(str(operators))
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # its exceptions share no other base class
             reason = str(error).strip().splitlines()[0]
@@ -128,6 +131,17 @@ class OrtSession:
         """Type and shape of every input and output, as the graph itself states them."""
         nodes = [*self._session.get_inputs(), *self._session.get_outputs()]
         return {node.name: (node.type, tuple(node.shape)) for node in nodes}
+
+
+def opened_while_hashed(
+    bundle: Bundle, name: str, settings: EngineSettings, operators: Path | None = None
+) -> OrtSession:
+    """A session whose weights are hashed while it is made. Raises CembedError, in place of it, if they are damaged."""
+    path, verify_data = bundle.open_graph(name)
+    try:
+        return OrtSession(path, replace(settings, prepack=settings.packs(bundle.manifest, name)), operators)
+    finally:
+        verify_data()
 
 
 class OrtStep:

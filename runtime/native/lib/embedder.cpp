@@ -85,7 +85,7 @@ std::vector<T> pairs_of(std::vector<T> pairs, const std::vector<bool> &read) {
 
 Engines engines_of(Bundle &bundle, const EngineSettings &settings) {
     if (settings.provider == TENSORRT) return tensorrt_engines(bundle);
-    check_provider(settings);
+    check_provider(settings, bundle.manifest);
     return [&bundle, settings](const std::string &graph) {  // weights are hashed while the engine takes them in
         const std::string path = bundle.graph_path(graph);
         auto verified = std::async(std::launch::async, [&bundle, &graph] { bundle.verify_weights(graph); });

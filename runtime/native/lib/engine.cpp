@@ -14,14 +14,46 @@
 
 #include <onnxruntime_c_api.h>
 
+#include "../operators.h"
 #include "error.h"
+#include "manifest.h"
 
 namespace cembed {
 namespace {
 
 constexpr int OLDEST[] = {1, 24};  // earlier ones follow a tensor to any file, and are not tested
-constexpr uint32_t NEEDED_API = 16;  // of ONNX Runtime 1.16: all functions used here are in it
-static_assert(ORT_API_VERSION >= NEEDED_API, "the headers of ONNX Runtime 1.16 or later are needed");
+constexpr uint32_t NEEDED_API = onnxruntime_abi::VERSION;  // all functions used here are in it
+static_assert(ORT_API_VERSION >= NEEDED_API, "the headers of ONNX Runtime 1.17 or later are needed");
+
+// What ../onnxruntime.h says, against the headers.
+#define SAME_PLACE(name, member) \
+    static_assert(offsetof(OrtApi, member) == onnxruntime_abi::name * sizeof(void *), #member " has another place")
+SAME_PLACE(CREATE_STATUS, CreateStatus);
+SAME_PLACE(CREATE_DOMAIN, CreateCustomOpDomain);
+SAME_PLACE(ADD_TO_DOMAIN, CustomOpDomain_Add);
+SAME_PLACE(ADD_DOMAIN, AddCustomOpDomain);
+SAME_PLACE(TENSOR_DATA, GetTensorMutableData);
+SAME_PLACE(NUM_DIMENSIONS, GetDimensionsCount);
+SAME_PLACE(DIMENSIONS, GetDimensions);
+SAME_PLACE(SHAPE, GetTensorTypeAndShape);
+SAME_PLACE(CREATE_MEMORY_INFO, CreateCpuMemoryInfo);
+SAME_PLACE(ALLOCATE, AllocatorAlloc);
+SAME_PLACE(FREE, AllocatorFree);
+SAME_PLACE(FLOAT_ATTRIBUTE, KernelInfoGetAttribute_float);
+SAME_PLACE(INTEGER_ATTRIBUTE, KernelInfoGetAttribute_int64);
+SAME_PLACE(INPUT, KernelContext_GetInput);
+SAME_PLACE(OUTPUT, KernelContext_GetOutput);
+SAME_PLACE(RELEASE_STATUS, ReleaseStatus);
+SAME_PLACE(RELEASE_MEMORY_INFO, ReleaseMemoryInfo);
+SAME_PLACE(RELEASE_SHAPE, ReleaseTensorTypeAndShapeInfo);
+SAME_PLACE(RELEASE_ALLOCATOR, ReleaseAllocator);
+SAME_PLACE(ALLOCATOR, KernelContext_GetAllocator);
+SAME_PLACE(PARALLEL_FOR, KernelContext_ParallelFor);
+static_assert(offsetof(OrtCustomOp, GetInputMemoryType) == offsetof(onnxruntime_abi::Operator, input_memory) &&
+              offsetof(OrtCustomOp, CreateKernelV2) == offsetof(onnxruntime_abi::Operator, create) &&
+              offsetof(OrtCustomOp, KernelComputeV2) == offsetof(onnxruntime_abi::Operator, compute));
+static_assert(onnxruntime_abi::FLOAT == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && onnxruntime_abi::HOST == OrtMemTypeDefault &&
+              onnxruntime_abi::REQUIRED == INPUT_OUTPUT_REQUIRED && onnxruntime_abi::ARENA == OrtArenaAllocator);
 
 constexpr const char *VARIABLE = "CEMBED_ONNXRUNTIME";
 constexpr const char *CPU = "CPUExecutionProvider";
@@ -29,6 +61,7 @@ constexpr const char *CUDA = "CUDAExecutionProvider";
 
 // A library of ONNX Runtime; stays open until the process ends.
 struct Library {
+    const OrtApiBase *base = nullptr;
     const OrtApi *api = nullptr;
     OrtEnv *env = nullptr;
 
@@ -72,7 +105,8 @@ Library start(const std::vector<std::string> &names) {
     check_version(base()->GetVersionString());
     Library library;
     library.api = base()->GetApi(NEEDED_API);
-    if (library.api == nullptr) throw Error(ENGINE, names[0] + " does not have the functions of ONNX Runtime 1.16");
+    if (library.api == nullptr) throw Error(ENGINE, names[0] + " does not have the functions of ONNX Runtime 1.17");
+    library.base = base();
     library.check(library.api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "cembed", &library.env), "ONNX Runtime cannot start");
     return library;
 }
@@ -108,7 +142,7 @@ class OrtEngine : public Engine {
         OrtRunOptions *release = nullptr;
         check(api_.CreateRunOptions(&release), "ONNX Runtime failed");
         release_.reset(release);
-        if (settings.provider == CPU)
+        if (settings.provider == CPU || settings.provider == ONNXRUNTIME_BF16)
             check(api_.AddRunConfigEntry(release, "memory.enable_memory_arena_shrinkage", "cpu:0"),
                   "ONNX Runtime failed");
     }
@@ -158,7 +192,12 @@ class OrtEngine : public Engine {
         check(api_.SetIntraOpNumThreads(made, settings.threads), "ONNX Runtime failed");
         check(api_.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR), "ONNX Runtime failed");
         check(api_.AddSessionConfigEntry(made, "session.disable_prepacking", mapped), "ONNX Runtime failed");
-        if (settings.provider != CPU) add_provider(made, settings.provider);
+        if (settings.provider == ONNXRUNTIME_BF16)
+            check(static_cast<OrtStatus *>(RegisterCustomOps(
+                      made, reinterpret_cast<const onnxruntime_abi::Base *>(library_.base))),
+                  "ONNX Runtime failed");
+        else if (settings.provider != CPU)
+            add_provider(made, settings.provider);
         return options;
     }
 
@@ -224,8 +263,19 @@ std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSe
     return std::make_unique<OrtEngine>(path, settings);
 }
 
-void check_provider(const EngineSettings &settings) {
+void check_bfloat16(const Manifest &manifest) {
+    const std::string name = ONNXRUNTIME_BF16;
+    if (manifest.target != "onnxruntime" || manifest.opset < 24)
+        throw Error(ENGINE, name + " runs bundles of --target onnxruntime; this one's attention is in basic operators");
+    if (manifest.dtype == "fp16")
+        throw Error(ENGINE, name + " is for bundles that compute in float32; this one does in fp16");
+    if (!multiplies_bfloat16())
+        throw Error(ENGINE, "this processor has no bfloat16 arithmetic (AVX-512 BF16), which " + name + " multiplies in");
+}
+
+void check_provider(const EngineSettings &settings, const Manifest &manifest) {
     const Library &library = library_of(settings.library);
+    if (settings.provider == ONNXRUNTIME_BF16) return check_bfloat16(manifest);
     char **names = nullptr;
     int count = 0;
     library.check(library.api->GetAvailableProviders(&names, &count), "ONNX Runtime failed");

@@ -47,9 +47,12 @@ class Engine {
 using Engines = std::function<std::unique_ptr<Engine>(const std::string &graph)>;
 
 constexpr const char *TENSORRT = "tensorrt";
+constexpr const char *ONNXRUNTIME_BF16 = "onnxruntime-bf16";  // on the CPU, with attention in bfloat16
+
+struct Manifest;
 
 struct EngineSettings {
-    std::string provider = "CPUExecutionProvider";  // of ONNX Runtime, or TENSORRT
+    std::string provider = "CPUExecutionProvider";  // of ONNX Runtime, or one of those above
     std::string library;  // of ONNX Runtime; empty: $CEMBED_ONNXRUNTIME, then the default names
     int threads = 0;      // of an operator; 0: one for each core
     bool mapped_weights = false;
@@ -58,7 +61,7 @@ struct EngineSettings {
 // Throws Error(ENGINE): no library, a provider that it does not have, a graph that it cannot load.
 std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSettings &settings);
 
-// Throws Error(ENGINE): no library, or a provider that it does not have.
-void check_provider(const EngineSettings &settings);
+// Throws Error(ENGINE): no library, a provider that it does not have, or that cannot run this bundle here.
+void check_provider(const EngineSettings &settings, const Manifest &manifest);
 
 }  // namespace cembed

@@ -116,6 +116,7 @@ Manifest read_manifest(const Json &value) {
     Manifest m;
     m.backbone = value.at("backbone");
     m.target = value.at("target");
+    m.dtype = value.at("dtype");
     m.causal = value.at("prompt_attention") == "causal";
     m.opset = value.at("opset");
     m.hidden_size = value.at("hidden_size");

@@ -65,7 +65,7 @@ struct FileRecord {
 };
 
 struct Manifest {
-    std::string backbone, target;
+    std::string backbone, target, dtype;
     bool causal = false;  // the prompt's attention
     int64_t opset = 0, hidden_size = 0, dim = 0, max_sequence_length = 0, image_token_id = 0;
     Side document, query;
