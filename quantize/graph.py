@@ -107,7 +107,7 @@ class SourceGraph:
 class Recipe:
     """What is done to a graph's tensors, by name: the scheme of a weight, the range of what it is multiplied with,
     what its rows [I] are multiplied with, what the columns or elements [O] of a tensor are divided by, inputs [N, I] of
-    a weight to round it for, whether the graph is for ONNX Runtime alone, and whether it computes whole pages."""
+    a weight to round it for, and whether the graph is for ONNX Runtime alone."""
 
     schemes: Mapping[str, Scheme]
     ranges: Mapping[str, ByteRange] = field(default_factory=dict)
@@ -115,11 +115,10 @@ class Recipe:
     columns: Mapping[str, Floats] = field(default_factory=dict)
     inputs: Mapping[str, Callable[[], Floats]] = field(default_factory=dict)
     fuse: bool = False
-    pages: bool = False
 
     def by_row(self, weight: str) -> bool:
         """Whether what a weight is multiplied with is quantised row by row."""
-        return self.fuse and self.pages and self.schemes[weight].rows
+        return self.fuse and self.schemes[weight].rows
 
     def apply(self, name: str, tensor: Floats) -> Floats:
         """A tensor with its rows multiplied and its columns divided."""

@@ -172,8 +172,7 @@ class QuantisePlan:
         ranges = {w: found.range(self.options.ranges, divisors[w], not self.fused) for w, found in in_bytes.items()}
         rounded = seen if self.options.rounding == "gptq" else {}
         inputs = {weight: partial(found.rows, divisors[weight]) for weight, found in rounded.items()}
-        pages = graph in SINGLE_PASS
-        return Recipe(chosen, ranges, moved.rows, moved.columns, inputs, fuse=self.fused, pages=pages)
+        return Recipe(chosen, ranges, moved.rows, moved.columns, inputs, fuse=self.fused)
 
     def seen_by(self, graph: str, weights: Collection[str]) -> dict[str, Observed]:
         """What was seen of the inputs of some weights of a graph."""

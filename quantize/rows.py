@@ -1,4 +1,4 @@
-"""Products of activations with int8 weights in integers, where a whole page is computed: a range for each row of them.
+"""Products of activations with int8 weights in integers: a range for each row of them.
 
 A row's range depends on nothing else, so whatever is computed beside it cannot matter, and nothing need be calibrated
 (the per-token scales of LLM.int8(), arXiv 2208.07339, section 2). For ONNX Runtime.

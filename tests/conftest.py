@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import signal
@@ -38,6 +39,14 @@ BACKBONE_OF = {
 }
 CAUSAL = ("causalqwen2_5", "causalpali")
 BundleMaker = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torchlib_is_read_once() -> None:
+    """torch reads its operators anew for each graph, which is a seventh of the export of a small checkpoint."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")

@@ -104,11 +104,10 @@ class Embedder:
         `providers` are `onnxruntime-bf16` (attention in bfloat16), `tensorrt` (see `cembed build-engine`), `openvino`,
         `openvino-bf16` and ONNX Runtime's execution providers, in order of preference, one for a single graph as
         `vision=openvino`; None is what `cembed tune` chose for this bundle and machine, else ONNX Runtime on the CPU;
-        `threads` is per operator, None for all cores or what
-        was tuned; `prepack=False` leaves the weights memory-mapped, which opens at once, is a little slower per page,
-        and with int8 or int4 weights fifteen times or more slower per step of the loop; `prepack=None` maps those only
-        that this costs little, for a process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for
-        speed; `skip_blank` leaves blank paper out before the vision graph, also for speed (see `kept` and
+        `threads` is per operator, None for all cores or what was tuned; `prepack=False` leaves the weights
+        memory-mapped, which opens at once and is a little slower per page, but twice as slow per step of the loop with
+        int8 weights and fifteen times or more with int4; `prepack=None` maps those only that this costs little, for a
+        process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `skip_blank` leaves blank paper out before the vision graph, also for speed (see `kept` and
         docs/numbers.md; None is as the bundle says); `state_memory` bounds, in bytes, what the states of `start` hold
         together; `verify=False` skips the sha256 of files.
         An Embedder can be pickled: it is opened again where it is unpickled.

@@ -81,7 +81,7 @@ class EngineSettings:
         found = manifest.quantisation
         if self.prepack is not None or found is None:
             return bool(self.prepack)
-        slow = PACKED_SCHEMES[1:] if found.rows and graph != "text_step" else PACKED_SCHEMES
+        slow = PACKED_SCHEMES[1:] if found.rows else PACKED_SCHEMES
         return not found.schemes_of(graph).isdisjoint(slow)
 
 

@@ -1,5 +1,5 @@
 // With VDPBF16PS, of Cooper Lake, Sapphire Rapids and Zen 4 on. Two threads of Zen 5 do 530 GFLOP/s in heads of 80, half of
-// what they multiply from registers; ONNX Runtime's float32 does 300 (bench/attention.py).
+// what they multiply from registers; ONNX Runtime in float32 does 300.
 #include "attention.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
