@@ -2,9 +2,9 @@
 
     python bench/quantised.py --threads 2 --rounds 5
 
-The checkpoint is the random mid-size one of bench/pages.py. Where the processor multiplies bfloat16, bundles are run with
-`onnxruntime-bf16` as well. With OpenVINO installed, the float bundle and the best W8A8
-one are run by it as well, in bfloat16 where the processor has it. Beside ours stand ONNX Runtime's own
+The checkpoint is the random mid-size one of bench/pages.py. Where the processor multiplies bfloat16, bundles are run
+with `onnxruntime-bf16` as well. With OpenVINO installed, the float bundle and the best W8A8 one are run by it, too, in
+bfloat16 where the processor has it. Beside ours stand ONNX Runtime's own
 `quantize_dynamic` of the same two graphs, MatMul nodes only, and OpenVINO with static int8 by nncf (`pip install nncf`;
 skipped without), by its default settings, on the same model in standard operators of opset 20 and with the same
 calibration pages. Rounds are interleaved: each variant once, another first in each round.

@@ -107,9 +107,10 @@ class Embedder:
         `threads` is per operator, None for all cores or what was tuned; `prepack=False` leaves the weights
         memory-mapped, which opens at once and is a little slower per page, but twice as slow per step of the loop with
         int8 weights and fifteen times or more with int4; `prepack=None` maps those only that this costs little, for a
-        process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `skip_blank` leaves blank paper out before the vision graph, also for speed (see `kept` and
-        docs/numbers.md; None is as the bundle says); `state_memory` bounds, in bytes, what the states of `start` hold
-        together; `verify=False` skips the sha256 of files.
+        process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `skip_blank` leaves
+        blank paper out before the vision graph, also for speed (see `kept` and docs/numbers.md; None is as the bundle
+        says); `state_memory` bounds, in bytes, what the states of `start` hold together; `verify=False` skips the
+        sha256 of files.
         An Embedder can be pickled: it is opened again where it is unpickled.
         Raises CembedError: no bundle, a damaged one, a provider that is not available, `skip_blank` where the vision
         graph takes whole pages only.
