@@ -300,7 +300,7 @@ def test_prepare_opens_what_is_needed(
         (("fp16", "fp16"), False, []),
         (("w8a8", "w8a8"), False, []),
         (("int8", "int8"), False, ["vision", "text", "text_step"]),
-        (("int8", "int8"), True, ["text_step"]),
+        (("int8", "int8"), True, []),
         (("int4", "int4"), False, ["vision", "text", "text_step"]),
         (("int4", "int8"), True, ["text", "text_step"]),
         (("w8a8", "int8"), False, ["vision"]),

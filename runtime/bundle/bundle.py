@@ -48,13 +48,19 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows [n, hidden_size] as stored, and what each row [n, 1] is multiplied with, if anything."""
+    """Rows [n, hidden_size] as stored, and what each row [n, 1] is multiplied with, if anything.
+
+    `verify` raises CembedError if a file is damaged; before that nothing is read of it.
+    """
 
     values: NDArray[Any]
-    scales: NDArray[np.float32] | None = None
+    scales: NDArray[np.float32] | None
+    verify: Callable[[], None]
 
     def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float32]:
-        """The rows in float32. Raises CembedError: one that is not there, as the tokenizer has more ids than rows."""
+        """The rows in float32. Raises CembedError: a damaged file, or a row that is not there, as the tokenizer has
+        more ids than rows."""
+        self.verify()
         if not isinstance(rows, slice) and rows.size and not 0 <= rows.min() <= rows.max() < len(self.values):
             raise CembedError(f"there is no row {rows.max()} in a table of {len(self.values)}")
         picked = np.asarray(self.values[rows], np.float32)
@@ -62,7 +68,7 @@ class Table:
 
 
 class Bundle:
-    """An opened bundle. `path(name)` is the only way to a file, and verifies it first.
+    """An opened bundle. `path(name)` and `table` are the only ways to a file, and verify it before it is read.
 
     Raises CembedError: no such directory, no or a newer manifest, one that does not match its digest or contradicts
     itself, a file that is missing, changed, a link, unlisted. A bundle of schema 1, whose manifest has no digest, is a
@@ -140,15 +146,23 @@ class Bundle:
         return path, verify_data
 
     def table(self, spec: EmbeddingTable) -> Table:
-        """A table [rows, hidden_size], memory-mapped and read-only."""
+        """A table [rows, hidden_size], memory-mapped and read-only. Its files are being hashed when this returns."""
+        names = [spec.file, *([spec.scales] if spec.scales else [])]
+        self.start(names)
+
+        def verify() -> None:
+            for name in names:
+                self.path(name)
+
         values = self._map(spec.file, spec.dtype, (spec.rows, self.manifest.hidden_size))
-        return Table(values, self._map(spec.scales, "float32", (spec.rows, 1)) if spec.scales else None)
+        scales = self._map(spec.scales, "float32", (spec.rows, 1)) if spec.scales else None
+        return Table(values, scales, verify)
 
     def _map(self, name: str, dtype: str, shape: tuple[int, int]) -> NDArray[Any]:
         expected = np.dtype(dtype).itemsize * shape[0] * shape[1]
         if self.manifest.files[name].size != expected:
             raise CembedError(f"{self.root / name}: {shape} of {dtype} takes {expected} bytes")
-        return np.memmap(self.path(name), dtype=dtype, mode="r", shape=shape)
+        return np.memmap(self.root / name, dtype=dtype, mode="r", shape=shape)
 
 
 def listing(root: Path) -> set[str]:

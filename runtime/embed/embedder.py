@@ -230,6 +230,7 @@ class Embedder:
         self.bundle.start(file for graph in graphs for file in self.manifest.graphs[graph].data)
         for graph in graphs:
             self.session(graph)
+        self.inputs.tokens.verify()
 
     def session(self, name: str) -> Session:
         """The session of a graph, loaded on first use."""

@@ -11,6 +11,9 @@
 #include <utility>
 
 #include <dlfcn.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <onnxruntime_c_api.h>
 
@@ -136,6 +139,9 @@ class OrtEngine : public Engine {
         OrtSession *session = nullptr;
         load(api_.CreateSession(library_.env, path.c_str(), options.get(), &session), path);
         session_.reset(session);
+#ifdef __GLIBC__
+        malloc_trim(0);  // it keeps what the tensors of a graph leave when they are packed
+#endif
         OrtMemoryInfo *memory = nullptr;
         check(api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "ONNX Runtime failed");
         memory_.reset(memory);
