@@ -74,7 +74,8 @@ def make(out: Path) -> None:
     for path in golden.glob("tokenizer*.json"):
         shutil.copy(path, out)
     image = json.loads((golden / "preprocessor_config.json").read_text())
-    image["size"] = {"shortest_edge": 3136, "longest_edge": TOKENS * 28 * 28}
+    least, most = 4 * 28 * 28, TOKENS * 28 * 28
+    image |= {"size": {"shortest_edge": least, "longest_edge": most}, "min_pixels": least, "max_pixels": most}
     (out / "preprocessor_config.json").write_text(json.dumps(image))
 
 
@@ -191,12 +192,18 @@ class OpenVino(Ours):
 class Transformers:
     def __init__(self, checkpoint: Path, dtype: str, threads: int, inputs: Mapping[str, Any]) -> None:
         import torch
-        from transformers import AutoImageProcessor, AutoModel
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
         torch.set_num_threads(threads)
         self.torch, self.inputs = torch, inputs
         start = time.perf_counter()
-        self.model = AutoModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+        self.model = AutoModel.from_config(AutoConfig.from_pretrained(checkpoint)).eval()
+        weights = {
+            key.removeprefix("model."): value for key, value in load_file(checkpoint / "model.safetensors").items()
+        }
+        self.model.load_state_dict(weights)
+        self.model = self.model.to(getattr(torch, dtype))
         self.ready = time.perf_counter() - start
         self.processor = AutoImageProcessor.from_pretrained(checkpoint)
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import FULL, Budget, Embedder
+from cembed.runtime.engines.session import return_freed
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents, place_of
+
+RETURNED_AFTER = 64
+"""Pages: memory that is free then goes back. 1,000 pages of as many sizes took 45 MiB more without it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +62,10 @@ def embed_pages(
 
     A PageError is passed on. No image is kept: when the next page is asked for, the one before it may go.
     """
+    numbers = count(1)  # enumerate would keep the page
     for page in pages:
+        if next(numbers) % RETURNED_AFTER == 0:
+            return_freed()
         outcome = page if isinstance(page, PageError) else _embed(embedder, page, budget)
         del page  # its image may be the largest thing in memory
         yield outcome

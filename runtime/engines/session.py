@@ -100,6 +100,8 @@ class OrtSession:
         check_providers(providers)
         options = ort.SessionOptions()
         options.intra_op_num_threads = settings.threads or 0
+        if providers[0] == "CPUExecutionProvider":  # else each shape leaves a plan for ever, and a page is a new block
+            options.enable_mem_pattern = False
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_prepacking", str(int(not settings.prepack)))
         try:

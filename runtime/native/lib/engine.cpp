@@ -198,6 +198,8 @@ class OrtEngine : public Engine {
         check(api_.SetIntraOpNumThreads(made, settings.threads), "ONNX Runtime failed");
         check(api_.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR), "ONNX Runtime failed");
         check(api_.AddSessionConfigEntry(made, "session.disable_prepacking", mapped), "ONNX Runtime failed");
+        if (settings.provider == CPU || settings.provider == ONNXRUNTIME_BF16)
+            check(api_.DisableMemPattern(made), "ONNX Runtime failed");  // else each shape leaves a plan for ever
         if (settings.provider == ONNXRUNTIME_BF16)
             check(static_cast<OrtStatus *>(RegisterCustomOps(
                       made, reinterpret_cast<const onnxruntime_abi::Base *>(library_.base))),
