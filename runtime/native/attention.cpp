@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
@@ -170,7 +171,8 @@ void attend(const Shape &shape, int64_t number, const float *queries, const char
         (head / shape.heads * shape.queries + start) * shape.width() + head % shape.heads * shape.dim;
     const char *keys = packed + head * layout.bytes(), *values = keys + layout.key_bytes();
 
-    Block block;
+    thread_local const std::unique_ptr<Block> room(new Block);  // 137 KiB, more than some threads' stacks have
+    Block &block = *room;
     std::memset(block.values, 0, size_t(QUERIES * columns) * sizeof(float));
     for (int64_t r = 0; r < QUERIES; ++r) {  // those that fill up are of no interest
         narrow(queries + first + std::min(r, there - 1) * shape.width(), shape.dim, layout.pairs * 2, scale * LOG2_E,
