@@ -166,7 +166,6 @@ class Llama:
         self.llama, self.mtmd, self.inputs = llama_cpp, mtmd_cpp, inputs
         start = time.perf_counter()
         llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-        mtmd_cpp.mtmd_helper_log_set(quiet, ctypes.c_void_p(0)) if hasattr(mtmd_cpp, "mtmd_helper_log_set") else None
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(text).encode(), llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()

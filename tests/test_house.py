@@ -37,7 +37,7 @@ FLOORS = {
     "index": {"bundle", "scoring"},
 }
 """The packages of the runtime, and what each stands on beside the ground."""
-GROUND = {"errors", "finite", "disk", "plain_files"}
+GROUND = {"errors", "finite", "disk", "plain_files", "compiled"}
 ROOF = {"writer", "verify", "evaluate", "page_vectors", "plotting", "tuning"}
 """Modules of the runtime by themselves: nothing below the roof imports it."""
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cembed.runtime import CembedError, maxsim
+from cembed.runtime import CembedError, compiled, maxsim
 from cembed.runtime.scoring import kernels
 from cembed.runtime.scoring.kernels import Pages, kernel_sets, matches, score, top, use_kernels
 from cembed.runtime.scoring.storage import STORAGE
@@ -244,7 +244,7 @@ def test_bytes_of_a_page_and_back(rows: int, dim: int, seed: int) -> None:
 def test_numpy_takes_over_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     query, pages = unit(0, 3, 32), store("u8", [unit(i, 4, 32) for i in range(5)])
     needed = score(query, pages), top(query, pages, 2)
-    monkeypatch.setattr(kernels, "EXTENSION_SUFFIXES", [".none"])
+    monkeypatch.setattr(compiled, "EXTENSION_SUFFIXES", [".none"])
     kernels.load.cache_clear()
     try:
         with pytest.warns(UserWarning, match="MaxSim runs in numpy"):
@@ -292,7 +292,7 @@ def run(*command: object) -> str:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_native_program(tmp_path: Path) -> None:
     """From C++, over the C interface."""
-    (library,) = (Path(kernels.__file__).parent / f"libmaxsim{kernels.EXTENSION_SUFFIXES[0]}",)
+    (library,) = (Path(kernels.__file__).parent / f"libmaxsim{compiled.EXTENSION_SUFFIXES[0]}",)
     program = tmp_path / "program"
     run("g++", "-std=c++17", "-O1", NATIVE, library, f"-Wl,-rpath,{library.parent}", "-o", program)
     assert run(program).split() == [*kernel_sets(), "right"]

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from cembed.export.plan import ExportOptions
-from cembed.runtime import CembedError, Embedder
+from cembed.runtime import CembedError, Embedder, compiled
 from cembed.runtime.engines import operators
 from cembed.runtime.engines.operators import BF16
 from cembed.runtime.engines.quiet import ort
@@ -248,7 +248,7 @@ def test_a_library_that_is_not_there(bundle_of: BundleMaker, monkeypatch: pytest
     monkeypatch.setattr(operators, "__file__", str(tmp_path / "operators.py"))
     with pytest.raises(CembedError, match=r"was not built.*compiler"):
         Embedder.load(bundle_of("colqwen2"), providers=[BF16])
-    (tmp_path / f"liboperators{operators.EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF")
+    (tmp_path / f"liboperators{compiled.EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF")
     with pytest.raises(CembedError, match="cannot be loaded"):
         Embedder.load(bundle_of("colqwen2"), providers=[BF16])
 
@@ -263,7 +263,7 @@ def test_a_processor_without_bfloat16() -> None:
 
 
 def test_the_library_tells() -> None:
-    names = [Path(operators.__file__).with_name(f"liboperators{s}") for s in operators.EXTENSION_SUFFIXES]
+    names = [Path(operators.__file__).with_name(f"liboperators{s}") for s in compiled.EXTENSION_SUFFIXES]
     (built,) = [name for name in names if name.exists()]
     flags = Path("/proc/cpuinfo").read_text().split()
     assert bool(ctypes.CDLL(str(built)).multiplies_bfloat16()) == ("avx512_bf16" in flags)

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,25 +139,19 @@ class Bundle:
         self.start([*graph.data, graph.file])
         path = self.path(graph.file)
         check_external_data(path, {data: self.manifest.files[data].size for data in graph.data})
-
-        def verify_data() -> None:
-            for data in graph.data:
-                self.path(data)
-
-        return path, verify_data
+        return path, partial(self._verify_all, graph.data)
 
     def table(self, spec: EmbeddingTable) -> Table:
         """A table [rows, hidden_size], memory-mapped and read-only. Its files are being hashed when this returns."""
         names = [spec.file, *([spec.scales] if spec.scales else [])]
         self.start(names)
-
-        def verify() -> None:
-            for name in names:
-                self.path(name)
-
         values = self._map(spec.file, spec.dtype, (spec.rows, self.manifest.hidden_size))
         scales = self._map(spec.scales, "float32", (spec.rows, 1)) if spec.scales else None
-        return Table(values, scales, verify)
+        return Table(values, scales, partial(self._verify_all, names))
+
+    def _verify_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.path(name)
 
     def _map(self, name: str, dtype: str, shape: tuple[int, int]) -> NDArray[Any]:
         expected = np.dtype(dtype).itemsize * shape[0] * shape[1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.manifest import Manifest
+from cembed.runtime.compiled import compiled_library
 from cembed.runtime.engines.session import EngineSettings, OrtSession, opened_while_hashed
 from cembed.runtime.errors import CembedError
 
@@ -38,8 +38,7 @@ def check_bundle(manifest: Manifest) -> None:
 
 def operators() -> Path:
     """The library that a session registers. Raises CembedError: it is not there, or has nothing for this processor."""
-    names = [Path(__file__).with_name(f"liboperators{suffix}") for suffix in EXTENSION_SUFFIXES]
-    path = next((name for name in names if name.exists()), None)
+    path = compiled_library(__file__, "liboperators")
     if path is None:
         raise CembedError(f"{BF16} needs a library that was not built: install cembed where a C++ compiler is")
     try:

@@ -3,12 +3,12 @@
 
 #include "onnxruntime.h"
 
-#define CEMBED_PUBLIC __attribute__((visibility("default")))
+#define OPERATORS_API __attribute__((visibility("default")))
 
 extern "C" {
 
-CEMBED_PUBLIC int multiplies_bfloat16();  // whether this processor does; without it there is nothing to register
+OPERATORS_API int multiplies_bfloat16();  // whether this processor does; without it there is nothing to register
 
 // For OrtSessionOptions: returns null, or an OrtStatus.
-CEMBED_PUBLIC void *RegisterCustomOps(void *options, const onnxruntime_abi::Base *base);
+OPERATORS_API void *RegisterCustomOps(void *options, const onnxruntime_abi::Base *base);
 }

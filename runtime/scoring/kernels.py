@@ -14,14 +14,13 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.compiled import compiled_library
 from cembed.runtime.errors import CembedError
 from cembed.runtime.finite import finite
 from cembed.runtime.scoring.storage import STORAGE, Storage, check_dim
@@ -157,9 +156,8 @@ class _Pages(ctypes.Structure):
 @cache
 def load() -> ctypes.CDLL | None:
     """The library, or None and one warning where it cannot be had."""
-    names = [Path(__file__).with_name(f"libmaxsim{suffix}") for suffix in EXTENSION_SUFFIXES]
     reason = "it was not built. Install cembed where a C++ compiler is"
-    if file := next((name for name in names if name.exists()), None):
+    if file := compiled_library(__file__, "libmaxsim"):
         try:
             return _declared(ctypes.CDLL(str(file)))
         except (OSError, AttributeError) as error:

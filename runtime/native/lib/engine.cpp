@@ -124,6 +124,8 @@ const Library &library_of(const std::string &given) {
     return found->second;
 }
 
+bool on_cpu(const EngineSettings &settings) { return settings.provider == CPU || settings.provider == ONNXRUNTIME_BF16; }
+
 template <class T>
 using Owned = std::unique_ptr<T, void (*)(T *)>;
 
@@ -148,7 +150,7 @@ class OrtEngine : public Engine {
         OrtRunOptions *release = nullptr;
         check(api_.CreateRunOptions(&release), "ONNX Runtime failed");
         release_.reset(release);
-        if (settings.provider == CPU || settings.provider == ONNXRUNTIME_BF16)
+        if (on_cpu(settings))
             check(api_.AddRunConfigEntry(release, "memory.enable_memory_arena_shrinkage", "cpu:0"),
                   "ONNX Runtime failed");
     }
@@ -198,7 +200,7 @@ class OrtEngine : public Engine {
         check(api_.SetIntraOpNumThreads(made, settings.threads), "ONNX Runtime failed");
         check(api_.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR), "ONNX Runtime failed");
         check(api_.AddSessionConfigEntry(made, "session.disable_prepacking", mapped), "ONNX Runtime failed");
-        if (settings.provider == CPU || settings.provider == ONNXRUNTIME_BF16)
+        if (on_cpu(settings))
             check(api_.DisableMemPattern(made), "ONNX Runtime failed");  // else each shape leaves a plan for ever
         if (settings.provider == ONNXRUNTIME_BF16)
             check(static_cast<OrtStatus *>(RegisterCustomOps(

@@ -9,11 +9,11 @@ import ctypes
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from cembed.runtime.compiled import compiled_library
 
 WHOLE, UNKNOWN, HEADER, SHORT, CODE, LEFT_OVER, MISSING = range(7)  # pictures_fault of native/pictures/pictures.h
 
@@ -51,9 +51,8 @@ class Fax:
 @cache
 def load() -> ctypes.CDLL | None:
     """The library, or None and one warning where it cannot be had."""
-    names = [Path(__file__).with_name(f"libpictures{suffix}") for suffix in EXTENSION_SUFFIXES]
     reason = "it was not built. Install cembed where a C++ compiler is"
-    if file := next((name for name in names if name.exists()), None):
+    if file := compiled_library(__file__, "libpictures"):
         try:
             return _declared(ctypes.CDLL(str(file)))
         except (OSError, AttributeError) as error:
