@@ -21,6 +21,7 @@ from cembed.export_cli import export, quantize
 from cembed.index_cli import index_app
 from cembed.inspect_cli import inspect, verify
 from cembed.search_cli import search
+from cembed.serve_cli import serve
 from cembed.signals import Stopped
 from cembed.streams import allow_any_text, flush_output
 from cembed.tune_cli import tune
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "build-engine": build_engine,
     "tune": tune,
+    "serve": serve,
 }
 app = typer.Typer(
     name="cembed",

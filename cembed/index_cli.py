@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -15,12 +14,12 @@ from cembed.display import Cell, complain, progress_bar, say, show_json, show_ta
 from cembed.inspect_cli import show_checks
 from cembed.options import (
     EXIT_INCOMPLETE,
-    MAX_PIXELS,
     AsJson,
     Engine,
     PageVectors,
     Paths,
     Reading,
+    settings_of,
     split,
     spread,
 )
@@ -107,17 +106,6 @@ def work(job: Job, reader: PageReader, files: Sequence[Path]) -> None:
             job.run(reader, lambda: progress.advance(task))
     finally:
         report(job)
-
-
-def settings_of(page_vectors: PageVectors, reading: Reading, skip_blank: bool = False) -> str:
-    """What a page's vectors depend on beside its file's bytes; `skip_blank` is what was chosen, or the bundle's.
-
-    Pages of indexes that are there are known by it: what came later is left out where it is as before.
-    """
-    made = page_vectors
-    settings = [made.num_vectors, made.dim, made.pool_factor, made.max_visual_tokens, reading.dpi]
-    later = [reading.max_pixels] if reading.max_pixels != MAX_PIXELS else []
-    return json.dumps([*settings, *later, *(["skip_blank"] if skip_blank else [])])
 
 
 def report(job: Job) -> None:

@@ -19,7 +19,7 @@ from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
-from cembed.runtime.index.new_pages import NewPage
+from cembed.runtime.index.new_pages import NewPage, page_content
 from cembed.runtime.page_vectors import EmbeddedPage, embed_pages
 from cembed.runtime.pages.documents import Page, PageError, PageReader, place_of
 
@@ -217,7 +217,7 @@ class Job:
             del page  # it may be the largest thing in memory, and the next one is about to come
 
     def _content(self, document: Document, number: int) -> bytes:
-        return hashlib.sha256(document.digest + f"{number} {self.settings}".encode()).digest()[:16]
+        return page_content(document.digest, number, self.settings)
 
     def _is_there(self, document: Document, number: int) -> bool:
         return self.index.knows(document.page_id(number), self._content(document, number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
@@ -114,6 +115,17 @@ class Reading:
         from cembed.runtime.pages.documents import PageReader
 
         return PageReader(dpi=self.dpi, timeout=self.timeout, max_pixels=self.max_pixels)
+
+
+def settings_of(page_vectors: PageVectors, reading: Reading, skip_blank: bool = False) -> str:
+    """What a page's vectors depend on beside its file's bytes; `skip_blank` is what was chosen, or the bundle's.
+
+    Pages of indexes that are there are known by it: what came later is left out where it is as before.
+    """
+    made = page_vectors
+    settings = [made.num_vectors, made.dim, made.pool_factor, made.max_visual_tokens, reading.dpi]
+    later = [reading.max_pixels] if reading.max_pixels != MAX_PIXELS else []
+    return json.dumps([*settings, *later, *(["skip_blank"] if skip_blank else [])])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from cembed.runtime.bundle.manifest import Graph, Tensor
 from cembed.runtime.bundle.manifest_file import upgrade
 from cembed.runtime.bundle.tensor_files import read_safetensors
 from cembed.runtime.bundle.vectors import Vectors
-from cembed.runtime.embed.embedder import Budget, Embedder
+from cembed.runtime.embed.embedder import FULL, Budget, Embedder
 from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.errors import CembedError, Check
 from cembed.runtime.pages.documents import PageError, PageReader
@@ -79,19 +79,30 @@ def _is_stated(stated: Tensor, kind: str, shape: tuple[int | str, ...]) -> bool:
 
 
 def _self_test(bundle: Bundle) -> str:
-    test = bundle.manifest.self_test
-    page = read_page(bundle)
     embedder = Embedder(bundle, EngineSettings(prepack=False))
-    actual = [("document", embedder.embed_image(page)), ("query", embedder.embed_query(test.text))]
-    expected = _read_vectors(bundle, dict(actual))
-    if bundle.manifest.query.num_vectors is not None:
-        actual.append(("query", embedder.embed_query(test.text, Budget(decode="loop"))))
-    worst = 0.0
+    loop = [Budget(decode="loop")] if bundle.manifest.query.num_vectors is not None else []
+    worst, _ = self_test(embedder, (FULL, *loop))
+    tolerance = bundle.manifest.self_test.tolerance
+    if not worst <= tolerance:  # NaN is not
+        raise CembedError(f"the vectors are off by {worst:.1e}, allowed is {tolerance:.0e}")
+    return f"largest difference {worst:.1e}"
+
+
+def self_test(embedder: Embedder, budgets: Sequence[Budget] = (FULL,)) -> tuple[float, float]:
+    """The largest difference from the vectors of the bundle's self-test, and the lowest cosine of a vector: of its page
+    and its query, by each of `budgets`, which change nothing but how a query is decoded.
+
+    Raises CembedError: the self-test is damaged.
+    """
+    text = embedder.manifest.self_test.text
+    page = embedder.embed_image(read_page(embedder.bundle))
+    actual = [("document", page), *(("query", embedder.embed_query(text, budget)) for budget in budgets)]
+    expected = _read_vectors(embedder.bundle, dict(actual))
+    worst, cosine = 0.0, 1.0
     for side, vectors in actual:
         worst = float(np.maximum(worst, np.abs(expected[side] - vectors).max()))
-    if not worst <= test.tolerance:  # NaN is not
-        raise CembedError(f"the vectors are off by {worst:.1e}, allowed is {test.tolerance:.0e}")
-    return f"largest difference {worst:.1e}"
+        cosine = float(np.minimum(cosine, (expected[side] * vectors).sum(axis=1).min()))
+    return worst, cosine
 
 
 def read_page(bundle: Bundle) -> Pixels:

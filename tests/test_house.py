@@ -20,13 +20,15 @@ ROOMS = {
     "export": "cembed.export",
     "quantize": "cembed.quantize",
     "runtime": "cembed.runtime",
+    "serve": "cembed.serve",
 }
 """Folders of the tree, and what they are imported as."""
 MAY_IMPORT = {
-    "cembed": {"cembed.export", "cembed.quantize", "cembed.runtime"},
+    "cembed": {"cembed.export", "cembed.quantize", "cembed.runtime", "cembed.serve"},
     "cembed.export": {"cembed.runtime"},
     "cembed.quantize": {"cembed.runtime"},
     "cembed.runtime": set[str](),
+    "cembed.serve": {"cembed.runtime"},
 }
 FLOORS = {
     "bundle": set[str](),

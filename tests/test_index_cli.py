@@ -17,7 +17,8 @@ from test_cli import Outcome, cembed, cembed_process, picture
 from test_index import CASES
 
 from cembed import index_job
-from cembed.index_cli import open_to_add, settings_of
+from cembed.index_cli import open_to_add
+from cembed.options import settings_of
 from cembed.index_job import Job
 from cembed.options import PageVectors, Reading
 from cembed.runtime import Embedder, maxsim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,11 @@ class NewPage:
     content: bytes = b""
     warning: str | None = None
     folder: str | None = None
+
+
+def page_content(digest: bytes, number: int, settings: str) -> bytes:
+    """The `content` of a page by the sha256 of its file, its number, and what its vectors depend on beside it."""
+    return hashlib.sha256(digest + f"{number} {settings}".encode()).digest()[:CONTENT_BYTES]
 
 
 @dataclass(frozen=True, eq=False)

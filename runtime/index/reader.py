@@ -99,6 +99,11 @@ class IndexReader:
     def bundle(self) -> str:
         return self._current.bundle
 
+    @property
+    def identity(self) -> str:
+        """A random text that no other index has, one at the same place neither."""
+        return self._current.index
+
     def __len__(self) -> int:
         """Pages that are there."""
         return sum(int(view.alive.sum()) for view in self._snapshot())
@@ -189,6 +194,13 @@ class IndexReader:
         """What is told of the page with this id. Raises CembedError: there is none, or its record is damaged."""
         view, place = self._find_page(page)
         return view.info(place)
+
+    def serial_info(self, serial: int) -> PageInfo:
+        """`info` for the page with this serial, as a Hit has it. Raises CembedError as `info` does."""
+        for view in self._snapshot():
+            if (place := view.columns.find(serial)) is not None and view.alive[place]:
+                return view.info(place)
+        raise CembedError(f"{self.folder} has no page with the serial {serial}")
 
     def _find_page(self, page: str) -> tuple[View, int]:
         with self._lock:

@@ -53,7 +53,7 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Hit:
-    """A page that was found; the score is that of the last stage. `warning` and `folder` as in PageInfo."""
+    """A page that was found; the score is that of the last stage. `warning`, `folder` and `serial` as in PageInfo."""
 
     score: float
     id: str
@@ -62,6 +62,7 @@ class Hit:
     metadata: Mapping[str, Any]
     warning: str | None = None
     folder: str | None = None
+    serial: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def to_hit(view: View, page: int, score: float) -> Hit:
         metadata=info.metadata,
         warning=info.warning,
         folder=info.folder,
+        serial=info.serial,
     )
 
 

@@ -33,6 +33,7 @@ class PageInfo:
     """A page of an index but its vectors: `page` counts from 1 in its source; `vectors` says how many it has.
 
     `warning` is why something of the page may be missing, `folder` where a relative source starts, if it is known.
+    `serial` is a number that no other page of the index has or had, nor this one with other vectors.
     """
 
     id: str
@@ -42,6 +43,7 @@ class PageInfo:
     vectors: int
     warning: str | None = None
     folder: str | None = None
+    serial: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,4 +157,5 @@ class View:
                 vectors=int(self.columns.rows[page]),
                 warning=notes.warning,
                 folder=notes.folder,
+                serial=int(self.columns.serials[page]),
             )

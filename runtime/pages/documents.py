@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cembed.runtime.errors import CembedError, one_line
 from cembed.runtime.pages.decoder import Decoder, LostError
 from cembed.runtime.pages.file_kinds import START_BYTES, kind_of
-from cembed.runtime.pages.images import Settings
+from cembed.runtime.pages.images import Drawn, Settings
 from cembed.runtime.pages.pdf import codes as pdf_codes
 
 SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
@@ -130,6 +130,13 @@ def _kind(path: Path) -> str | None:
         raise CembedError(f"cannot read {one_line(str(path))}: {error.strerror}") from None
 
 
+def _outcome(path: str, number: int, pages: int, reply: Drawn | str) -> Page | PageError:
+    """What the decoding process said of a page, in a file of `pages`, 0 where that is not known."""
+    if isinstance(reply, str):
+        return PageError(path, number if pages else None, reply)
+    return Page(path, number, reply.image, reply.warning)
+
+
 class PageReader:
     """Decodes documents in a process of its own, one page ahead of the caller; leaving the `with` block ends it.
 
@@ -181,6 +188,19 @@ class PageReader:
             return None
         return None if isinstance(reply, str) or reply.warning else worker.pages or None
 
+    def page(self, path: str | Path, number: int) -> tuple[Page | PageError, int]:
+        """One page of a file, and how many pages the file has, 0 where that is not known. Not during a `read`."""
+        self._require(not self._reading, "reads single pages before read() only")
+        worker = self._live_worker()
+        try:
+            worker.send(str(path), number)
+            reply = worker.receive(self._timeout)
+        except LostError as lost:
+            reply = str(lost)
+        if worker.pages and not 1 <= number <= worker.pages:
+            reply = f"there is no page {number}: the file has {worker.pages}"
+        return _outcome(str(path), number, worker.pages, reply), worker.pages
+
     def read(self, paths: Iterable[str | Path]) -> Iterator[Page | PageError]:
         """Every page of every file in order, or the reason why it is missing; bad input never raises.
 
@@ -217,10 +237,7 @@ class PageReader:
             except LostError as lost:
                 reply = str(lost)
                 pages, strikes = worker.pages or pages, strikes + _LOSS_STRIKES
-            if isinstance(reply, str):
-                yield PageError(path, number if pages else None, reply)
-            else:
-                yield Page(path, number, reply.image, reply.warning)
+            yield _outcome(path, number, pages, reply)
             del reply  # it may be the largest thing in memory, and the next one is about to come
             number += 1
             if strikes >= _STRIKES and number <= pages:

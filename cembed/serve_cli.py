@@ -1,0 +1,117 @@
+"""`cembed serve`: HTTP, and a page in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cembed.options import (
+    BundlePath,
+    Engine,
+    PageVectors,
+    Reading,
+    require_packages,
+    settings_of,
+    split,
+    spread,
+)
+from cembed.runtime.errors import CembedError
+
+PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
+LEAST_TOKEN = 16
+
+
+@spread
+def serve(
+    *,
+    bundle: BundlePath,
+    index: Annotated[
+        Path | None, typer.Option(metavar="INDEX", help="Search it, and add to it; made if it is not there.")
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Only search INDEX, and see what another process adds.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8080,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer only to clients that send the token in this file.")
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open-to-all", help="Listen at an address that others reach without a token.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME,…", help="Answer to these names, beside localhost.")
+    ] = None,
+    allow_url_hosts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,…", help="Fetch pictures from URLs of these hosts; none by default."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes that embed; weights are mapped, and shared, if more than one.")
+    ] = 1,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.")] = 64,
+    name: Annotated[str, typer.Option(help="The model's name; by default that of the bundle's folder.")] = "",
+    page_vectors: PageVectors,
+    reading: Reading,
+    engine: Engine,
+) -> None:
+    """Embed, rank and search over HTTP, as clients of OpenAI, vLLM, Cohere, Jina and KServe ask, and in the browser.
+
+    Listens on this machine only, unless told otherwise. Ends with SIGTERM or Ctrl-C, once what was begun is answered.
+    """
+    require_packages("serve", *PACKAGES)
+    from cembed.serve.app import serve as run
+    from cembed.serve.settings import Limits, Settings, WorkerSettings
+
+    worker = WorkerSettings(
+        bundle=bundle.absolute(),
+        providers=tuple(split(engine.provider)),
+        threads=engine.threads,
+        prepack=True if workers == 1 else None,
+        max_visual_tokens=page_vectors.max_visual_tokens,
+        skip_blank=page_vectors.skip_blank,
+        dpi=reading.dpi,
+        timeout=reading.timeout,
+        max_pixels=reading.max_pixels,
+    )
+    settings = Settings(
+        worker=worker,
+        index=index,
+        read_only=read_only,
+        name=name,
+        host=host,
+        port=port,
+        workers=workers,
+        token=read_token(token_file) if token_file else None,
+        allow_hosts=tuple(split(allow_host)),
+        url_hosts=tuple(split(allow_url_hosts)),
+        budget=page_vectors.budget(),
+        page_settings=settings_of(page_vectors, reading, skips_blank(bundle, page_vectors.skip_blank)),
+        limits=Limits(queue=queue),
+    )
+    if read_only and index is None:
+        raise CembedError("--read-only is for an --index: name one")
+    if not settings.local and settings.token is None and not open_to_all:
+        raise CembedError(f"--host {host} lets others in: give --token-file, or --open-to-all if that is what you want")
+    run(settings)
+
+
+def read_token(path: Path) -> str:
+    """Raises CembedError: there is none, or one that is guessed too easily."""
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CembedError(f"{path}: cannot be read as a token: {error}") from None
+    if len(token) < LEAST_TOKEN or not token.isprintable() or " " in token:
+        raise CembedError(
+            f"{path} must have one line of at least {LEAST_TOKEN} characters: openssl rand -hex 32 makes a good one"
+        )
+    return token
+
+
+def skips_blank(bundle: Path, chosen: bool | None) -> bool:
+    from cembed.runtime.bundle.bundle import Bundle
+
+    return Bundle(bundle, verify=False).manifest.image.skip_blank if chosen is None else chosen

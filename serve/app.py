@@ -1,0 +1,219 @@
+"""The application: routes, the door before them, the page, and uvicorn around it all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cembed import __version__
+from cembed.runtime.errors import CembedError
+from cembed.serve import kserve_api, openai_api, own_api, rerank_api
+from cembed.serve.errors import RefusalError, error_body
+from cembed.serve.guard import App, Guard
+from cembed.serve.responses import refusals, service_of
+from cembed.serve.service import Service
+from cembed.serve.settings import Settings
+
+STATIC = Path(__file__).with_name("static")
+DESCRIPTION = "Embeds pages and queries with one bundle, and searches one index."
+log = logging.getLogger("cembed.serve")
+
+
+def create_app(service: Service, stop: Callable[[], None]) -> App:
+    """The server as an ASGI application; its workers start with it, and `stop` is called if they cannot."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.ensure_future(start(service, stop))
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await service.close()
+
+    app = FastAPI(
+        title="cembed", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.service = service
+    for routes in (openai_api, rerank_api, kserve_api, own_api):
+        app.include_router(routes.router)
+    app.include_router(rerank_api.cohere_router)
+    add_usual_routes(app)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.exception_handler(RefusalError)(refused)
+    app.exception_handler(RequestValidationError)(invalid)
+    app.exception_handler(HTTPException)(unknown)
+    return traced(Guard(app, service))
+
+
+async def start(service: Service, stop: Callable[[], None]) -> None:
+    """Workers, in the background: until they are ready, /health/ready says so."""
+    try:
+        await service.pool.start()
+        log.info('{"ready": true}')
+    except CembedError as error:
+        service.failure = str(error)
+        stop()
+
+
+def traced(app: App) -> App:
+    """With OpenTelemetry's spans, where its package is installed."""
+    try:
+        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+    except ImportError:
+        return app
+    return OpenTelemetryMiddleware(app)  # type: ignore[no-any-return]
+
+
+class Alive(BaseModel):
+    status: str
+
+
+def add_usual_routes(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/health/live", response_model=Alive, tags=["health"])
+    async def live() -> Any:
+        """The process answers."""
+        return {"status": "alive"}
+
+    @app.get("/health/ready", response_model=Alive, responses=refusals(503), tags=["health"])
+    async def ready(request: Request) -> Any:
+        """Workers have passed the self-test."""
+        kserve_api.require_ready(service_of(request))
+        return {"status": "ready"}
+
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **refusals(401)}, tags=["health"])
+    async def metrics(request: Request) -> Response:
+        """For Prometheus."""
+        return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusalError)
+    return JSONResponse(error_body(request.url.path, error), error.status, error.headers)
+
+
+async def invalid(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong, as OpenAI's API says it: 400."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    text = f"{'.'.join(where)}: {message}" if where else message
+    return await refused(request, RefusalError(400, text[:500], where[0] if where else None))
+
+
+async def unknown(request: Request, error: Exception) -> Response:
+    """No such route, or another method."""
+    assert isinstance(error, HTTPException)
+    refusal = RefusalError(error.status_code, str(error.detail))
+    body = error_body(request.url.path, refusal)
+    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+
+class Impatient(HttpToolsProtocol):
+    """Ends connections that take long to send the lines of a request."""
+
+    header_time = 10.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def _wait(self) -> None:
+        self._done()
+        self._deadline = self.loop.call_later(self.header_time, self._expire)
+
+    def _done(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._wait()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._done()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._done()
+        super().connection_lost(exc)
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or Ctrl-C, and then until what was begun is answered.
+
+    Raises CembedError: the bundle or the index is not as it should be, workers do not start, the port is taken.
+    """
+    raise_file_limit()
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    limits = settings.limits
+    service = Service(settings)
+    service.open_index()
+    listening = bind(settings.host, settings.port)
+    app: Any = create_app(service, lambda: setattr(server, "should_exit", True))
+    config = uvicorn.Config(
+        app,
+        http=type("Protocol", (Impatient,), {"header_time": limits.header_time}),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=int(limits.header_time),
+        timeout_graceful_shutdown=int(limits.drain),
+        backlog=2048,
+    )
+    server = uvicorn.Server(config)
+    host, port = listening.getsockname()[:2]
+    print(f"cembed serves {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr)
+    server.run(sockets=[listening])
+    if service.failure:
+        raise CembedError(service.failure)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises CembedError: the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise CembedError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+    return listening
+
+
+def raise_file_limit() -> None:
+    """Connections take a file each, and many systems allow 1,024 unless asked for more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,242 @@
+"""The worker processes as the server sees them, and the one line in which requests wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from asyncio.subprocess import PIPE
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import anyio
+
+from cembed.runtime.errors import CembedError
+from cembed.serve.errors import RefusalError
+from cembed.serve.frames import PREFIX, Array, Header, NonsenseError, pack, sizes, unpack
+from cembed.serve.settings import Limits, WorkerSettings
+
+IN_FLIGHT = 2
+"""Jobs that a worker has at a time: the page of the second is decoded while the first is computed."""
+STREAM = 1 << 22
+BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"
+START_SECONDS = 600.0
+RETRIES = 2
+
+Reply = tuple[Header, Mapping[str, Array]]
+
+
+class LostError(Exception):
+    """The worker ended; `begun` says whether this job may have been why."""
+
+    def __init__(self, begun: bool) -> None:
+        super().__init__(begun)
+        self.begun = begun
+
+
+class Worker:
+    """One process; answers come in the order of the jobs."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+        self._pending: deque[asyncio.Future[Reply]] = deque()
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def load(self) -> int:
+        return len(self._pending)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None and self._reader is not None
+
+    async def start(self) -> float:
+        """Gives the lowest cosine of the self-test. Raises CembedError: what keeps the worker from starting."""
+        settings = json.dumps({**asdict(self._settings), "bundle": str(self._settings.bundle)})
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", BOOT, settings, *map(str, sys.path), stdin=PIPE, stdout=PIPE, limit=STREAM
+        )
+        try:
+            with anyio.fail_after(START_SECONDS):
+                header, _ = await self._receive()
+        except (asyncio.IncompleteReadError, NonsenseError, TimeoutError):
+            await self.end()
+            raise CembedError("a worker did not start") from None
+        if "error" in header:
+            await self.end()
+            raise CembedError(header["error"])
+        self._reader = asyncio.create_task(self._listen())
+        return float(header["cosine"])
+
+    async def _receive(self) -> Reply:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        stream = self._process.stdout
+        header, arrays = sizes(await stream.readexactly(PREFIX))
+        return unpack(await stream.readexactly(header), await stream.readexactly(arrays))
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                reply = await self._receive()
+                answered = self._pending.popleft()
+                if not answered.done():
+                    answered.set_result(reply)
+        except (asyncio.IncompleteReadError, NonsenseError, IndexError, OSError):
+            self._reader = None
+            self._lose()
+
+    def _lose(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        begun = True
+        while self._pending:
+            lost = self._pending.popleft()
+            if not lost.done():
+                lost.set_exception(LostError(begun))
+                lost.exception()  # nobody may be waiting any more
+            begun = False
+
+    def submit(self, job: Mapping[str, Any]) -> asyncio.Future[Reply]:
+        """Hands a job over. Its future raises LostError."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._pending.append(reply)
+        self._process.stdin.write(pack(job))
+        return reply
+
+    async def end(self) -> None:
+        """Ends the process, and whatever it is doing."""
+        process, reader = self._process, self._reader
+        self._process = self._reader = None
+        if reader is not None:
+            reader.cancel()
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        if process is not None:
+            await process.wait()
+        self._lose()
+
+
+class Pool:
+    """`workers` processes, and the requests that wait for them in the order of their coming."""
+
+    def __init__(self, settings: WorkerSettings, workers: int, limits: Limits) -> None:
+        self._limits, self.requests, self.cosine = limits, 0, 1.0
+        self.capacity = workers * IN_FLIGHT
+        self._workers = [Worker(settings) for _ in range(workers)]
+        self._free = asyncio.Semaphore(self.capacity)
+        self._starting = asyncio.Lock()
+        self._seconds = 0.1  # of a request, smoothed
+        self.ready = False
+
+    async def start(self) -> None:
+        """Raises CembedError: what keeps a worker from starting."""
+        self.cosine = min(await asyncio.gather(*(worker.start() for worker in self._workers)))
+        self.ready = True
+
+    async def close(self) -> None:
+        self.ready = False
+        await asyncio.gather(*(worker.end() for worker in self._workers))
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a worker."""
+        return max(0, self.requests - self.capacity)
+
+    @property
+    def full(self) -> bool:
+        return self.requests >= self.capacity + self._limits.queue
+
+    def busy(self) -> RefusalError:
+        seconds = max(1, round(self._seconds * self.requests / len(self._workers)))
+        return RefusalError(429, "too many requests are waiting: try again later", code="busy", retry_after=seconds)
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """A request's place among those that may wait, for all of its jobs. Raises RefusalError: there is none."""
+        if not self.ready:
+            raise RefusalError(503, "the server is starting or stopping: try again later", retry_after=5)
+        if self.full:
+            raise self.busy()
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+    async def run(self, job: Mapping[str, Any]) -> Reply:
+        """A job's reply, once it is its turn; one whose caller gives up before that is never begun.
+
+        Raises RefusalError: it waited or took too long, its worker ended, or what is wrong with the page or query.
+        """
+        for attempt in range(1 + RETRIES):
+            await self._turn()
+            start = time.monotonic()
+            try:
+                reply = await self._answer(job)
+                self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+                return checked(reply)
+            except LostError as lost:
+                if lost.begun or attempt == RETRIES:
+                    raise RefusalError(503, "the worker ended while it was at this; try again", retry_after=1) from None
+        raise AssertionError
+
+    async def _turn(self) -> None:
+        try:
+            with anyio.fail_after(self._limits.wait):
+                await self._free.acquire()
+        except TimeoutError:
+            raise RefusalError(503, f"waited {self._limits.wait:g} s for a worker", retry_after=5) from None
+
+    async def _answer(self, job: Mapping[str, Any]) -> Reply:
+        """Has a turn; gives it back when the worker has answered, whether or not somebody still waits for it."""
+        try:
+            worker = await self._idlest()
+            reply = worker.submit(job)
+        except BaseException:
+            self._free.release()
+            raise
+        reply.add_done_callback(lambda _: self._free.release())
+        try:
+            with anyio.fail_after(self._limits.answer):
+                return await asyncio.shield(reply)
+        except TimeoutError:
+            await worker.end()
+            raise RefusalError(504, f"took longer than {self._limits.answer:g} s") from None
+
+    async def _idlest(self) -> Worker:
+        """The worker with the least to do; those that ended are started again."""
+        worker = min(self._workers, key=lambda worker: worker.load)
+        if not worker.alive:
+            async with self._starting:
+                if not worker.alive:
+                    await self._restart(worker)
+        return worker
+
+    async def _restart(self, worker: Worker) -> None:
+        try:
+            await worker.end()
+            await worker.start()
+            self.ready = True
+        except CembedError:
+            self.ready = False
+            raise RefusalError(503, "no worker can be started; the server's log says why", retry_after=30) from None
+
+
+def checked(reply: Reply) -> Reply:
+    """Raises RefusalError for what the worker says is wrong."""
+    header, _ = reply
+    if "fault" in header:
+        raise RefusalError(500, header["fault"])
+    if "error" in header:
+        raise RefusalError(422, header["error"])
+    return reply

@@ -1,0 +1,57 @@
+"""What all routes share: the service, and how a refusal is documented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from cembed.serve.service import Service
+
+TEXTS = {
+    400: "The request is not as it should be.",
+    401: "The server's token is missing.",
+    403: "Not allowed.",
+    404: "There is no such thing.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    422: "The page or text cannot be embedded.",
+    429: "Too many requests are waiting.",
+    503: "The server is not ready, or waited too long.",
+}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """As OpenAI's clients read it."""
+
+    error: ErrorDetail
+
+
+class CohereError(BaseModel):
+    """As Cohere's clients read it."""
+
+    message: str
+
+
+class KServeError(BaseModel):
+    """As KServe's clients read it."""
+
+    error: str
+
+
+def refusals(*statuses: int, body: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """For FastAPI's `responses`."""
+    return {status: {"model": body, "description": TEXTS[status]} for status in statuses}
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,291 @@
+"""What the routes of every API stand on: vectors of texts and pictures, scores, the index."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.manifest import Side
+from cembed.runtime.bundle.vectors import Vectors
+from cembed.runtime.embed.embedder import Budget, check_slots
+from cembed.runtime.errors import CembedError
+from cembed.runtime.index.new_pages import NewPage, page_content
+from cembed.runtime.index.views import PageInfo
+from cembed.runtime.scoring.maxsim import maxsim
+from cembed.serve.errors import RefusalError
+from cembed.serve.inputs import Fetcher, Item, Role, Stored, Text
+from cembed.serve.metrics import Metrics
+from cembed.serve.pool import Pool, Reply
+from cembed.serve.settings import Settings
+from cembed.serve.shelf import Shelf, source_path
+
+PICTURE = 1280
+"""Pixels of the longer side of the picture that is kept of a page: enough for the visual tokens of most models."""
+MAX_NAME = 255
+SUFFIXES: Mapping[str, Role] = {"-query": "query", "-passage": "document"}
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Added:
+    """A page of a file that was sent: its place in the index, or why it has none."""
+
+    number: int
+    pages: int
+    page: PageInfo | None = None
+    error: str | None = None
+
+
+class Service:
+    """One bundle, its workers, and an index if there is one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.bundle = Bundle(settings.worker.bundle, verify=False)  # workers verify what they load
+        self.manifest = self.bundle.manifest
+        self.name = settings.name or self.bundle.root.resolve().name
+        self.check_budget(self.manifest.document, settings.budget)
+        self.pool = Pool(settings.worker, settings.workers, settings.limits)
+        self.fetch = Fetcher(settings.url_hosts, settings.limits.body)
+        self.shelf: Shelf | None = None
+        self.failure: str | None = None  # why the workers did not start
+        self.metrics = Metrics(self)
+        self._folder = tempfile.TemporaryDirectory(prefix="cembed-")
+
+    @property
+    def dim(self) -> int:
+        """Length of a page's vector, as this server makes them."""
+        budget = self.settings.budget
+        return budget.dim or self.manifest.document.vector_dim(self.manifest.dim, budget.num_vectors)
+
+    def open_index(self) -> None:
+        """Raises CembedError: it is not there, damaged, or of another bundle."""
+        settings = self.settings
+        if settings.index is not None:
+            self.shelf = Shelf.open(
+                settings.index, self.bundle.hash, self.dim, settings.read_only, settings.limits.pictures
+            )
+
+    async def close(self) -> None:
+        await self.pool.close()
+        if self.shelf is not None:
+            self.shelf.close()
+        self._folder.cleanup()
+
+    def role_of_model(self, model: str | None) -> Role | None:
+        """What the suffix of a model's name says. Raises RefusalError: another model."""
+        if not model or model == self.name:
+            return None
+        for suffix, role in SUFFIXES.items():
+            if model == self.name + suffix:
+                return role
+        raise RefusalError(
+            404, f"there is no model {model[:100]!r} here, but {self.name!r}", "model", "model_not_found"
+        )
+
+    def check_budget(self, side: Side, budget: Budget) -> None:
+        """Raises CembedError: vectors that this bundle does not make."""
+        if budget.num_vectors is not None:
+            check_slots(side, budget)
+            side.check_budget(budget.num_vectors)
+        length = side.vector_dim(self.manifest.dim, budget.num_vectors)
+        if budget.dim is not None and not 1 <= budget.dim <= length:
+            raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {length}")
+
+    def budget(self, item: Item, dim: int | None = None, num_vectors: int | None = None) -> Budget:
+        """For an item, what was asked for, or else as this server makes pages. Raises RefusalError."""
+        given = self.settings.budget
+        side = self.manifest.query if isinstance(item, Text) else self.manifest.document
+        usual = Budget(dim=given.dim, decode=given.decode) if isinstance(item, Text) else given
+        budget = replace(usual, dim=dim or usual.dim, num_vectors=num_vectors or usual.num_vectors)
+        try:
+            self.check_budget(side, budget)
+        except CembedError as error:
+            raise RefusalError(400, str(error), "dimensions") from None
+        return budget
+
+    def pools(self, item: Item, num_vectors: int | None = None) -> bool:
+        """Whether a query or page becomes one vector."""
+        side = self.manifest.query if isinstance(item, Text) else self.manifest.document
+        return side.pooling != "none" or (num_vectors or side.num_vectors) == 1
+
+    @contextlib.contextmanager
+    def stored(self, data: bytes) -> Iterator[Path]:
+        """A file of these bytes, for as long as the block takes."""
+        handle, name = tempfile.mkstemp(dir=self._folder.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            yield Path(name)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+    async def embed(self, item: Item, budget: Budget) -> Vectors:
+        """Vectors of a query, or of the first page of a file. Raises RefusalError."""
+        return (await self._embed(item, budget))[1]["vectors"]
+
+    async def _embed(self, item: Item, budget: Budget, number: int = 1, **more: Any) -> Reply:
+        if isinstance(item, Text):
+            return await self.pool.run({"kind": "query", "budget": astuple(budget), "text": item.text})
+        with self.stored(item.data) as path:
+            return await self.page(path, number, budget, **more)
+
+    async def page(self, path: Path, number: int, budget: Budget, **more: Any) -> Reply:
+        """A page of a file: `vectors`, how many `pages` the file has, and more that is asked. Raises RefusalError."""
+        job = {"kind": "page", "budget": astuple(budget), "path": str(path), "number": number, **more}
+        return await self.pool.run(job)
+
+    async def embed_all(
+        self, items: Sequence[Item], dim: int | None = None, num_vectors: int | None = None
+    ) -> list[Vectors]:
+        """Vectors of each. Raises RefusalError: too many, or the first that cannot be embedded."""
+        if len(items) > self.settings.limits.inputs:
+            raise RefusalError(400, f"{len(items)} inputs: send {self.settings.limits.inputs} at most", "input")
+        budgets = [self.budget(item, dim, num_vectors) for item in items]
+        pairs = list(zip(items, budgets, strict=True))
+        async with self.pool.place():
+            return await each(lambda pair: self.embed(*pair), pairs, self.pool.capacity)
+
+    async def scores(self, query: Item, documents: Sequence[Item | Stored]) -> list[float]:
+        """MaxSim of a query with each document. Raises RefusalError."""
+        stored = {i: self.vectors_of(item) for i, item in enumerate(documents) if isinstance(item, Stored)}
+        sent = [item for item in documents if not isinstance(item, Stored)]
+        first, *others = await self.embed_all([query, *sent])
+        new = iter(others)
+        vectors = [stored[i] if i in stored else next(new) for i in range(len(documents))]
+        return [float(score) for score in maxsim([first], vectors)[0]] if vectors else []
+
+    def vectors_of(self, page: Stored) -> Vectors:
+        """Raises RefusalError: there is no such page."""
+        try:
+            return self.require_shelf().index.vectors(self.require_shelf().find(page.name).id)
+        except CembedError:
+            raise RefusalError(404, f"there is no page {page.name[:100]!r} in the index", "documents") from None
+
+    def require_shelf(self) -> Shelf:
+        """Raises RefusalError: there is no index."""
+        if self.shelf is None:
+            raise RefusalError(404, "this server has no index: start it with --index", code="no_index")
+        return self.shelf
+
+    def find(self, serial: str) -> PageInfo:
+        """Raises RefusalError: there is no such page."""
+        try:
+            return self.require_shelf().find(serial)
+        except CembedError:
+            raise RefusalError(404, "there is no such page", code="page_not_found") from None
+
+    async def add(self, data: bytes, name: str, metadata: Mapping[str, Any]) -> AsyncGenerator[Added, None]:
+        """Adds every page of a file, each of which is on disk when it is given here.
+
+        Pages with the same content take vectors that are there. Raises RefusalError, before the first.
+        """
+        shelf = self.require_shelf()
+        if shelf.read_only:
+            raise RefusalError(403, "this server was started with --read-only", code="read_only")
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
+        source = name or digest.hex()[:16]
+        number, pages, whole = 1, 1, True
+        async with self.pool.place():
+            with self.stored(data) as path:
+                while number <= pages:
+                    try:
+                        new, picture, pages = await self._new_page(path, digest, source, number)
+                    except RefusalError as refusal:
+                        if refusal.status != 422:
+                            raise
+                        whole = False
+                        yield Added(number, pages, error=refusal.message)
+                    else:
+                        info = await shelf.add(replace(new, metadata=metadata), picture)
+                        self.metrics.added()
+                        yield Added(number, pages, info)
+                    number += 1
+        if whole:
+            await shelf.remove_after(source, pages)
+
+    async def _new_page(self, path: Path, digest: bytes, source: str, number: int) -> tuple[NewPage, bytes, int]:
+        """A page to add, its picture, and how many pages the file has. Raises RefusalError."""
+        index = self.require_shelf().index
+        content = page_content(digest, number, self.settings.page_settings)
+        known = index.has_content(content)
+        kind = "picture" if known else "page"
+        header, arrays = await self.page(path, number, self.settings.budget, kind=kind, picture=PICTURE)
+        new = NewPage(
+            id=f"{source}#{number}",
+            vectors=None if known else arrays["vectors"],
+            source=source,
+            page=number,
+            content=content,
+            warning=index.warning_of(content) if known else header["warning"],
+        )
+        return new, arrays["picture"].tobytes(), header["pages"]
+
+    async def picture(self, page: PageInfo) -> Path:
+        """The picture that is kept of a page; of one that `cembed index add` added, it is made now.
+
+        Raises RefusalError: there is none, and the file is not there.
+        """
+        shelf = self.require_shelf()
+        if (kept := shelf.pictures.path(page.serial)) is not None:
+            return kept
+        source = source_path(page)
+        if source is None or not source.is_file():
+            raise RefusalError(404, "no picture is kept of this page", code="no_picture")
+        job = {"kind": "picture", "path": str(source), "number": page.page, "picture": PICTURE, "budget": ()}
+        async with self.pool.place():
+            _, arrays = await self.pool.run(job)
+        await asyncio.to_thread(shelf.pictures.put, page.serial, arrays["picture"].tobytes())
+        if (kept := shelf.pictures.path(page.serial)) is None:
+            raise RefusalError(503, "there is no room to keep pictures of pages", code="no_room")
+        return kept
+
+    async def explain(self, page: PageInfo, query: str) -> Reply:
+        """Where a page matches a query. Raises RefusalError."""
+        path = await self.picture(page)
+        budget = replace(self.settings.budget, pool_factor=1)
+        job = {"kind": "explain", "budget": astuple(budget), "path": str(path), "number": 1, "text": query}
+        async with self.pool.place():
+            return await self.pool.run(job)
+
+
+async def each(function: Callable[[T], Awaitable[R]], values: Iterable[T], at_once: int) -> list[R]:
+    """`function` of each value, in their order, `at_once` of them at a time; the first error ends the others."""
+    found: dict[int, R] = {}
+    left = enumerate(values)
+
+    async def work() -> None:
+        for i, value in left:
+            found[i] = await function(value)
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return [found[i] for i in range(len(found))]
+
+
+def check_name(name: str) -> str:
+    """A file's name that a client gave, as the index keeps it: never a path of this machine. Raises RefusalError."""
+    name = name.strip().lstrip("/\\")
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise RefusalError(400, f"name: give at most {MAX_NAME} printable characters", "name")
+    return name
+
+
+def as_bytes(vectors: Sequence[Vectors], dtype: str) -> bytes:
+    """Rows one after the other, little-endian: `f32` or `f16`."""
+    kind = {"f32": "<f4", "f16": "<f2"}[dtype]
+    return b"".join(rows.astype(kind).tobytes() for rows in vectors)

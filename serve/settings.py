@@ -1,0 +1,71 @@
+"""What a server may be told, and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cembed.runtime.embed.embedder import FULL, Budget
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How a worker embeds: arguments of `Embedder.load` and `PageReader`."""
+
+    bundle: Path
+    providers: tuple[str, ...] = ()
+    threads: int | None = None
+    prepack: bool | None = True
+    max_visual_tokens: int | None = None
+    skip_blank: bool | None = None
+    dpi: float = 144.0
+    timeout: float = 60.0
+    max_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may take. Seconds and bytes; a request is refused beyond them, never the process ended.
+
+    `queue` requests wait for a worker, for `wait` at most; `answer` is for one page or query in a worker; a `body` is
+    sent within `body_time`, all bodies together are `bodies`; `header_time` is for a request's lines, or the next
+    request of a connection; `inputs` are those of one request; `pictures` are kept of the pages of an index.
+    """
+
+    queue: int = 64
+    wait: float = 30.0
+    answer: float = 120.0
+    body: int = 64 * MIB
+    bodies: int = 256 * MIB
+    body_time: float = 30.0
+    header_time: float = 10.0
+    drain: float = 30.0
+    inputs: int = 2048
+    pictures: int = 1024 * MIB
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One server. `page_settings` is what vectors of pages depend on beside a file's bytes; see `page_content`."""
+
+    worker: WorkerSettings
+    index: Path | None = None
+    read_only: bool = False
+    name: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8080
+    workers: int = 1
+    token: str | None = field(default=None, repr=False)
+    allow_hosts: tuple[str, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    budget: Budget = FULL
+    page_settings: str = ""
+    limits: Limits = Limits()
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in LOOPBACK

@@ -1,0 +1,170 @@
+"""The process that embeds for the server: an Embedder, and the decoding process of its PageReader.
+
+A job is a frame with `kind`: `query` with `text`; `page` and `picture` with `path` and `number`, and `picture`, the
+longer side of a picture to give of it; `explain` with `path`, `number` and `text`. `budget` has a Budget's fields.
+Jobs are answered in order; while one is computed, the page of the next is decoded. What is wrong with a page or query
+is `error` in its answer.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from cembed.runtime.embed.embedder import Budget, Embedder
+from cembed.runtime.errors import CembedError, one_line
+from cembed.runtime.pages.documents import Page, PageError, PageReader
+from cembed.runtime.verify import self_test
+from cembed.serve.frames import PREFIX, Array, Header, pack, sizes, unpack
+from cembed.serve.settings import WorkerSettings
+
+AHEAD = 1
+"""Pages that are decoded before their turn."""
+JPEG_QUALITY = 82
+SELF_TEST_COSINE = 0.9
+"""Engines of lower precision, and int8 weights that are packed, stay above it; one that is broken does not."""
+
+Answer = tuple[Header, dict[str, Array]]
+Task = tuple[Header, Page | None, Header | None]
+"""A job, the page that it is about, and the answer where there is one already."""
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server ends it, by closing its input
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing that a library prints may get among the replies
+    settings = WorkerSettings(**json.loads(sys.argv[1]))
+    try:
+        embedder, reader = load(settings)
+        replies.write(pack({"cosine": checked(embedder)}))
+    except CembedError as error:
+        replies.write(pack({"error": str(error)}))
+        replies.flush()
+        return
+    replies.flush()
+    with reader:
+        tasks: queue.Queue[Task | None] = queue.Queue(AHEAD)
+        threading.Thread(target=listen, args=(sys.stdin.buffer, reader, tasks), daemon=True).start()
+        while (task := tasks.get()) is not None:
+            replies.write(pack(*answer(embedder, task)))
+            replies.flush()
+            del task  # its page may be the largest thing in memory
+
+
+def load(settings: WorkerSettings) -> tuple[Embedder, PageReader]:
+    """Opened and ready for pages and queries. Raises CembedError: the bundle or its engine is not as it should be."""
+    embedder = Embedder.load(
+        settings.bundle,
+        providers=settings.providers or None,
+        threads=settings.threads,
+        prepack=settings.prepack,
+        max_visual_tokens=settings.max_visual_tokens,
+        skip_blank=settings.skip_blank,
+    )
+    embedder.prepare("document")
+    embedder.prepare("query")
+    return embedder, PageReader(dpi=settings.dpi, timeout=settings.timeout, max_pixels=settings.max_pixels)
+
+
+def checked(embedder: Embedder) -> float:
+    """The lowest cosine of a vector of the bundle's self-test with the one it was exported with.
+
+    Raises CembedError: less than an engine of lower precision would give.
+    """
+    worst, cosine = self_test(embedder)
+    if not (worst <= embedder.manifest.self_test.tolerance or cosine >= SELF_TEST_COSINE):
+        raise CembedError(
+            f"the self-test of {embedder.bundle.root} gives other vectors here: their cosine is {cosine:.4f}"
+        )
+    return cosine
+
+
+def listen(jobs: IO[bytes], reader: PageReader, tasks: queue.Queue[Task | None]) -> None:
+    """Takes jobs, and reads their pages, until the server is gone."""
+    while len(prefix := jobs.read(PREFIX)) == PREFIX:
+        header, arrays = sizes(prefix)
+        tasks.put(read_page(reader, unpack(jobs.read(header), jobs.read(arrays))[0]))
+    tasks.put(None)
+    os._exit(0)  # whatever is being computed is of no use
+
+
+def read_page(reader: PageReader, job: Header) -> Task:
+    if "path" not in job:
+        return job, None, None
+    try:
+        page, pages = reader.page(job["path"], job["number"])
+    except CembedError as error:  # the decoding process does not start
+        return job, None, {"fault": str(error)}
+    job["pages"] = pages
+    if isinstance(page, PageError):
+        return job, None, {"error": page.reason, "pages": pages}
+    return job, page, None
+
+
+def answer(embedder: Embedder, task: Task) -> Answer:
+    job, page, given = task
+    if given is not None:
+        return given, {}
+    try:
+        return JOBS[job["kind"]](embedder, job, page)
+    except CembedError as error:
+        return {"error": one_line(str(error)), "pages": job.get("pages", 0)}, {}
+    except Exception:
+        traceback.print_exc()
+        return {"fault": "the worker failed"}, {}
+
+
+def query(embedder: Embedder, job: Header, page: Page | None) -> Answer:
+    return {}, {"vectors": embedder.embed_query(job["text"], Budget(*job["budget"]))}
+
+
+def document(embedder: Embedder, job: Header, page: Page | None) -> Answer:
+    assert page is not None
+    arrays = {"vectors": embedder.embed_image(page.image, Budget(*job["budget"]))}
+    if job.get("picture"):
+        arrays["picture"] = np.frombuffer(jpeg(page.image, job["picture"]), np.uint8)
+    return {"pages": job["pages"], "warning": page.warning}, arrays
+
+
+def picture(embedder: Embedder, job: Header, page: Page | None) -> Answer:
+    assert page is not None
+    return {"pages": job["pages"]}, {"picture": np.frombuffer(jpeg(page.image, job["picture"]), np.uint8)}
+
+
+def explain(embedder: Embedder, job: Header, page: Page | None) -> Answer:
+    assert page is not None
+    found = embedder.explain(page.image, job["text"], Budget(*job["budget"]))
+    return {"score": float(found.score), "hottest": list(map(float, found.hottest))}, {"heat": found.heat}
+
+
+JOBS: Mapping[str, Callable[[Embedder, Header, Page | None], Answer]] = {
+    "query": query,
+    "page": document,
+    "picture": picture,
+    "explain": explain,
+}
+
+
+def jpeg(image: Any, side: int) -> bytes:
+    """A page as a JPEG file whose longer side is `side` at most."""
+    small = Image.fromarray(image)
+    small.thumbnail((side, side), Image.Resampling.BOX if max(small.size) > 3 * side else Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()
