@@ -21,7 +21,7 @@ from cembed.export_cli import export, quantize
 from cembed.index_cli import index_app
 from cembed.inspect_cli import inspect, verify
 from cembed.search_cli import search
-from cembed.serve_cli import serve
+from cembed.serve_cli import export_triton, serve
 from cembed.signals import Stopped
 from cembed.streams import allow_any_text, flush_output
 from cembed.tune_cli import tune
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "build-engine": build_engine,
     "tune": tune,
     "serve": serve,
+    "export-triton": export_triton,
 }
 app = typer.Typer(
     name="cembed",

@@ -115,3 +115,17 @@ def skips_blank(bundle: Path, chosen: bool | None) -> bool:
     from cembed.runtime.bundle.bundle import Bundle
 
     return Bundle(bundle, verify=False).manifest.image.skip_blank if chosen is None else chosen
+
+
+def export_triton(
+    bundle: BundlePath,
+    repository: Annotated[Path, typer.Argument(metavar="REPO", help="Triton's model repository.")],
+    name: Annotated[str, typer.Option(help="The model's name; by default that of the bundle's folder.")] = "",
+    instances: Annotated[int, typer.Option(min=1, help="Processes of the model in Triton.")] = 1,
+) -> None:
+    """Write a bundle as a model for NVIDIA's Triton, whose Python backend runs it with cembed installed."""
+    from cembed.display import say
+    from cembed.serve.triton import write_repository
+
+    model = write_repository(bundle, repository, name or bundle.resolve().name, instances)
+    say(f"{model}: tritonserver --model-repository={repository}")

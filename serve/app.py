@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import resource
 import socket
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -28,7 +30,7 @@ from cembed.serve import kserve_api, openai_api, own_api, rerank_api
 from cembed.serve.errors import RefusalError, error_body
 from cembed.serve.guard import App, Guard
 from cembed.serve.responses import refusals, service_of
-from cembed.serve.service import Service
+from cembed.serve.service import SUFFIXES, Service
 from cembed.serve.settings import Settings
 
 STATIC = Path(__file__).with_name("static")
@@ -57,6 +59,7 @@ def create_app(service: Service, stop: Callable[[], None]) -> App:
     app.include_router(rerank_api.cohere_router)
     add_usual_routes(app)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.openapi = lambda: document(app, service)  # type: ignore[method-assign]
     app.exception_handler(RefusalError)(refused)
     app.exception_handler(RequestValidationError)(invalid)
     app.exception_handler(HTTPException)(unknown)
@@ -96,13 +99,13 @@ def add_usual_routes(app: FastAPI) -> None:
         """The process answers."""
         return {"status": "alive"}
 
-    @app.get("/health/ready", response_model=Alive, responses=refusals(503), tags=["health"])
+    @app.get("/health/ready", response_model=Alive, responses=refusals(), tags=["health"])
     async def ready(request: Request) -> Any:
         """Workers have passed the self-test."""
         kserve_api.require_ready(service_of(request))
         return {"status": "ready"}
 
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **refusals(401)}, tags=["health"])
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **refusals()}, tags=["health"])
     async def metrics(request: Request) -> Response:
         """For Prometheus."""
         return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -126,9 +129,35 @@ async def invalid(request: Request, error: Exception) -> Response:
 async def unknown(request: Request, error: Exception) -> Response:
     """No such route, or another method."""
     assert isinstance(error, HTTPException)
-    refusal = RefusalError(error.status_code, str(error.detail))
-    body = error_body(request.url.path, refusal)
-    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+    body = error_body(request.url.path, RefusalError(error.status_code, str(error.detail)))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(methods_of(request)))
+    return JSONResponse(body, error.status_code, headers)
+
+
+def methods_of(request: Request) -> set[str]:
+    """Of all routes at the request's path."""
+    at = request.url.path
+    return {
+        method.upper()
+        for path, methods in request.app.openapi()["paths"].items()
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), at)
+        for method in methods
+    }
+
+
+def document(app: FastAPI, service: Service) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, the tensors of KServe that it does not see, and the names of the one model."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = found["components"]["schemas"]
+        schemas |= kserve_api.SCHEMAS
+        for schema in schemas.values():
+            if (model := schema.get("properties", {}).get("model", {})).get("anyOf"):
+                model["anyOf"][0]["enum"] = [service.name, *(service.name + suffix for suffix in SUFFIXES)]
+        app.openapi_schema = found
+    return app.openapi_schema
 
 
 class Impatient(HttpToolsProtocol):

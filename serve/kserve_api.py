@@ -22,9 +22,7 @@ from cembed.serve.responses import KServeError, refusals, service_of
 from cembed.serve.service import Service
 
 HEADER = "inference-header-content-length"
-router = APIRouter(
-    prefix="/v2", tags=["kserve"], responses=refusals(400, 401, 404, 413, 422, 429, 503, body=KServeError)
-)
+router = APIRouter(prefix="/v2", tags=["kserve"], responses=refusals(KServeError))
 INPUTS = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in ("text", "image")]
 
 
@@ -152,16 +150,10 @@ def checked(request: Request, name: str, version: str) -> Service:
     return service
 
 
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")}
-        },
-    }
-}
-for _part in BODY["requestBody"]["content"].values():  # type: ignore[attr-defined]
-    _part["schema"].pop("$defs", None)
+SCHEMA = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+SCHEMAS: dict[str, Any] = SCHEMA.pop("$defs")
+"""What the schema of a request names; FastAPI finds those only that it reads itself."""
+BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": SCHEMA}}}}
 
 
 @router.post("/models/{name}/infer", response_model=InferResponse, openapi_extra=BODY)

@@ -26,7 +26,7 @@ MANY = (
     "return_multivector=true (rows; in base64 beside their shape), or use /pooling or /rerank"
 )
 URLS = ("data:", "http:", "https:")
-router = APIRouter(tags=["embeddings"], responses=refusals(400, 401, 404, 413, 422, 429, 503))
+router = APIRouter(tags=["embeddings"], responses=refusals())
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 

@@ -22,7 +22,7 @@ from cembed.serve.shelf import shown_source
 
 MAX_TOP = 1000
 LINES = "application/x-ndjson"
-router = APIRouter(tags=["pages"], responses=refusals(400, 401, 404, 413, 422, 429, 503))
+router = APIRouter(tags=["pages"], responses=refusals())
 
 BYTES = {"schema": {"type": "string", "format": "binary"}}
 FILE = {"requestBody": {"required": True, "content": {"application/octet-stream": BYTES}}}
@@ -186,7 +186,7 @@ def told(added: Added) -> dict[str, Any]:
     "/pages",
     response_model=PagesResponse,
     response_model_exclude_none=True,
-    responses={**refusals(403), 200: {"content": {LINES: {"schema": {"type": "string"}}}}},
+    responses={**refusals(), 200: {"content": {LINES: {"schema": {"type": "string"}}}}},
     openapi_extra=FILE,
 )
 async def add_pages(

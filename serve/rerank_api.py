@@ -15,9 +15,8 @@ from cembed.serve.openai_api import Part, Usage, encoded
 from cembed.serve.responses import CohereError, refusals, service_of
 from cembed.serve.service import Service
 
-STATUSES = (400, 401, 404, 413, 422, 429, 503)
-router = APIRouter(tags=["rerank"], responses=refusals(*STATUSES))
-cohere_router = APIRouter(tags=["cohere"], responses=refusals(*STATUSES, body=CohereError))
+router = APIRouter(tags=["rerank"], responses=refusals())
+cohere_router = APIRouter(tags=["cohere"], responses=refusals(CohereError))
 
 Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
 Top = Annotated[int, Field(ge=1)]

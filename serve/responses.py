@@ -16,9 +16,13 @@ TEXTS = {
     404: "There is no such thing.",
     408: "The body came too slowly.",
     413: "The body is too large.",
+    415: "The body is compressed.",
+    421: "Another host is meant.",
     422: "The page or text cannot be embedded.",
     429: "Too many requests are waiting.",
+    500: "The server failed.",
     503: "The server is not ready, or waited too long.",
+    504: "It took too long.",
 }
 
 
@@ -47,9 +51,9 @@ class KServeError(BaseModel):
     error: str
 
 
-def refusals(*statuses: int, body: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+def refusals(body: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
     """For FastAPI's `responses`."""
-    return {status: {"model": body, "description": TEXTS[status]} for status in statuses}
+    return {status: {"model": body, "description": text} for status, text in TEXTS.items()}
 
 
 def service_of(request: Request) -> Service:
