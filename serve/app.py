@@ -31,7 +31,7 @@ from cembed.serve.errors import RefusalError, error_body
 from cembed.serve.guard import App, Guard
 from cembed.serve.responses import refusals, service_of
 from cembed.serve.service import SUFFIXES, Service
-from cembed.serve.settings import Settings
+from cembed.serve.settings import Limits, Settings
 
 STATIC = Path(__file__).with_name("static")
 DESCRIPTION = "Embeds pages and queries with one bundle, and searches one index."
@@ -161,18 +161,27 @@ def document(app: FastAPI, service: Service) -> dict[str, Any]:
 
 
 class Impatient(HttpToolsProtocol):
-    """Ends connections that take long to send the lines of a request."""
+    """Ends connections beyond the limits: those that take long to send the lines of a request, or many of them."""
 
-    header_time = 10.0
+    limits = Limits()
     _deadline: asyncio.TimerHandle | None = None
+    _unread = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._wait()
+        if len(self.connections) > self.limits.connections:
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._unread = 0 if self._deadline is None else self._unread + len(data)
+        if self._unread > self.limits.header:
+            self._expire()
 
     def _wait(self) -> None:
         self._done()
-        self._deadline = self.loop.call_later(self.header_time, self._expire)
+        self._deadline = self.loop.call_later(self.limits.header_time, self._expire)
 
     def _done(self) -> None:
         if self._deadline is not None:
@@ -211,12 +220,13 @@ def serve(settings: Settings) -> None:
     app: Any = create_app(service, lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         app,
-        http=type("Protocol", (Impatient,), {"header_time": limits.header_time}),
+        http=type("Protocol", (Impatient,), {"limits": limits}),
         ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
         date_header=False,
+        proxy_headers=False,
         timeout_keep_alive=int(limits.header_time),
         timeout_graceful_shutdown=int(limits.drain),
         backlog=2048,

@@ -96,7 +96,8 @@ class Guard:
                 exchange.status = message["status"]
                 more = SECURITY | {"X-Request-Id": exchange.id}
                 message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in more.items())]
-            await send(message)
+            with anyio.fail_after(self._limits.body_time):
+                await send(message)
             exchange.finished = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
@@ -104,6 +105,9 @@ class Guard:
             await self._with_body(exchange, receive, begin)
         except RefusalError as refusal:
             await self._refuse(exchange, refusal, begin)
+        except TimeoutError:  # the answer is not read
+            exchange.status = LEFT
+            raise
         except Exception:
             log.exception("request %s failed", exchange.id)
             if exchange.status == 0:

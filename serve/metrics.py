@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
-
-from cembed import __version__
-
-if TYPE_CHECKING:
-    from cembed.serve.service import Service
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics:
-    """The counters of one server."""
+    """The counters of one server; `gauges` have a text and what they stand at, `about` is told as it is."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], about: Mapping[str, str]) -> None:
         registry = self._registry = CollectorRegistry()
         self.seconds = Histogram(
             "cembed_request_seconds", "Time of a request.", ("route", "status"), buckets=SECONDS, registry=registry
@@ -27,17 +22,9 @@ class Metrics:
         self.left = Counter("cembed_left", "Requests whose client left before the answer.", registry=registry)
         self._pages = Counter("cembed_pages_added", "Pages that were added to the index.", registry=registry)
         self._success = Gauge("cembed_last_success_timestamp_seconds", "The last answer with 200.", registry=registry)
-        gauges = {
-            "cembed_queue_depth": ("Requests that wait for a worker.", lambda: service.pool.waiting),
-            "cembed_in_flight": ("Requests that have a place.", lambda: service.pool.requests),
-            "cembed_ready": ("1 once the self-test has passed.", lambda: service.pool.ready),
-            "cembed_self_test_cosine": ("Lowest cosine of the self-test.", lambda: service.pool.cosine),
-            "cembed_pages": ("Pages in the index.", lambda: len(service.shelf.index) if service.shelf else 0),
-        }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=registry).set_function(value)
-        about = Info("cembed", "What serves.", registry=registry)
-        about.info({"version": __version__, "bundle": service.bundle.hash, "model": service.name})
+        Info("cembed", "What serves.", registry=registry).info(dict(about))
 
     def added(self) -> None:
         self._pages.inc()

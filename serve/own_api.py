@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 
 from cembed.runtime.bundle.vectors import Vectors
@@ -33,6 +33,7 @@ FILE_OR_TEXT = {
     }
 }
 VECTORS = {"content": {"application/octet-stream": BYTES}, "description": "Rows of numbers, little-endian."}
+SAME = {"description": "The picture that the client has."}
 PICTURE = {"content": {"image/jpeg": BYTES}, "description": "A picture."}
 
 Size = Annotated[int, Query(ge=1, le=1 << 20)]
@@ -255,13 +256,18 @@ async def page_about(request: Request, page: Serial) -> Any:
     }
 
 
-@router.get("/pages/{page}/thumbnail", response_class=FileResponse, responses={200: PICTURE})
+@router.get("/pages/{page}/thumbnail", response_class=Response, responses={200: PICTURE, 304: SAME})
 async def thumbnail(request: Request, page: Serial) -> Response:
     """The picture that was kept of a page when it was added."""
     service = service_of(request)
     found = service.find(page)
-    path = await service.picture(found)
-    return FileResponse(path, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=86400, immutable"})
+    headers = {
+        "Cache-Control": "private, no-cache",
+        "ETag": f'"{service.require_shelf().index.identity}-{found.serial}"',
+    }
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    return Response(await service.picture(found), media_type="image/jpeg", headers=headers)
 
 
 class Explanation(BaseModel):

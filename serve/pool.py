@@ -20,7 +20,7 @@ from cembed.serve.errors import RefusalError
 from cembed.serve.frames import PREFIX, Array, Header, NonsenseError, pack, sizes, unpack
 from cembed.serve.settings import Limits, WorkerSettings
 
-IN_FLIGHT = 2
+IN_FLIGHT = 8
 """Jobs that a worker has at a time: the page of the second is decoded while the first is computed."""
 STREAM = 1 << 22
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"

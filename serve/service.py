@@ -7,15 +7,16 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cembed import __version__
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.manifest import Side
 from cembed.runtime.bundle.vectors import Vectors
-from cembed.runtime.embed.embedder import Budget, check_slots
+from cembed.runtime.embed.embedder import FULL, Budget, check_slots
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.new_pages import NewPage, page_content
 from cembed.runtime.index.views import PageInfo
@@ -58,7 +59,7 @@ class Service:
         self.fetch = Fetcher(settings.url_hosts, settings.limits.body)
         self.shelf: Shelf | None = None
         self.failure: str | None = None  # why the workers did not start
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self._gauges(), {"bundle": self.bundle.hash, "model": self.name, "version": __version__})
         self._folder = tempfile.TemporaryDirectory(prefix="cembed-")
 
     @property
@@ -66,6 +67,15 @@ class Service:
         """Length of a page's vector, as this server makes them."""
         budget = self.settings.budget
         return budget.dim or self.manifest.document.vector_dim(self.manifest.dim, budget.num_vectors)
+
+    def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        return {
+            "cembed_queue_depth": ("Requests that wait for a worker.", lambda: self.pool.waiting),
+            "cembed_in_flight": ("Requests that have a place.", lambda: self.pool.requests),
+            "cembed_ready": ("1 once the self-test has passed.", lambda: self.pool.ready),
+            "cembed_self_test_cosine": ("Lowest cosine of the self-test.", lambda: self.pool.cosine),
+            "cembed_pages": ("Pages in the index.", lambda: len(self.shelf.index) if self.shelf else 0),
+        }
 
     def open_index(self) -> None:
         """Raises CembedError: it is not there, damaged, or of another bundle."""
@@ -118,6 +128,14 @@ class Service:
         side = self.manifest.query if isinstance(item, Text) else self.manifest.document
         return side.pooling != "none" or (num_vectors or side.num_vectors) == 1
 
+    def check_text(self, text: str) -> str:
+        """Raises RefusalError: too long, or no text."""
+        if len(text) > self.settings.limits.text:
+            raise RefusalError(400, f"a text has at most {self.settings.limits.text} characters", "input")
+        if not text.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in text):
+            raise RefusalError(400, "a text has half of a character (a lone surrogate)", "input")
+        return text
+
     @contextlib.contextmanager
     def stored(self, data: bytes) -> Iterator[Path]:
         """A file of these bytes, for as long as the block takes."""
@@ -136,7 +154,8 @@ class Service:
 
     async def _embed(self, item: Item, budget: Budget, number: int = 1, **more: Any) -> Reply:
         if isinstance(item, Text):
-            return await self.pool.run({"kind": "query", "budget": astuple(budget), "text": item.text})
+            job = {"kind": "query", "budget": astuple(budget), "text": self.check_text(item.text)}
+            return await self.pool.run(job)
         with self.stored(item.data) as path:
             return await self.page(path, number, budget, **more)
 
@@ -231,35 +250,35 @@ class Service:
         )
         return new, arrays["picture"].tobytes(), header["pages"]
 
-    async def picture(self, page: PageInfo) -> Path:
+    async def picture(self, page: PageInfo) -> bytes:
         """The picture that is kept of a page; of one that `cembed index add` added, it is made now.
 
         Raises RefusalError: there is none, and the file is not there.
         """
         shelf = self.require_shelf()
-        if (kept := shelf.pictures.path(page.serial)) is not None:
+        kept = await asyncio.to_thread(shelf.pictures.read, page.serial)
+        if kept is not None:
             return kept
         source = source_path(page)
         if source is None or not source.is_file():
             raise RefusalError(404, "no picture is kept of this page", code="no_picture")
-        job = {"kind": "picture", "path": str(source), "number": page.page, "picture": PICTURE, "budget": ()}
         async with self.pool.place():
-            _, arrays = await self.pool.run(job)
-        await asyncio.to_thread(shelf.pictures.put, page.serial, arrays["picture"].tobytes())
-        if (kept := shelf.pictures.path(page.serial)) is None:
-            raise RefusalError(503, "there is no room to keep pictures of pages", code="no_room")
-        return kept
+            _, arrays = await self.page(source, page.page, FULL, kind="picture", picture=PICTURE)
+        made = arrays["picture"].tobytes()
+        await asyncio.to_thread(shelf.pictures.put, page.serial, made)
+        return made
 
     async def explain(self, page: PageInfo, query: str) -> Reply:
         """Where a page matches a query. Raises RefusalError."""
-        path = await self.picture(page)
+        text = self.check_text(query)
         budget = replace(self.settings.budget, pool_factor=1)
-        job = {"kind": "explain", "budget": astuple(budget), "path": str(path), "number": 1, "text": query}
+        picture = await self.picture(page)
         async with self.pool.place():
-            return await self.pool.run(job)
+            with self.stored(picture) as path:
+                return await self.page(path, 1, budget, kind="explain", text=text)
 
 
-async def each(function: Callable[[T], Awaitable[R]], values: Iterable[T], at_once: int) -> list[R]:
+async def each(function: Callable[[T], Awaitable[R]], values: Sequence[T], at_once: int) -> list[R]:
     """`function` of each value, in their order, `at_once` of them at a time; the first error ends the others."""
     found: dict[int, R] = {}
     left = enumerate(values)
@@ -268,7 +287,7 @@ async def each(function: Callable[[T], Awaitable[R]], values: Iterable[T], at_on
         for i, value in left:
             found[i] = await function(value)
 
-    tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
+    tasks = [asyncio.ensure_future(work()) for _ in values[:at_once]]
     try:
         await asyncio.gather(*tasks)
     finally:

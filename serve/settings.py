@@ -31,8 +31,9 @@ class Limits:
     """What clients may take. Seconds and bytes; a request is refused beyond them, never the process ended.
 
     `queue` requests wait for a worker, for `wait` at most; `answer` is for one page or query in a worker; a `body` is
-    sent within `body_time`, all bodies together are `bodies`; `header_time` is for a request's lines, or the next
-    request of a connection; `inputs` are those of one request; `pictures` are kept of the pages of an index.
+    sent, and an answer read, within `body_time`, all bodies together are `bodies`; `header_time` is for the lines of a
+    request, of `header` bytes, or the next request of a connection; `inputs` are those of one request, `text` the
+    characters of one; `pictures` are kept of the pages of an index.
     """
 
     queue: int = 64
@@ -41,9 +42,12 @@ class Limits:
     body: int = 64 * MIB
     bodies: int = 256 * MIB
     body_time: float = 30.0
+    header: int = 1 << 16
     header_time: float = 10.0
+    connections: int = 2000
     drain: float = 30.0
     inputs: int = 2048
+    text: int = 1 << 16
     pictures: int = 1024 * MIB
 
 

@@ -22,7 +22,7 @@ from cembed.runtime.index.search import Found
 from cembed.runtime.index.views import PageInfo
 
 REFRESH_SECONDS = 1.0
-JPEG_START = b"\xff\xd8"
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 KEPT_SHARE = 0.9
 
 
@@ -126,12 +126,12 @@ class Pictures:
     def _path(self, serial: int) -> Path:
         return self._folder / f"{serial}.jpg"
 
-    def path(self, serial: int) -> Path | None:
-        """The file of a page's picture, where there is a whole one."""
-        path = self._path(serial)
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(2) == JPEG_START:
-                return path
+    def read(self, serial: int) -> bytes | None:
+        """A page's picture, where there is a whole one."""
+        with contextlib.suppress(OSError):
+            picture = self._path(serial).read_bytes()
+            if picture.startswith(JPEG_START) and picture.endswith(JPEG_END):
+                return picture
         return None
 
     def put(self, serial: int, picture: bytes) -> None:

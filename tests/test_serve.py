@@ -305,6 +305,8 @@ INFER = "/v2/models/sample/infer"
         ("/v1/embeddings", {"input": {"image": "http://localhost/a.png"}, **MULTI}, 400, "fetches no URLs"),
         ("/v1/embeddings", {"input": uri(b"GIF89a rest"), **MULTI}, 422, ""),
         ("/v1/embeddings", {"messages": [{"role": "system", "content": "x"}], **MULTI}, 400, "neither"),
+        ("/v1/embeddings", b'{"input": "\\ud800", "return_multivector": true}', 400, "half of a character"),
+        ("/v1/embeddings", {"input": "x" * 70_000, **MULTI}, 400, "at most 65536"),
         ("/v1/embeddings", b"{", 400, ""),
         ("/v1/embeddings", b'{"input": NaN}', 400, "input"),
         ("/v1/embeddings", b"\xff\xfe", 400, ""),
@@ -457,6 +459,12 @@ def test_slow_senders_are_sent_away(strict: Server) -> None:
     endless = b"POST /embed HTTP/1.1\r\nHost: localhost\r\n" + token + b"Transfer-Encoding: chunked\r\n\r\n"
     chunk = b"80000\r\n" + b"x" * 0x80000 + b"\r\n"
     assert b" 413 " in raw(strict, endless, *[chunk] * 3).splitlines()[0]
+
+
+def test_endless_lines_of_a_request_end_the_connection(strict: Server) -> None:
+    lines = [b"X-%d: " % number + b"a" * 1000 + b"\r\n" for number in range(400)]
+    with pytest.raises(OSError, match=r"reset|pipe"):  # it is closed while they are being sent
+        raw(strict, b"GET / HTTP/1.1\r\nHost: localhost\r\n", *lines, *[b"X: y\r\n" * 100] * 100, pause=0.001)
 
 
 def test_work_of_clients_that_left_is_dropped(strict: Server) -> None:

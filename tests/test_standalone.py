@@ -31,6 +31,7 @@ FOLDERS = {
     "cembed/export": "export",
     "cembed/quantize": "quantize",
     "cembed/runtime": "runtime",
+    "cembed/serve": "serve",
 }
 """Folders of the wheel, and where the tree has them."""
 ROOMS = ("bundle", "embed", "engines", "index", "pages", "pages/pdf", "pages/tiff", "scoring")

@@ -272,6 +272,7 @@ $("search").addEventListener("submit", (event) => { event.preventDefault(); sear
 $("close").addEventListener("click", () => $("page").close());
 $("before").addEventListener("click", () => open(state.at - 1));
 $("after").addEventListener("click", () => open(state.at + 1));
+$("picture").addEventListener("load", ({ target }) => target.parentElement.style.setProperty("--ratio", target.naturalWidth / target.naturalHeight));
 $("heat").addEventListener("change", () => open(state.at));
 $("page").addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft" && state.at > 0) open(state.at - 1);
