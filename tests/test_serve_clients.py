@@ -114,14 +114,14 @@ def test_cohere_embeds_where_the_bundle_pools(single: Path, single_server: Serve
     assert found["response_type"] == "embeddings_by_type"
 
 
-def test_schemathesis_finds_nothing(server: Server) -> None:
+def test_schemathesis_finds_nothing(server: Server, tmp_path: Path) -> None:
     """Except that content may be wrong though its schema holds: a string that is no picture."""
     if find_spec("schemathesis") is None:
         pytest.skip("schemathesis is not installed")
     program = Path(sys.executable).with_name("schemathesis")
     command = [str(program), "run", f"{server.url}/openapi.json", "--exclude-checks", "positive_data_acceptance"]
     limits = ["--max-examples", "15", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
-    done = subprocess.run([*command, *limits], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, *limits], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
