@@ -6,9 +6,7 @@ rest is embedded. A page leaves the index only when its file, as it is now, has 
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +20,11 @@ from cembed.runtime.index.index import Index
 from cembed.runtime.index.new_pages import NewPage, page_content
 from cembed.runtime.page_vectors import EmbeddedPage, embed_pages
 from cembed.runtime.pages.documents import Page, PageError, PageReader, place_of
+from cembed.runtime.plain_files import hash_file, stamp_of
 
 FLUSH_SECONDS = 2.0  # of embedding, at most, are lost when the process is killed
 FLUSH_PAGES = 64  # that were embedded
 FLUSH_RECORDS = 2048  # of any kind
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,31 +51,6 @@ class Document:
             return stamp_of(os.stat(self.path)) != self.stamp
         except OSError:
             return True
-
-
-def stamp_of(about: os.stat_result) -> tuple[int, ...]:
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
-
-
-def hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
-    """The sha256 of a regular file, and its stamp; others are not opened. Raises CembedError: it cannot be read."""
-    try:
-        _require_regular(os.stat(path))
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb") as file:
-            about = os.fstat(handle)
-            _require_regular(about)  # it may be another one since
-            digest = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise CembedError(error.strerror or str(error)) from error
-    return digest.digest(), stamp_of(about)
-
-
-def _require_regular(about: os.stat_result) -> None:
-    if not stat.S_ISREG(about.st_mode):
-        raise CembedError("is a folder" if stat.S_ISDIR(about.st_mode) else "is not a regular file")
 
 
 class Sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import BinaryIO
 
 from cembed.runtime.disk import open_to_read
 from cembed.runtime.errors import CembedError
+
+_CHUNK = 1 << 20
 
 
 @contextlib.contextmanager
@@ -48,3 +51,29 @@ def read_plain(path: Path, limit: int) -> bytes:
     if len(content) != size:
         raise CembedError(f"{path} changed while it was read: try again")
     return content
+
+
+def stamp_of(about: os.stat_result) -> tuple[int, ...]:
+    """Differs where a file was changed, or is another one."""
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
+    """The sha256 of a regular file, and its stamp; others are not opened. Raises CembedError: it cannot be read."""
+    try:
+        _require_regular(os.stat(path))
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            about = os.fstat(handle)
+            _require_regular(about)  # it may be another one since
+            digest = hashlib.sha256()
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise CembedError(error.strerror or str(error)) from error
+    return digest.digest(), stamp_of(about)
+
+
+def _require_regular(about: os.stat_result) -> None:
+    if not stat.S_ISREG(about.st_mode):
+        raise CembedError("is a folder" if stat.S_ISDIR(about.st_mode) else "is not a regular file")

@@ -23,8 +23,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_positi
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions
-from cembed.options import settings_of
-from cembed.options import PageVectors, Reading
+from cembed.options import PageVectors, Reading, settings_of
 from cembed.runtime import CembedError, Embedder
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.bundle.image_processing import ImageProcessing, Tiles

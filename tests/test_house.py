@@ -20,14 +20,16 @@ ROOMS = {
     "export": "cembed.export",
     "quantize": "cembed.quantize",
     "runtime": "cembed.runtime",
+    "scale": "cembed.scale",
     "serve": "cembed.serve",
 }
 """Folders of the tree, and what they are imported as."""
 MAY_IMPORT = {
-    "cembed": {"cembed.export", "cembed.quantize", "cembed.runtime", "cembed.serve"},
+    "cembed": {"cembed.export", "cembed.quantize", "cembed.runtime", "cembed.scale", "cembed.serve"},
     "cembed.export": {"cembed.runtime"},
     "cembed.quantize": {"cembed.runtime"},
     "cembed.runtime": set[str](),
+    "cembed.scale": {"cembed.runtime"},
     "cembed.serve": {"cembed.runtime"},
 }
 FLOORS = {

@@ -18,9 +18,8 @@ from test_index import CASES
 
 from cembed import index_job
 from cembed.index_cli import open_to_add
-from cembed.options import settings_of
 from cembed.index_job import Job
-from cembed.options import PageVectors, Reading
+from cembed.options import PageVectors, Reading, settings_of
 from cembed.runtime import Embedder, maxsim
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Budget

@@ -31,6 +31,7 @@ FOLDERS = {
     "cembed/export": "export",
     "cembed/quantize": "quantize",
     "cembed/runtime": "runtime",
+    "cembed/scale": "scale",
     "cembed/serve": "serve",
 }
 """Folders of the wheel, and where the tree has them."""

@@ -188,6 +188,17 @@ class PageReader:
             return None
         return None if isinstance(reply, str) or reply.warning else worker.pages or None
 
+    def pages_of(self, path: str | Path) -> int:
+        """How many pages can be read of a file, as far as is known before they are; 0 of one that cannot be read."""
+        self._require(not self._reading, "counts before read() only")
+        worker = self._live_worker()
+        try:
+            worker.send(str(path), 0)
+            worker.receive(self._timeout)
+        except LostError:
+            return 0
+        return worker.pages
+
     def page(self, path: str | Path, number: int) -> tuple[Page | PageError, int]:
         """One page of a file, and how many pages the file has, 0 where that is not known. Not during a `read`."""
         self._require(not self._reading, "reads single pages before read() only")
