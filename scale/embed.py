@@ -6,17 +6,19 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import fs as filesystems
 
 from cembed.runtime.embed.embedder import FULL, Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.page_vectors import EmbeddedPage, embed_pages
-from cembed.runtime.pages.documents import Page, PageError, PageReader
+from cembed.runtime.pages.documents import SUFFIXES, Page, PageError, PageReader, find_documents
 from cembed.runtime.plain_files import hash_file, stamp_of
 from cembed.scale.parts import Keys, Parts, has_key, open_filesystem
 from cembed.scale.rows import Row, RowSchema, row_key
@@ -216,7 +218,7 @@ class PageEmbedder:
         else:
             given = zip(paths, batch["page"], batch["sha256"], strict=True)
             rows = [self.row(path, int(page), str(sha256)) for path, page, sha256 in given]
-        return self._options.schema.batch(rows)
+        return pa.Table.from_batches([self._options.schema.batch(rows)])
 
     def row(self, path: str, page: int, sha256: str) -> Row:
         """A page of a file; page 0 says why there is none."""
@@ -246,3 +248,27 @@ class PageEmbedder:
         number = page if page and pages else None
         made = next(iter(embed_pages(self._embedder, [found], self._options.budget)))
         return replace(row_of(made, sha256), path=path, page=number), pages
+
+
+def find_sources(paths: Sequence[str]) -> list[str]:
+    """Documents at local paths, absolute, and at URIs, files or folders of them. Raises CembedError as
+    `find_documents`, or where a URI has none."""
+    local = [path for path in paths if "://" not in path]
+    found = [os.path.abspath(path) for path in find_documents(local)] if local else []
+    return [*found, *(file for path in paths if "://" in path for file in _listed(path))]
+
+
+def _listed(uri: str) -> list[str]:
+    files, place = open_filesystem(uri)
+    scheme = uri.partition("://")[0]
+    try:
+        info = files.get_file_info(place)
+        if info.type == filesystems.FileType.File:
+            return [uri]
+        there = files.get_file_info(filesystems.FileSelector(place, recursive=True))
+    except OSError as error:
+        raise CembedError(f"{uri}: {error}") from error
+    names = sorted(info.path for info in there if info.type == filesystems.FileType.File)
+    if not (documents := [name for name in names if name.lower().endswith(SUFFIXES)]):
+        raise CembedError(f"found no documents in {uri}: give files or folders with {', '.join(SUFFIXES)}")
+    return [f"{scheme}://{name}" for name in documents]

@@ -199,31 +199,50 @@ class Parts:
         self.schema, self._store = schema, store
         self.done = Done(keys_of(batch) for batch in store.batches(["key"]))
         self._new = set[bytes]()
-        self._waiting, self._bytes, self._flushed = list[Row](), 0, time.monotonic()
+        self._rows, self._batches, self._bytes, self._flushed = list[Row](), list[Any](), 0, time.monotonic()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._new or key in self.done
 
     def add(self, row: Row) -> bool:
         """Adds a row that is not there; gives whether it was not."""
-        key = row.key(self.schema.settings)
+        if not self._take(row.key(self.schema.settings)):
+            return False
+        self._rows.append(row)
+        self._bytes += 0 if row.vectors is None else row.vectors.nbytes
+        self._flush_if_much()
+        return True
+
+    def add_batch(self, batch: Any) -> int:
+        """Adds those rows of a batch that are not there; gives their number."""
+        new = np.array([self._take(bytes(key).ljust(KEY_BYTES, b"\0")) for key in keys_of(batch)], bool)
+        if new.any():
+            self._batches.append(batch if new.all() else batch.filter(pa.array(new)))
+            self._bytes += self._batches[-1].nbytes
+            self._flush_if_much()
+        return int(new.sum())
+
+    def _take(self, key: bytes) -> bool:
+        """Whether a key is new; from now on it is there."""
         if key in self:
             return False
         self._new.add(key)
         if len(self._new) >= NEW_KEYS:
             new = np.array(list(self._new), f"S{KEY_BYTES}")
             self.done, self._new = Done([self.done.keys, new]), set()
-        self._waiting.append(row)
-        self._bytes += 0 if row.vectors is None else row.vectors.nbytes
-        late = time.monotonic() > self._flushed + FLUSH_SECONDS
-        if len(self._waiting) >= PART_ROWS or self._bytes >= PART_BYTES or late:
-            self.flush()
         return True
 
+    def _flush_if_much(self) -> None:
+        rows = len(self._rows) + sum(map(len, self._batches))
+        if rows >= PART_ROWS or self._bytes >= PART_BYTES or time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self.flush()
+
     def flush(self) -> None:
-        if self._waiting:
-            self._store.append(self.schema.batch(self._waiting))
-        self._waiting, self._bytes, self._flushed = [], 0, time.monotonic()
+        """Makes a part of what is waiting."""
+        batches = [*self._batches, *([self.schema.batch(self._rows)] if self._rows else [])]
+        if batches:
+            self._store.append(pa.concat_batches(batches))
+        self._rows, self._batches, self._bytes, self._flushed = [], [], 0, time.monotonic()
 
     def __enter__(self) -> Parts:
         return self
