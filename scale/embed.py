@@ -105,13 +105,17 @@ def row_of(page: EmbeddedPage | PageError, sha256: str) -> Row:
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What a process of a cluster needs to embed: arguments of `Embedder.load`, `PageReader` and `Budget`."""
+    """What a process of a cluster needs to embed: arguments of `Embedder.load`, `PageReader` and `Budget`.
+
+    Vectors are those of `cembed embed`, bit for bit, with the same `threads` and `prepack`. `prepack=None` maps weights
+    that processes of a machine then share; with int8 weights the last bits may differ.
+    """
 
     bundle: str
     schema: RowSchema
     providers: tuple[str, ...] = ()
     threads: int | None = 1
-    prepack: bool | None = None
+    prepack: bool | None = True
     max_visual_tokens: int | None = None
     skip_blank: bool | None = None
     budget: Budget = FULL
@@ -202,8 +206,8 @@ class PageSplitter:
 class PageEmbedder:
     """The other one: pages that `PageSplitter` gives, or whole documents in a column `bytes`, become rows in Arrow.
 
-    Nothing that is wrong with a page raises. The bundle is loaded once for each process, its weights mapped, so that
-    processes of a machine share them; each has one decoding process of its own.
+    Nothing that is wrong with a page raises. The bundle is loaded once for each process, which has one decoding process
+    of its own.
     """
 
     def __init__(self, options: WorkerOptions) -> None:
