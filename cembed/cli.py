@@ -20,6 +20,7 @@ from cembed.eval_cli import evaluate
 from cembed.export_cli import export, quantize
 from cembed.index_cli import index_app
 from cembed.inspect_cli import inspect, verify
+from cembed.scale_cli import scale_app
 from cembed.search_cli import search
 from cembed.serve_cli import export_triton, serve
 from cembed.signals import Stopped
@@ -51,6 +52,7 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(index_app)
 app.add_typer(bench_app)
+app.add_typer(scale_app)
 
 
 def show_version(value: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.index import search as searching
 from cembed.runtime.index.files import Current, read_current
 from cembed.runtime.index.known_pages import KnownPages, Told
-from cembed.runtime.index.metadata import sources_of
+from cembed.runtime.index.metadata import Notes, parse_metadata, sources_of
+from cembed.runtime.index.new_pages import NewPage
+from cembed.runtime.index.records import Commit
 from cembed.runtime.index.search import Found, Stage
 from cembed.runtime.index.segments import Segment
 from cembed.runtime.index.views import PageInfo, View
 from cembed.runtime.scoring.storage import STORAGE
 
 ATTEMPTS = 5
+RELEASED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,23 @@ class IndexReader:
                     return view, place
         raise CembedError(f"{self.folder} has no page {page!r}")
 
+    def pages(self) -> Iterator[NewPage]:
+        """All pages in the order they were added, as `add` takes them, with what the most exact tier keeps of each.
+
+        A part of the index is in memory at a time. Raises CembedError: damaged.
+        """
+        for view in self._snapshot():
+            for commit, places in view.commits():
+                for i in np.flatnonzero(view.alive[places]).tolist():
+                    yield _page_of(view, commit, i, places.start + i)
+                    if not i % RELEASED_AT_ONCE:
+                        view.release()
+
+    def largest(self) -> PageInfo | None:
+        """The page with the most vectors; None if there are no pages. Raises CembedError: its record is damaged."""
+        found = [view.info(place) for view in self._snapshot() if (place := view.largest()) is not None]
+        return max(found, key=lambda page: page.vectors, default=None)
+
     def sources(self) -> dict[str, Source]:
         """The sources of all pages. Raises CembedError: the log is damaged."""
         numbers: dict[str, list[int]] = {}
@@ -265,3 +285,20 @@ class IndexReader:
             bytes_per_page=per_page,
             warnings=warnings,
         )
+
+
+def _page_of(view: View, commit: Commit, place: int, page: int) -> NewPage:
+    """A page with its vectors, by its place in what the log says of it and its number among those of the view."""
+    with view.segment.malformed():
+        notes = Notes.of(parse_metadata(commit, int(commit.metadatum[place])))
+    content = commit.contents[place].tobytes()
+    return NewPage(
+        id=commit.ids[place],
+        vectors=view.vectors(page),
+        source=commit.sources[commit.source[place]],
+        page=int(commit.numbers[place]),
+        metadata=notes.metadata,
+        content=content if any(content) else b"",
+        warning=notes.warning,
+        folder=notes.folder,
+    )

@@ -53,7 +53,8 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Hit:
-    """A page that was found; the score is that of the last stage. `warning`, `folder` and `serial` as in PageInfo."""
+    """A page that was found; the score is that of the last stage. `warning`, `folder` and `serial` as in PageInfo;
+    `index` is where its shard is, among several."""
 
     score: float
     id: str
@@ -63,6 +64,7 @@ class Hit:
     warning: str | None = None
     folder: str | None = None
     serial: int = 0
+    index: str | None = None
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,15 @@ class View:
         found = self.stored(page)
         return STORAGE[tier].decode(found.stored[tier], found.rows, self.dim, found.scale)
 
+    def largest(self) -> int | None:
+        """The number of the live page with the most vectors."""
+        return int(np.where(self.alive, self.columns.rows, -1).argmax()) if self.alive.any() else None
+
+    def release(self) -> None:
+        """Gives back the memory of vectors that were read."""
+        for mapping in self.maps.values():
+            mapping.release()
+
     def stored(self, page: int) -> StoredVectors:
         """A page's bytes; compare the CRCs first."""
         return self.columns.vectors(page, self.dim, {tier: mapping.data for tier, mapping in self.maps.items()})
