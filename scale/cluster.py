@@ -26,7 +26,7 @@ PAGES_AT_ONCE = 4
 DOCUMENTS_AT_ONCE = 8
 SPLIT_CPUS = 0.25
 """Of a splitter: it hashes files and counts their pages, far faster than they are embedded."""
-BLOCK_DOCUMENTS = 64
+BLOCK_DOCUMENTS = 16
 SMALL = 1 << 20
 
 
