@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import sys
 import time
 from asyncio.subprocess import PIPE
@@ -26,6 +27,7 @@ STREAM = 1 << 22
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"
 START_SECONDS = 600.0
 RETRIES = 2
+log = logging.getLogger("cembed.serve")
 
 Reply = tuple[Header, Mapping[str, Array]]
 
@@ -134,7 +136,7 @@ class Pool:
         self.capacity = workers * IN_FLIGHT
         self._workers = [Worker(settings) for _ in range(workers)]
         self._free = asyncio.Semaphore(self.capacity)
-        self._starting = asyncio.Lock()
+        self._restarting: asyncio.Task[None] | None = None
         self._seconds = 0.1  # of a request, smoothed
         self.ready = False
 
@@ -145,6 +147,8 @@ class Pool:
 
     async def close(self) -> None:
         self.ready = False
+        if self._restarting is not None:
+            self._restarting.cancel()
         await asyncio.gather(*(worker.end() for worker in self._workers))
 
     @property
@@ -214,22 +218,27 @@ class Pool:
             raise RefusalError(504, f"took longer than {self._limits.answer:g} s") from None
 
     async def _idlest(self) -> Worker:
-        """The worker with the least to do; those that ended are started again."""
-        worker = min(self._workers, key=lambda worker: worker.load)
-        if not worker.alive:
-            async with self._starting:
-                if not worker.alive:
-                    await self._restart(worker)
-        return worker
+        """The living worker with the least to do; one that ended is started again meanwhile."""
+        if self._restarting is None and any(not worker.alive for worker in self._workers):
+            self._restarting = asyncio.ensure_future(self._restart())
+        while not (living := [worker for worker in self._workers if worker.alive]):
+            if self._restarting is None:
+                raise RefusalError(503, "no worker can be started; the server's log says why", retry_after=30)
+            await asyncio.wait([self._restarting])
+        return min(living, key=lambda worker: worker.load)
 
-    async def _restart(self, worker: Worker) -> None:
+    async def _restart(self) -> None:
         try:
-            await worker.end()
-            await worker.start()
+            for worker in self._workers:
+                if not worker.alive:
+                    await worker.end()
+                    await worker.start()
             self.ready = True
-        except CembedError:
-            self.ready = False
-            raise RefusalError(503, "no worker can be started; the server's log says why", retry_after=30) from None
+        except CembedError as error:
+            log.error("a worker cannot be started: %s", error)
+            self.ready = any(worker.alive for worker in self._workers)
+        finally:
+            self._restarting = None
 
 
 def checked(reply: Reply) -> Reply:

@@ -1,6 +1,6 @@
 """Indexes on the nodes of a Ray cluster, searched as one over HTTP; see README.md.
 
-python samples/ray_serve/shards.py 'shelf-*' --bundle samples/bundle
+python samples/ray_serve/serve_shards.py 'shelf-*' --bundle samples/bundle
 """
 
 import asyncio
