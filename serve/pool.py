@@ -26,7 +26,8 @@ IN_FLIGHT = 8
 STREAM = 1 << 22
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"
 START_SECONDS = 600.0
-RETRIES = 2
+MOST_LOSSES = 3
+"""Of workers, before a job is given up: one that may be the reason counts twice."""
 log = logging.getLogger("cembed.serve")
 
 Reply = tuple[Header, Mapping[str, Array]]
@@ -182,17 +183,19 @@ class Pool:
 
         Raises RefusalError: it waited or took too long, its worker ended, or what is wrong with the page or query.
         """
-        for attempt in range(1 + RETRIES):
+        losses = 0
+        while True:
             await self._turn()
             start = time.monotonic()
             try:
                 reply = await self._answer(job)
-                self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
-                return checked(reply)
             except LostError as lost:
-                if lost.begun or attempt == RETRIES:
+                losses += 2 if lost.begun else 1
+                if losses > MOST_LOSSES:
                     raise RefusalError(503, "the worker ended while it was at this; try again", retry_after=1) from None
-        raise AssertionError
+                continue
+            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+            return checked(reply)
 
     async def _turn(self) -> None:
         try:

@@ -271,6 +271,24 @@ def test_embed_writes_parts_and_goes_on_after_a_kill(tmp_path: Path, corpus: Pat
     assert "x.parquet" in refused.stderr
 
 
+def test_a_plan_is_arithmetic_of_what_was_measured(corpus: Path) -> None:
+    import json
+
+    command = ("scale", "plan", corpus, "--bundle", SAMPLE, "--pages", 1_000_000, "--sample", 4, "--nodes", "1,10")
+    found = json.loads(cembed(*command, "--cores", 8, "--price", 2, "--json").stdout)
+    seconds = found["measured"]["read_seconds"] + found["measured"]["embed_seconds"]
+    assert found["core_hours"] == pytest.approx(1_000_000 * seconds / 3600 / 0.95)
+    one, ten = found["nodes"]
+    assert one["hours"] == pytest.approx(found["core_hours"] / 8, rel=0.01)
+    assert ten["hours"] == pytest.approx(one["hours"] / 10, abs=0.02)
+    assert one["cost"] == pytest.approx(2 * one["hours"], abs=0.02)
+    sizes = {row["what"]: row["bytes a page"] for row in found["disk"]}
+    assert sizes["index, f16"] == 32 * 256 * 2
+    assert 32 * 256 * 4 < sizes["rows, f32"] < 32 * 256 * 4 + 400
+    refused = cembed(*command, "--nodes", "0", check=False)
+    assert "numbers of nodes" in refused.stderr
+
+
 # Clusters.
 
 DRIVER = """

@@ -540,6 +540,40 @@ def test_every_page_that_was_answered_is_there_after_a_kill(tmp_path: Path) -> N
         assert answered <= {page.source for page in index.find()}
 
 
+def test_two_workers_share_their_weights(tmp_path: Path, embedder: Embedder, shown: list[Any]) -> None:
+    """They are mapped, which may change the last bits where weights are int8."""
+    with Server(tmp_path / "log", workers=2, worker={"prepack": None}) as server, ThreadPoolExecutor(8) as pool:
+        workers = children(server.process.pid)
+        assert len(workers) == 2
+        answers = list(pool.map(lambda _: server.post("/embed", PAGE), range(12)))
+        assert {answer.status for answer in answers} == {200}
+        assert len({answer.body for answer in answers}) == 1
+        vectors = np.frombuffer(answers[0].body, "<f4").reshape(-1, 256)
+        assert (vectors * embedder.embed_images(shown[:1])[0]).sum(axis=1).min() > 0.98
+        for worker in workers:
+            maps = Path(f"/proc/{worker}/maps").read_text()
+            assert "/text.data" in maps
+            assert "/vision.data" in maps
+        os.kill(workers[0], signal.SIGKILL)  # the other one goes on meanwhile
+        assert server.post("/embed", QUERY).status == 200
+
+
+def test_spans_where_opentelemetry_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its middleware is put around all of the server."""
+    from types import ModuleType
+
+    from cembed.serve import app
+
+    package = ModuleType("opentelemetry.instrumentation.asgi")
+    package.OpenTelemetryMiddleware = lambda inner: ("traced", inner)  # type: ignore[attr-defined]
+    for name in ("opentelemetry", "opentelemetry.instrumentation"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    assert app.traced("server") == ("traced", "server")  # type: ignore[comparison-overlap, arg-type]
+    monkeypatch.setitem(sys.modules, package.__name__, None)
+    assert app.traced("server") == "server"  # type: ignore[comparison-overlap, arg-type]
+
+
 # What is refused before there is a server.
 
 
