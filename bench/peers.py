@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -50,6 +50,7 @@ OURS = {
     "ours W8A8, bf16": ("w8a8", BF16),
     "ours int4, bf16": ("int4", BF16),
 }
+BUNDLES = ("fp32", "int8", "w8a8", "int4", "standard")  # others are made of the first
 Seconds = dict[str, float]
 Vectors = NDArray[np.float32]
 
@@ -79,15 +80,15 @@ def make(out: Path) -> None:
     (out / "preprocessor_config.json").write_text(json.dumps(image))
 
 
-def prepare(root: Path) -> dict[str, Path]:
-    """The checkpoint and our bundles, where they are not there yet."""
+def prepare(root: Path, names: Sequence[str] = BUNDLES) -> dict[str, Path]:
+    """The checkpoint and our bundles of these names, where they are not there yet."""
     checkpoint, pages = root / "checkpoint", root / "pages"
     if not (checkpoint / "config.json").exists():
         make(checkpoint)
     pages.mkdir(exist_ok=True)
     draw_page().save(pages / "upright.png")
     draw_page().rotate(90, expand=True).save(pages / "turned.png")
-    bundles = {name: root / name for name in ("fp32", "int8", "w8a8", "int4", "standard")}
+    bundles = {name: root / name for name in names}
     export = [
         "export",
         "--backbone",

@@ -8,21 +8,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cembed.pictures import make_folder, picture_path, save_picture
 from cembed.runtime.embed.embedder import Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages.documents import Page, PageError
 from cembed.runtime.pages.images import to_rgb
 
 
-def make_folder(folder: Path, embedder: Embedder) -> Path:
+def kept_folder(folder: Path, embedder: Embedder) -> Path:
     """Raises CembedError: it cannot be made, or nothing is skipped."""
     if not embedder.inputs.image.skip_blank:
         raise CembedError("--show-kept shows what --skip-blank leaves unread: give both")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CembedError(f"cannot make {folder}: {error.strerror}") from error
-    return folder
+    return make_folder(folder)
 
 
 def shown_pages(embedder: Embedder, pages: Iterable[Page | PageError], folder: Path) -> Iterator[Page | PageError]:
@@ -32,7 +29,7 @@ def shown_pages(embedder: Embedder, pages: Iterable[Page | PageError], folder: P
     """
     for number, page in enumerate(pages, 1):
         if isinstance(page, Page):
-            write_picture(embedder, page, folder / f"{number:05}-{Path(page.path).stem[:80]}-{page.number}.png")
+            write_picture(embedder, page, picture_path(folder, number, page.path, page.number))
         yield page
         del page
 
@@ -42,10 +39,7 @@ def write_picture(embedder: Embedder, page: Page, path: Path) -> None:
         picture = kept_picture(embedder, page)
     except CembedError:  # a page that cannot be embedded, which is told there
         return
-    try:
-        picture.save(path)
-    except OSError as error:
-        raise CembedError(f"cannot write {path}: {error.strerror}") from error
+    save_picture(picture, path)
 
 
 def kept_picture(embedder: Embedder, page: Page) -> Image.Image:

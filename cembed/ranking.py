@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.index.search import Stage
+from cembed.runtime.index.shards import Shards
 from cembed.runtime.pages.documents import PageReader, require_pages
 from cembed.runtime.scoring.maxsim import maxsim
 
@@ -37,6 +40,15 @@ class Tuning:
         return [f"--{name}" for name, value in vars(self).items() if value]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a page comes from: its file as far as is known, and its number there; how many vectors are kept of it."""
+
+    path: Path
+    number: int
+    vectors: int
+
+
 class RankedPages(Protocol):
     """Pages, and the bundle and dim of their vectors."""
 
@@ -48,11 +60,15 @@ class RankedPages(Protocol):
     def rank(self, query: Vectors, top: int, threads: int | None) -> tuple[list[Row], list[Row]]:
         """The best pages, and the stages that found them."""
 
+    def origin(self, row: Row) -> Origin:
+        """Of a page that `rank` gave."""
+
 
 def open_pages(path: Path, tuning: Tuning) -> RankedPages:
     """Raises CembedError: neither a vector file nor an index, options of an index for a vector file."""
-    if path.is_dir():
-        return IndexPages(path, tuning)
+    shards = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not path.exists() else []
+    if shards or path.is_dir():
+        return IndexPages(shards or [path], tuning)
     pages = FilePages(path)
     if tuning.given:
         raise CembedError(f"{path} is a vector file and no index: leave out {', '.join(tuning.given)}")
@@ -80,11 +96,18 @@ class FilePages:
                 row["warning"] = content.warnings[i]
         return rows, []
 
+    def origin(self, row: Row) -> Origin:
+        content, place = self._content, (row["path"], row["page"])
+        page = next(i for i, found in enumerate(zip(content.paths, content.pages, strict=True)) if found == place)
+        return Origin(Path(row["path"]), row["page"], int(content.offsets[page + 1] - content.offsets[page]))
+
 
 class IndexPages:
-    def __init__(self, path: Path, tuning: Tuning) -> None:
+    """Those of one index, or of several shards."""
+
+    def __init__(self, paths: Sequence[str | Path], tuning: Tuning) -> None:
         self._where = parse_pairs("--where", tuning.where)
-        self._tuning, self._index = tuning, Index.open(path)
+        self._tuning, self._index = tuning, Index.open(paths[0]) if len(paths) == 1 else Shards(paths)
         self.bundle, self.dim = self._index.bundle, self._index.dim
 
     def __len__(self) -> int:
@@ -109,6 +132,7 @@ class IndexPages:
                 "path": hit.source,
                 "page": hit.page,
                 "metadata": hit.metadata,
+                **({"index": hit.index} if hit.index else {}),
                 **({"warning": hit.warning} if hit.warning else {}),
             }
             for rank, hit in enumerate(found.hits, 1)
@@ -118,6 +142,12 @@ class IndexPages:
             for stage in found.stages
         ]
         return rows, stages
+
+    def origin(self, row: Row) -> Origin:
+        index = self._index
+        info = index.info(row["id"], row["index"]) if isinstance(index, Shards) else index.info(row["id"])
+        then = Path(info.folder or "") / info.source
+        return Origin(then if then.exists() else Path(info.source), info.page, info.vectors)
 
 
 def parse_pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.bundle.vectors import VectorFile
     from cembed.runtime.embed.embedder import Budget, Embedder
+    from cembed.runtime.embed.explain import Explanation
     from cembed.runtime.errors import CembedError
     from cembed.runtime.index.index import Index
     from cembed.runtime.index.new_pages import NewPage
+    from cembed.runtime.index.shards import Shards
     from cembed.runtime.page_vectors import EmbeddedPage, embed_documents, embed_pages
     from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
     from cembed.runtime.scoring.maxsim import maxsim
@@ -24,11 +26,13 @@ _MODULES = {
     "CembedError": "errors",
     "EmbeddedPage": "page_vectors",
     "Embedder": "embed.embedder",
+    "Explanation": "embed.explain",
     "Index": "index.index",
     "NewPage": "index.new_pages",
     "Page": "pages.documents",
     "PageError": "pages.documents",
     "PageReader": "pages.documents",
+    "Shards": "index.shards",
     "VectorFile": "bundle.vectors",
     "embed_documents": "page_vectors",
     "embed_pages": "page_vectors",
@@ -42,11 +46,13 @@ __all__ = [
     "CembedError",
     "EmbeddedPage",
     "Embedder",
+    "Explanation",
     "Index",
     "NewPage",
     "Page",
     "PageError",
     "PageReader",
+    "Shards",
     "VectorFile",
     "embed_documents",
     "embed_pages",

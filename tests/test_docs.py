@@ -42,7 +42,7 @@ def test_the_table_of_what_fits_is_current() -> None:
 
 def test_the_python_of_the_documents_runs(causal_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = r"<!-- run by tests/test_docs.py -->\n```python\n(.*?)```"
-    (first,), (documents, second, third) = (
+    (first,), (documents, second, third, fourth) = (
         re.findall(block, page.read_text(), re.DOTALL) for page in (README, PROJECT / "docs" / "deploy.md")
     )
     shutil.copytree(causal_bundle, tmp_path / "bundle")
@@ -59,6 +59,8 @@ def test_the_python_of_the_documents_runs(causal_bundle: Path, tmp_path: Path, m
     assert getattr(names["fine"], "shape", (0, 0))[0] == 32
     exec(third, names)
     assert [hit.id for hit in getattr(names["found"], "hits", ())] == ["page.png#1"]
+    exec(fourth, names)
+    assert (tmp_path / "explained.png").stat().st_size
 
 
 def test_the_documented_test_command_is_what_ci_runs() -> None:

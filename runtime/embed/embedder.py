@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.graph_tensors import state_tensors
+from cembed.runtime.bundle.graph_tensors import grows, state_tensors
 from cembed.runtime.bundle.manifest import Side, SideName
 from cembed.runtime.bundle.vectors import Vectors
-from cembed.runtime.embed.inputs import ImageLike, InputBuilder, PageOptions, Prompt, TokensRead, check_length
+from cembed.runtime.embed.explain import (
+    CachedPage,
+    ChangedPage,
+    Explanation,
+    Reading,
+    affordable,
+    by_hiding,
+    by_similarity,
+    check_query,
+)
+from cembed.runtime.embed.inputs import (
+    ImageLike,
+    InputBuilder,
+    PageOptions,
+    PagePrompt,
+    Prompt,
+    TokensRead,
+    check_length,
+)
 from cembed.runtime.embed.kv_cache import StaticKVCache
 from cembed.runtime.embed.latent import LatentState, Loop, StateMemory
 from cembed.runtime.embed.pooling import normalise, pool_states, pool_tokens
@@ -178,6 +196,48 @@ class Embedder:
         """One query of `embed_queries`."""
         self.check(self.manifest.query, budget)
         return self.embed_prompt("query", self.inputs.query(text), budget)
+
+    def explain(
+        self, image: ImageLike, query: str | Vectors, budget: Budget = FULL, *, passes: int | None = None
+    ) -> Explanation:
+        """Where a page matches a query: a text, or its vectors float32 [Q, dim].
+
+        The score that is explained is that of the page at `budget`. Without slots heat comes from the tokens' own
+        similarities, before `pool_factor`. With them parts of the page are hidden, one in each of `passes`, at least 4:
+        more of them show more; by default 6 to 24, such that they cost half as much as the page's text, or next to
+        nothing. Where the text graph keeps no keys and values of the page, or others beside them, or attends both ways,
+        a pass costs as much as the page's text.
+        Raises CembedError: as `embed_image` and `embed_query` do, vectors of another shape or type, too few passes.
+        """
+        side = self.manifest.document
+        num_vectors = self.check(side, budget)
+        if isinstance(query, np.ndarray):
+            asked = check_query(query, budget.dim or side.vector_dim(self.manifest.dim, budget.num_vectors))
+        else:
+            asked = self.embed_query(query, Budget(dim=budget.dim))
+        page = self.inputs.page(image)
+        if num_vectors is None and side.pooling != "last":
+            states = self._single_pass(side, page.prompt, None)
+            vectors = self._finish(side, states, budget.dim, "text")
+            tokens = (vectors if side.pooling == "none" else states[:, : budget.dim])[page.places]
+            return by_similarity(page, asked, pool_tokens(vectors, budget.pool_factor), tokens)
+        reading = self._reading(page, budget, num_vectors)
+        return by_hiding(page, asked, reading, self._passes(page, reading) if passes is None else passes)
+
+    def _reading(self, page: PagePrompt, budget: Budget, num_vectors: int | None) -> Reading:
+        side, step = self.manifest.document, self.manifest.graphs.get("text_step")
+        caches = step is not None and all(grows(tensor.name) for tensor in state_tensors(step))
+        if num_vectors is None or not caches or self.manifest.prompt_attention != "causal":
+            return ChangedPage(lambda prompt: self.embed_prompt("document", prompt, budget), page)
+        capacity = len(page.prompt) + side.num_slots(num_vectors)
+        check_length(self.manifest, capacity)
+        loop = replace(self._loop("document"), finish=lambda states: self._finish(side, states, budget.dim))
+        return CachedPage(loop, self._cache(capacity), page, num_vectors)
+
+    def _passes(self, page: PagePrompt, reading: Reading) -> int:
+        graph = next(self.manifest.graphs[name] for name in ("text", "text_step") if name in self.manifest.graphs)
+        weights = sum(self.manifest.files[file].size for file in graph.data)
+        return affordable(len(page.prompt), reading.positions, weights)
 
     def start(self, image: ImageLike, max_vectors: int | None = None) -> LatentState:
         """Runs a page's prompt; the state's `extend(n)` gives n vectors, and later more without running it again.

@@ -20,8 +20,9 @@ from cembed.runtime.bundle.manifest import Manifest, Tensor
 from cembed.runtime.bundle.prompts import Prompter, load_tokenizer, page_prompt
 from cembed.runtime.embed.blank import parts_to_read
 from cembed.runtime.embed.pooling import require_finite
-from cembed.runtime.embed.positions import Grid, IntArray, prompt_positions
+from cembed.runtime.embed.positions import Grid, IntArray, cells_read, prompt_positions
 from cembed.runtime.embed.preprocess import grid_of, page_patches, resize
+from cembed.runtime.embed.tiles import tile_cells
 from cembed.runtime.embed.vision_feeds import Mask, vision_feeds
 from cembed.runtime.engines.session import Array, Session
 from cembed.runtime.errors import CembedError
@@ -44,9 +45,32 @@ class Prompt:
         rows = {name: np.concatenate([rows, slots.rows[name]]) for name, rows in self.rows.items()}
         return Prompt(rows, np.concatenate([self.positions, slots.positions], axis=1))
 
+    def part(self, start: int, end: int) -> Prompt:
+        """What is fed at start..end."""
+        return Prompt({name: rows[start:end] for name, rows in self.rows.items()}, self.positions[:, start:end])
+
     def feeds(self) -> dict[str, Array]:
         """Inputs of a text graph, for a batch of one."""
         return {name: rows[None] for name, rows in self.rows.items()} | {"position_ids": self.positions[:, None]}
+
+
+@dataclass(frozen=True, eq=False)
+class PagePrompt:
+    """A page's prompt, and what its visual tokens show.
+
+    Token v is at `places[v]` in the prompt, and shows `cells[v]` (top, left, bottom, right) of a `grid` of rows and
+    columns over the page; `picture` is the page in the size that was read, `cell` pixels for each row and column.
+    """
+
+    prompt: Prompt
+    places: IntArray  # V
+    cells: IntArray  # V 4
+    grid: Grid
+    picture: Image.Image
+
+    @property
+    def cell(self) -> int:
+        return self.picture.height // self.grid[0]
 
 
 def text_rows(inputs: Sequence[Tensor], embeds: Array) -> dict[str, Array]:
@@ -110,6 +134,10 @@ class InputBuilder:
             raise CembedError(f"{bundle.root / self.manifest.tokenizer}: {error}") from error
 
     def document(self, image: ImageLike) -> Prompt:
+        return self.page(image).prompt
+
+    def page(self, image: ImageLike) -> PagePrompt:
+        """The prompt of `document`, and where in it the page is."""
         page = resize(to_rgb(image), self.image)
         grid, read = grid_of(page, self.image), self._parts_to_read(page)
         ids, positions = self._page_prompt(grid, read)
@@ -121,7 +149,8 @@ class InputBuilder:
         for tensor, columns in zip(self.rows, self._split(features), strict=True):
             filled.rows[tensor.name][is_image] = columns
         self.tokens_read.add(len(features), self._tokens(grid))
-        return filled
+        cells = grid[0] // self.image.merge_size, grid[1] // self.image.merge_size
+        return PagePrompt(filled, np.flatnonzero(is_image), self._cells(cells, read), cells, page)
 
     def kept(self, image: ImageLike) -> Mask:
         """Which visual tokens of a page are read, or which tiles where it comes in tiles, bool [rows, columns]."""
@@ -131,6 +160,11 @@ class InputBuilder:
 
     def _parts_to_read(self, page: Image.Image) -> Mask | None:
         return parts_to_read(np.asarray(page), self.image) if self.image.skip_blank else None
+
+    def _cells(self, grid: Grid, read: Mask | None) -> IntArray:
+        """Top, left, bottom and right [V, 4] of what each visual token shows of a grid over the page."""
+        tiles = self.image.tiles
+        return cells_read(grid, read) if tiles is None else tile_cells(grid, tiles.side // self.image.factor, read)
 
     def query(self, text: str) -> Prompt:
         ids = self.prompter.query(self.manifest.query.prompt, text)

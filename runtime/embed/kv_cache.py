@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from cembed.runtime.bundle.graph_tensors import grows
 from cembed.runtime.bundle.manifest import Tensor
+from cembed.runtime.embed.positions import IntArray
 from cembed.runtime.engines.session import Array
 from cembed.runtime.errors import CembedError
 
@@ -52,6 +54,27 @@ class StaticKVCache:
 
     def _part(self, name: str, length: int) -> Array:
         return self.buffers[name][:, :, :length] if grows(name) else self.buffers[name]
+
+    @contextlib.contextmanager
+    def without(self, rows: IntArray) -> Iterator[None]:
+        """In the block it is as if the filled positions `rows` had never been there; after it all is as it was before.
+
+        Keys are turned to their positions before they are kept, so attention does not depend on the order of rows: the
+        last n take the places of the n that go. Only for caches without states of fixed size.
+        """
+        end, left = self.length, self.length - len(rows)
+        holes, moved = rows[rows < left], np.setdiff1d(np.arange(left, end), rows)
+        saved = {name: (buffer[:, :, holes], buffer[:, :, left:end].copy()) for name, buffer in self.buffers.items()}
+        for name, buffer in self.buffers.items():
+            assert grows(name), f"{name = } has no rows"
+            buffer[:, :, holes] = buffer[:, :, moved]
+        self.length = left
+        try:
+            yield
+        finally:
+            for name, buffer in self.buffers.items():
+                buffer[:, :, holes], buffer[:, :, left:end] = saved[name]
+            self.length = end
 
     def require(self, positions: int) -> int:
         """Where the next `positions` positions start. Raises CembedError if they do not fit."""

@@ -41,16 +41,16 @@ class Loop:
 
 @dataclass(frozen=True)
 class Output:
-    """What one position gives: its state [1, D], and its last hidden state [1, H], which a feedback slot is fed."""
+    """What n positions give: states [n, D], and last hidden states [n, H], which feedback slots are fed."""
 
     state: Array
     hidden: Array
 
 
-def prefill(step: StepSession, cache: StaticKVCache, prompt: Prompt) -> Output:
-    """Runs a prompt, or slots; the output is that of the last position."""
+def prefill(step: StepSession, cache: StaticKVCache, prompt: Prompt, count: int = 1) -> Output:
+    """Runs a prompt, or slots; the output is that of the last `count` positions."""
     start = cache.require(len(prompt))
-    last = np.array([[len(prompt) - 1]])
+    last = np.arange(len(prompt) - count, len(prompt))[None]
     outputs = step.run(prompt.feeds() | {"cache_position": np.array([start]), "slot_indices": last})
     cache.length = start + len(prompt)
     state = outputs["slot_states"][0]

@@ -59,6 +59,16 @@ def slot_positions(prompt: IntArray, num_slots: int, policy: SlotPositions) -> I
     return np.tile(first, (prompt.shape[0], 1))
 
 
+def cells_read(grid: Grid, read: NDArray[np.bool_] | None = None) -> IntArray:
+    """Top, left, bottom and right [V, 4] of the cells of a grid of rows and columns that are `read`, row by row.
+
+    >>> cells_read((2, 2), np.array([[True, False], [True, True]])).tolist()
+    [[0, 0, 1, 1], [1, 0, 2, 1], [1, 1, 2, 2]]
+    """
+    corners = np.argwhere(np.ones(grid, bool) if read is None else read)
+    return np.concatenate([corners, corners + 1], axis=1)
+
+
 def patch_positions(grid: Grid, merge_size: int) -> IntArray:
     """Row and column [P, 2] of each patch, in the order of `pixel_values`: merge groups row by row.
 

@@ -80,6 +80,23 @@ def cut_tiles(page: Image.Image, side: int, read: NDArray[np.bool_] | None = Non
     return [*parts, np.asarray(page.resize((side, side), Image.Resampling.LANCZOS))]
 
 
+def tile_cells(grid: Size, across: int, read: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """Top, left, bottom and right [V, 4] of what the tokens of `cut_tiles` show of a grid of rows and columns of tokens
+    over the page, of which a tile is `across` wide and high. A token of the whole page shows several.
+
+    >>> tile_cells((2, 4), 2, np.array([[True, False]])).tolist()
+    [[0, 0, 1, 1], [0, 1, 1, 2], [1, 0, 2, 1], [1, 1, 2, 2], [0, 0, 1, 2], [0, 2, 1, 4], [1, 0, 2, 2], [1, 2, 2, 4]]
+    """
+    in_tile = np.indices((across, across)).reshape(2, -1).T
+    tiles = np.array((grid[0] // across, grid[1] // across))
+    corners = np.argwhere(np.ones(tiles, bool) if read is None else read)
+    alone = len(corners) == 0 or tiles.prod() == 1
+    first = np.zeros((0, 2), np.int64) if alone else (across * corners[:, None] + in_tile).reshape(-1, 2)
+    return np.concatenate(
+        [np.concatenate([first, first + 1], axis=1), np.concatenate([in_tile * tiles, (in_tile + 1) * tiles], axis=1)]
+    )
+
+
 def crops(page: Image.Image, side: int) -> Iterator[Image.Image]:
     for top in range(0, page.height, side):
         for left in range(0, page.width, side):
