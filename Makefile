@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 
 # Two processes; the tests of a file share what its fixtures make, so they stay in one.
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest --doctest-modules runtime quantize cembed/*.py
+	$(BIN)/python -m pytest --doctest-modules runtime quantize scale serve cembed/*.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The same tests with the oldest versions of everything that pyproject.toml allows. Needs Python 3.11.

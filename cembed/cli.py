@@ -26,6 +26,7 @@ from cembed.serve_cli import export_triton, serve
 from cembed.signals import Stopped
 from cembed.streams import allow_any_text, flush_output
 from cembed.tune_cli import tune
+from cembed.upload_cli import upload
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": tune,
     "serve": serve,
     "export-triton": export_triton,
+    "upload": upload,
 }
 app = typer.Typer(
     name="cembed",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,13 +17,15 @@ from cembed.options import (
     AsJson,
     Engine,
     PageVectors,
-    Paths,
     Reading,
+    require_packages,
     settings_of,
     split,
     spread,
 )
 from cembed.runtime.errors import CembedError
+from cembed.signals import Stopped, StopSignals
+from cembed.upload_cli import Uploading, report_failed, send_pages
 
 if TYPE_CHECKING:
     from cembed.index_job import Job
@@ -45,8 +47,18 @@ IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder made by
 def add(
     *,
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder to add to; made if it is not there.")],
-    paths: Paths,
-    bundle: Annotated[Path, typer.Option(metavar="BUNDLE", help="Directory made by `cembed export`.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="PATH", help="PDF and image files, or folders of them.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Directory made by `cembed export`; PATH needs it.")
+    ] = None,
+    from_parquet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS", help="In place of PATH: a folder of parts, *.parquet or *.lance, whose vectors are taken."
+        ),
+    ] = None,
     storage: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,20 +76,25 @@ def add(
     """Embed the pages of documents into an index. Pages that are there, unchanged, are skipped.
 
     What was added stays when the command is interrupted: run it again to go on. A file that cannot be read leaves the
-    index as it is. Without --metadata, pages that are there keep theirs. Exits with 3 if some pages could not be read,
-    or not without doubt.
+    index as it is. Without --metadata, pages that are there keep theirs. With --from-parquet nothing is embedded, and
+    options of embedding do not count. Exits with 3 if some pages could not be read, or not without doubt.
     """
     from cembed.index_job import FLUSH_PAGES, Job
     from cembed.ranking import parse_pairs
     from cembed.runtime.index.metadata import check_metadata
     from cembed.runtime.pages.documents import find_documents
 
-    files, pairs = find_documents(paths), parse_pairs("--metadata", tuple(metadata or ()))
+    pairs, kept = parse_pairs("--metadata", tuple(metadata or ())), split([*(storage or ()), *(store or ())])
     check_metadata(pairs)
+    check_given(paths, bundle, from_parquet)
+    if from_parquet is not None:
+        add_rows(index, from_parquet, bundle, kept, pairs or None)
+        return
+    assert bundle is not None
+    files = find_documents(paths or [])
     embedder = engine.load(bundle, page_vectors.max_visual_tokens, skip_blank=page_vectors.skip_blank)
     budget = page_vectors.budget()
     embedder.check(embedder.manifest.document, budget)
-    kept = split([*(storage or ()), *(store or ())])
     with open_to_add(index, embedder, page_vectors.dim, kept) as opened, reading.reader() as reader:
         job = Job(
             index=opened,
@@ -136,24 +153,87 @@ def open_to_add(path: Path, embedder: Embedder, dim: int | None, storage: Sequen
 
     Raises CembedError: it is of another bundle, or dim.
     """
+    return open_for(path, embedder.bundle.hash, dim or embedder.dim, storage)
+
+
+def open_for(path: Path, bundle: str, dim: int, storage: Sequence[str]) -> Index:
+    """`open_to_add` for vectors of a bundle by its hash."""
     from cembed.runtime.index.files import CURRENT
     from cembed.runtime.index.index import DEFAULT_STORAGE, Index
 
     if not os.path.lexists(path / CURRENT):
-        return Index.create(
-            path, dim=dim or embedder.dim, bundle=embedder.bundle.hash, storage=storage or DEFAULT_STORAGE
-        )
+        return Index.create(path, dim=dim, bundle=bundle, storage=storage or DEFAULT_STORAGE)
     index = Index.open(path, write=True)
     for note in index.notes:
         complain(note)
     try:
-        index.check_bundle(embedder.bundle.hash)
-        if index.dim != (dim or embedder.dim):
-            raise CembedError(f"{path} has vectors of dim {index.dim}, these would have {dim or embedder.dim}")
+        index.check_bundle(bundle)
+        if index.dim != dim:
+            raise CembedError(f"{path} has vectors of dim {index.dim}, these would have {dim}")
     except CembedError:
         index.close()
         raise
     return index
+
+
+def check_given(paths: Sequence[Path] | None, bundle: Path | None, rows: str | None) -> None:
+    """Raises CembedError: neither documents with a bundle nor rows, or both."""
+    if rows is not None and paths:
+        raise CembedError(f"--from-parquet {rows} has vectors already: leave out PATH {paths[0]}, or --from-parquet")
+    if rows is None and not paths:
+        raise CembedError("there is nothing to add: give PATH, documents to embed, or --from-parquet ROWS")
+    if rows is None and bundle is None:
+        raise CembedError("documents are embedded with a bundle: give --bundle, or --from-parquet in place of PATH")
+
+
+def add_rows(
+    path: Path, rows: str, bundle: Path | None, storage: Sequence[str], metadata: Mapping[str, Any] | None
+) -> None:
+    """Adds rows to the index at `path`, or a new one. Rows that are there already are skipped.
+
+    Raises CembedError: rows of another bundle than `bundle` or the index.
+    """
+    require_packages("scale", "pyarrow")
+    from cembed.runtime.bundle.bundle import Bundle
+    from cembed.scale.connectors.into_index import IntoIndex
+    from cembed.scale.connectors.sources import PartRows
+
+    source = PartRows.open(rows)
+    survey, schema = source.survey(), source.schema
+    if bundle is not None and Bundle(bundle, verify=False).hash != schema.bundle:
+        raise CembedError(f"{rows} has vectors of bundle {schema.bundle[:12]}, {bundle} is another: leave out --bundle")
+    with open_for(path, schema.bundle, schema.dim, storage) as opened:
+        run = IntoIndex(source, opened, metadata)
+        try:
+            with StopSignals(), progress_bar() as progress:
+                task = progress.add_task("adding", total=survey.pages)
+                done = run.run(survey, lambda: progress.advance(task))
+        except Stopped as stopped:
+            stopped.message = "interrupted: what was added stays; the same command goes on"
+            raise
+        finally:
+            report_failed(run.failed, "added")
+        stats = opened.stats()
+    there = f"{done.skipped} were there" + (f", {done.changed} with other metadata" if done.changed else "")
+    say(f"{path}: {done.added} pages added, {there}; {stats.pages} pages, {sum(stats.bytes.values()):,} bytes")
+    if run.failed:
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+@index_app.command()
+@spread
+def export(index: IndexPath, uploading: Uploading) -> None:
+    """Send the pages of an index to a database, or write them as a folder of parts or files for a database.
+
+    Vectors are those of its most exact storage type. What is there already stays, and a page that is another now takes
+    the place of the old one: run it again to go on. Pages that left the index stay there. Then some pages are queried,
+    and their scores compared. The files of vespa-json and elastic-json are as documented, but were not run against an
+    engine.
+    """
+    require_packages("scale", "pyarrow")
+    from cembed.scale.connectors.sources import open_index
+
+    send_pages(open_index(index), uploading)
 
 
 @index_app.command()

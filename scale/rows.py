@@ -11,6 +11,12 @@
     error      string                     why there are no vectors, else null
     key        fixed_size_binary[16]      the same for the same page of the same file at the same path, and no other
 
+Rows of an index have more; their sha256 is the page's content hash, 32 digits, as an index knows no more of the file:
+
+    id         string                     the page's
+    folder     string                     where a relative path starts, or null
+    metadata   string                     JSON
+
 Letters: n pages, K vectors of a page.
 """
 
@@ -18,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,17 +34,22 @@ import pyarrow as pa
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.new_pages import page_content
+from cembed.runtime.index.records import CONTENT_BYTES
 from cembed.runtime.scoring.storage import STORAGE, storage_of
 
 VALUES = {32: pa.float32(), 16: pa.float16(), 8: pa.uint8()}
 """Arrow's types by the bits of a component."""
+TOLD = ("id", "folder", "metadata")
 KEY_BYTES = 16
 METADATA = b"cembed"
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A page: `vectors` float32 [K, dim], or `error`. `page` is None where a whole file could not be read."""
+    """A page: `vectors` float32 [K, dim], or `error`. `page` is None where a whole file could not be read.
+
+    `id`, `folder` and `metadata` are those of a page of an index.
+    """
 
     path: str
     page: int | None
@@ -46,20 +57,37 @@ class Row:
     vectors: Vectors | None = None
     warning: str | None = None
     error: str | None = None
+    id: str | None = None
+    folder: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+    @property
+    def page_id(self) -> str:
+        """What `cembed index add` calls the page, unless it has an id."""
+        return f"{self.path}#{self.page}" if self.id is None else self.id
+
+    def content(self, settings: str) -> bytes:
+        """The `content` of the page in an index."""
+        digest = bytes.fromhex(self.sha256)
+        return digest if len(digest) == CONTENT_BYTES else page_content(digest, self.page or 0, settings)
 
     def key(self, settings: str) -> bytes:
-        return row_key(self.path, self.sha256, self.page, settings)
+        told = None if self.id is None else [self.id, self.folder, self.warning, dict(self.metadata or {})]
+        return row_key(self.path, self.sha256, self.page, settings, told)
 
 
-def row_key(path: str, sha256: str, page: int | None, settings: str) -> bytes:
-    """Names a page of a file as it is now; None for all of the file."""
+def row_key(path: str, sha256: str, page: int | None, settings: str, told: Sequence[Any] | None = None) -> bytes:
+    """Names a page of a file as it is now, None for all of the file; and what an index tells of it."""
     content = page_content(bytes.fromhex(sha256), page or 0, settings)
-    return hashlib.sha256(content + path.encode("utf-8", "surrogateescape")).digest()[:KEY_BYTES]
+    more = "" if told is None else "\0" + json.dumps(told, sort_keys=True)
+    return hashlib.sha256(content + f"{path}{more}".encode("utf-8", "surrogateescape")).digest()[:KEY_BYTES]
 
 
 @dataclass(frozen=True)
 class RowSchema:
     """What all rows of a table have in common; `storage` is the type of components: f32, f16 or u8.
+
+    Rows `of_index` have an id, a folder and metadata.
 
     Raises CembedError: a type that Arrow has no values for.
     """
@@ -68,6 +96,7 @@ class RowSchema:
     bundle: str
     settings: str
     storage: str = "f32"
+    of_index: bool = False
 
     def __post_init__(self) -> None:
         if storage_of(self.storage).bits not in VALUES:
@@ -82,8 +111,10 @@ class RowSchema:
         texts = [(name, pa.string()) for name in ("sha256", "bundle", "settings")]
         scale = [("scale", pa.float32())] if storage.has_scale else []
         ends = [("warning", pa.string()), ("error", pa.string()), ("key", pa.binary(KEY_BYTES))]
-        fields = [("path", pa.string()), ("page", pa.int32()), *texts, ("vectors", vectors), *scale, *ends]
-        return pa.schema(fields, {METADATA: json.dumps(asdict(self)).encode()})
+        told = [(name, pa.string()) for name in TOLD] if self.of_index else []
+        fields = [("path", pa.string()), ("page", pa.int32()), *texts, ("vectors", vectors), *scale, *ends, *told]
+        known = {name: value for name, value in asdict(self).items() if name != "of_index" or value}
+        return pa.schema(fields, {METADATA: json.dumps(known).encode()})
 
     @classmethod
     def of(cls, schema: Any, where: str) -> RowSchema:
@@ -98,7 +129,7 @@ class RowSchema:
     def batch(self, rows: Sequence[Row]) -> Any:
         """Rows as a record batch."""
         columns: dict[str, Any] = {
-            "path": [row.path.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for row in rows],
+            "path": [clean(row.path) for row in rows],
             "page": [row.page for row in rows],
             "sha256": [row.sha256 for row in rows],
             "bundle": [self.bundle] * len(rows),
@@ -106,6 +137,9 @@ class RowSchema:
             "warning": [row.warning for row in rows],
             "error": [row.error for row in rows],
             "key": [row.key(self.settings) for row in rows],
+            "id": [clean(row.page_id) for row in rows],
+            "folder": [None if row.folder is None else clean(row.folder) for row in rows],
+            "metadata": [json.dumps(dict(row.metadata or {})) for row in rows],
         }
         columns["vectors"], columns["scale"] = self._vectors(rows)
         schema = self.arrow
@@ -141,13 +175,26 @@ class RowSchema:
         data = values.to_numpy(zero_copy_only=True).view(np.uint8)
         size = storage.vector_bytes(self.dim)
         names = ("path", "page", "sha256", "warning", "error")
-        texts = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
-        for i, (path, page, sha256, warning, error) in enumerate(texts):
+        texts = zip(*(batch.column(name).to_pylist() for name in names), self._told(batch), strict=True)
+        for i, (path, page, sha256, warning, error, told) in enumerate(texts):
             first, last = int(offsets[i]), int(offsets[i + 1])
             found = None
             if vectors[i].is_valid:
                 found = storage.decode(data[first * size : last * size], last - first, self.dim, scales[i] or 1.0)
-            yield Row(path, page, sha256, found, warning, error)
+            yield Row(path, page, sha256, found, warning, error, *told)
+
+    def _told(self, batch: Any) -> Iterator[tuple[Any, ...]]:
+        """Id, folder and metadata of each row; nothing of rows that are none of an index."""
+        if not self.of_index:
+            yield from [()] * len(batch)
+            return
+        for page, folder, metadata in zip(*(batch.column(name).to_pylist() for name in TOLD), strict=True):
+            yield page, folder, json.loads(metadata)
+
+
+def clean(text: str) -> str:
+    """Text that is UTF-8, of a file's name that may be none."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def keys_of(batch: Any) -> np.ndarray[Any, np.dtype[np.bytes_]]:

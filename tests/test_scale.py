@@ -146,10 +146,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     pages = [Image.open(path).convert("RGB") for path in sample_pages(3)]
     pages[0].save(folder / "three.pdf", save_all=True, append_images=pages[1:])
-    (folder / "empty.png").touch()
-    (folder / "broken.pdf").write_bytes(b"%PDF-1.7\nnothing")
-    (folder / "bomb.png").write_bytes(bomb())
+    poison(folder, 1)
     return folder
+
+
+def poison(folder: Path, count: int) -> None:
+    """So many files of each kind of poison."""
+    for i in range(count):
+        (folder / f"empty-{i}.png").touch()
+        (folder / f"broken-{i}.pdf").write_bytes(b"%PDF-1.7\nnothing")
+        (folder / f"bomb-{i}.png").write_bytes(bomb())
 
 
 def bomb() -> bytes:
@@ -330,6 +336,73 @@ def test_a_cluster_loses_a_node_and_its_driver(
     assert second.returncode in (0, 3), wrong
     assert "rows added" in said
     compare(read(out), expected)
+
+
+@pytest.mark.skipif(os.environ.get("CEMBED_SCALE") != "long", reason="CEMBED_SCALE=long runs it: minutes")
+@pytest.mark.parametrize("engine", ["ray", "daft"])
+def test_two_thousand_pages(tmp_path: Path, ray_cluster: Any, engine: str) -> None:
+    """With 1 % poison; on Ray the driver is killed, and then a node. The memory of workers stays where it is."""
+    import psutil
+
+    folder, out = tmp_path / "corpus", tmp_path / "rows.parquet"
+    folder.mkdir()
+    pages = sample_pages(60)
+    for i in range(1980):
+        shutil.copy(pages[i % 60], folder / f"{i:05d}.jpg")
+    poison(folder, 7)
+    one = {path.name: rows for path, rows in zip(pages, embedded(pages), strict=True)}
+    started, used = time.monotonic(), list[float]()
+    if engine == "ray":
+        ray_cluster.add_node(num_cpus=2)
+        command = [
+            sys.executable,
+            "-c",
+            DRIVER,
+            "embed",
+            SAMPLE,
+            folder,
+            "--out",
+            out,
+            "--cluster",
+            ray_cluster.address,
+        ]
+        for ends in (25.0, None):
+            process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            began = time.monotonic()
+            while process.poll() is None:
+                time.sleep(1)
+                workers = [
+                    p for p in psutil.process_iter(["name"]) if "ray::MapWorker(MapBatches(PageEmbedder" in p.name()
+                ]
+                used += [max(p.memory_info().rss for p in workers) / 2**20] if workers else []
+                if ends and time.monotonic() > began + ends:
+                    process.kill()
+                elif ends is None and 20 < time.monotonic() - began < 21.5 and len(ray_cluster.list_all_nodes()) > 1:
+                    ray_cluster.remove_node(next(node for node in ray_cluster.list_all_nodes() if not node.head))
+            process.wait()
+        assert max(used[len(used) // 4 :]) < 1.15 * np.median(used[len(used) // 4 :])
+    else:
+        import daft
+
+        from cembed.scale.frames import batches, embed_frame
+
+        options = WorkerOptions(str(SAMPLE), schema())
+        with Parts(open_store(out), schema()) as parts:
+            frame = embed_frame(daft.from_pydict({"path": sorted(map(str, folder.iterdir()))}), options, 2)
+            for batch in batches(frame, options):
+                parts.add_batch(batch)
+    rows = read(out)
+    print(f"{engine}: {len(rows)} rows, {time.monotonic() - started:.0f} s, worker {max(used, default=0):.0f} MiB")
+    assert Counter(Path(row.path).name for row in rows) == Counter(path.name for path in folder.iterdir())
+    assert sum(row.error is not None for row in rows) == 21
+    for row in rows:
+        if row.error is None:
+            name = pages[int(Path(row.path).stem) % 60].name
+            assert np.array_equal(row.vectors, one[name])  # type: ignore[arg-type]
+
+
+def embedded(pages: Sequence[Path]) -> list[Any]:
+    return [page.vectors for page in embed_documents(load_sample_one_thread(), pages)]  # type: ignore[union-attr]
 
 
 def test_daft(tmp_path: Path, corpus: Path, expected: dict[Any, Any]) -> None:

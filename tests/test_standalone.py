@@ -36,7 +36,11 @@ FOLDERS = {
 }
 """Folders of the wheel, and where the tree has them."""
 ROOMS = ("bundle", "embed", "engines", "index", "pages", "pages/pdf", "pages/tiff", "scoring")
-SOURCES = FOLDERS | {f"cembed/runtime/{room}": f"runtime/{room}" for room in ROOMS}
+SOURCES = (
+    FOLDERS
+    | {"cembed/scale/connectors": "scale/connectors"}
+    | {f"cembed/runtime/{room}": f"runtime/{room}" for room in ROOMS}
+)
 MAIN = "from cembed.cli import main; main()"
 MAIN_THEN_MODULES = f"""
 import sys
