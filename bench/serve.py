@@ -48,7 +48,7 @@ class Ours(load.Service):
             if self.process.poll() is not None:
                 raise SystemExit(text)
             time.sleep(0.1)
-        self.port = int(text.split()[5].rpartition(":")[2])
+        self.port = int(text.partition(" at http://")[2].split()[0].rpartition(":")[2])
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()

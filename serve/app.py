@@ -22,16 +22,16 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cembed import __version__
 from cembed.runtime.errors import CembedError
 from cembed.serve import kserve_api, openai_api, own_api, rerank_api
+from cembed.serve.connections import protocol
 from cembed.serve.errors import RefusalError, error_body
 from cembed.serve.guard import App, Guard
 from cembed.serve.responses import refusals, service_of
 from cembed.serve.service import SUFFIXES, Service
-from cembed.serve.settings import Limits, Settings
+from cembed.serve.settings import Settings
 
 STATIC = Path(__file__).with_name("static")
 DESCRIPTION = "Embeds pages and queries with one bundle, and searches one index."
@@ -160,51 +160,6 @@ def document(app: FastAPI, service: Service) -> dict[str, Any]:
     return app.openapi_schema
 
 
-class Impatient(HttpToolsProtocol):
-    """Ends connections beyond the limits: those that take long to send the lines of a request, or many of them."""
-
-    limits = Limits()
-    _deadline: asyncio.TimerHandle | None = None
-    _unread = 0
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait()
-        if len(self.connections) > self.limits.connections:
-            transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._unread = 0 if self._deadline is None else self._unread + len(data)
-        if self._unread > self.limits.header:
-            self._expire()
-
-    def _wait(self) -> None:
-        self._done()
-        self._deadline = self.loop.call_later(self.limits.header_time, self._expire)
-
-    def _done(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _expire(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        self._wait()
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._done()
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._done()
-        super().connection_lost(exc)
-
-
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or Ctrl-C, and then until what was begun is answered.
 
@@ -220,7 +175,7 @@ def serve(settings: Settings) -> None:
     app: Any = create_app(service, lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         app,
-        http=type("Protocol", (Impatient,), {"limits": limits}),
+        http=protocol(service),
         ws="none",
         log_level="warning",
         access_log=False,

@@ -21,8 +21,9 @@ from cembed.serve.errors import RefusalError
 from cembed.serve.frames import PREFIX, Array, Header, NonsenseError, pack, sizes, unpack
 from cembed.serve.settings import Limits, WorkerSettings
 
-IN_FLIGHT = 8
-"""Jobs that a worker has at a time: the page of the second is decoded while the first is computed."""
+IN_FLIGHT, PAGES_IN_FLIGHT = 32, 2
+"""Jobs that a worker has at a time, so that it never waits for the next one; those with pages are longer, and dropped
+if their client leaves before their turn. The page of the second is decoded while the first is computed."""
 STREAM = 1 << 22
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"
 START_SECONDS = 600.0
@@ -136,7 +137,7 @@ class Pool:
         self._limits, self.requests, self.cosine = limits, 0, 1.0
         self.capacity = workers * IN_FLIGHT
         self._workers = [Worker(settings) for _ in range(workers)]
-        self._free = asyncio.Semaphore(self.capacity)
+        self._free, self._pages = (asyncio.Semaphore(workers * each) for each in (IN_FLIGHT, PAGES_IN_FLIGHT))
         self._restarting: asyncio.Task[None] | None = None
         self._seconds = 0.1  # of a request, smoothed
         self.ready = False
@@ -185,7 +186,7 @@ class Pool:
         """
         losses = 0
         while True:
-            await self._turn()
+            await self._turn("path" in job)
             start = time.monotonic()
             try:
                 reply = await self._answer(job)
@@ -197,22 +198,35 @@ class Pool:
             self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
             return checked(reply)
 
-    async def _turn(self) -> None:
+    async def _turn(self, page: bool) -> None:
         try:
             with anyio.fail_after(self._limits.wait):
-                await self._free.acquire()
+                if page:
+                    await self._pages.acquire()
+                try:
+                    await self._free.acquire()
+                except BaseException:
+                    self._give_back(page, free=False)
+                    raise
         except TimeoutError:
             raise RefusalError(503, f"waited {self._limits.wait:g} s for a worker", retry_after=5) from None
 
+    def _give_back(self, page: bool, free: bool = True) -> None:
+        if page:
+            self._pages.release()
+        if free:
+            self._free.release()
+
     async def _answer(self, job: Mapping[str, Any]) -> Reply:
         """Has a turn; gives it back when the worker has answered, whether or not somebody still waits for it."""
+        page = "path" in job
         try:
             worker = await self._idlest()
             reply = worker.submit(job)
         except BaseException:
-            self._free.release()
+            self._give_back(page)
             raise
-        reply.add_done_callback(lambda _: self._free.release())
+        reply.add_done_callback(lambda _: self._give_back(page))
         try:
             with anyio.fail_after(self._limits.answer):
                 return await asyncio.shield(reply)

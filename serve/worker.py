@@ -11,13 +11,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import queue
+import select
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Mapping
-from typing import IO, Any
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,13 +32,14 @@ from cembed.serve.settings import WorkerSettings
 
 AHEAD = 1
 """Pages that are decoded before their turn."""
+READ_BYTES = 1 << 16
 JPEG_QUALITY = 82
 SELF_TEST_COSINE = 0.9
 """Engines of lower precision, and int8 weights that are packed, stay above it; one that is broken does not."""
 
 Answer = tuple[Header, dict[str, Array]]
-Task = tuple[Header, Page | None, Header | None]
-"""A job, the page that it is about, and the answer where there is one already."""
+Reading = tuple[Page | Header, int]
+"""A page, or the answer where there is none; and how many pages its file has."""
 
 
 def main() -> None:
@@ -54,13 +56,12 @@ def main() -> None:
         replies.flush()
         return
     replies.flush()
-    with reader:
-        tasks: queue.Queue[Task | None] = queue.Queue(AHEAD)
-        threading.Thread(target=listen, args=(sys.stdin.buffer, reader, tasks), daemon=True).start()
-        while (task := tasks.get()) is not None:
-            replies.write(pack(*answer(embedder, task)))
+    with reader, ThreadPoolExecutor(1) as decoding:
+        for job, page in jobs(sys.stdin.fileno(), reader, decoding):
+            replies.write(pack(*answer(embedder, job, page)))
             replies.flush()
-            del task  # its page may be the largest thing in memory
+            del page  # it may be the largest thing in memory
+    os._exit(0)
 
 
 def load(settings: WorkerSettings) -> tuple[Embedder, PageReader]:
@@ -91,36 +92,65 @@ def checked(embedder: Embedder) -> float:
     return cosine
 
 
-def listen(jobs: IO[bytes], reader: PageReader, tasks: queue.Queue[Task | None]) -> None:
-    """Takes jobs, and reads their pages, until the server is gone."""
-    while len(prefix := jobs.read(PREFIX)) == PREFIX:
-        header, arrays = sizes(prefix)
-        tasks.put(read_page(reader, unpack(jobs.read(header), jobs.read(arrays))[0]))
-    tasks.put(None)
-    os._exit(0)  # whatever is being computed is of no use
+def jobs(handle: int, reader: PageReader, decoding: Executor) -> Iterator[tuple[Header, Reading | None]]:
+    """Jobs in the order of their coming, with their page, until the server is gone.
+
+    Pages are decoded one ahead. Queries need no other thread, which would take the interpreter from this one.
+    """
+    data, waiting = bytearray(), deque[tuple[Header, Future[Reading] | None]]()
+    while True:
+        while not waiting or readable(handle):
+            if not (part := os.read(handle, READ_BYTES)):
+                return
+            data += part
+            waiting.extend((job, None) for job in frames(data))
+        decode_ahead(waiting, reader, decoding)
+        job, page = waiting.popleft()
+        yield job, None if page is None else page.result()
+        del page
 
 
-def read_page(reader: PageReader, job: Header) -> Task:
-    if "path" not in job:
-        return job, None, None
+def readable(handle: int) -> bool:
+    return bool(select.select([handle], [], [], 0)[0])
+
+
+def frames(data: bytearray) -> Iterator[Header]:
+    """The jobs that are whole; they are taken from `data`."""
+    while len(data) >= PREFIX:
+        header, arrays = sizes(bytes(data[:PREFIX]))
+        end = PREFIX + header + arrays
+        if len(data) < end:
+            return
+        yield unpack(bytes(data[PREFIX : PREFIX + header]), bytes(data[PREFIX + header : end]))[0]
+        del data[:end]
+
+
+def decode_ahead(waiting: deque[tuple[Header, Future[Reading] | None]], reader: PageReader, decoding: Executor) -> None:
+    """Begins to read the pages of the first jobs that have one: of the next, and of so many after it."""
+    pages = [i for i, (job, _) in enumerate(waiting) if "path" in job]
+    for i in pages[: 1 + AHEAD]:
+        job, page = waiting[i]
+        if page is None:
+            waiting[i] = job, decoding.submit(read_page, reader, job["path"], job["number"])
+
+
+def read_page(reader: PageReader, path: str, number: int) -> Reading:
+    """A page, or the answer that says why there is none; and how many pages the file has."""
     try:
-        page, pages = reader.page(job["path"], job["number"])
+        page, pages = reader.page(path, number)
     except CembedError as error:  # the decoding process does not start
-        return job, None, {"fault": str(error)}
-    job["pages"] = pages
-    if isinstance(page, PageError):
-        return job, None, {"error": page.reason, "pages": pages}
-    return job, page, None
+        return {"fault": str(error)}, 0
+    return ({"error": page.reason, "pages": pages} if isinstance(page, PageError) else page), pages
 
 
-def answer(embedder: Embedder, task: Task) -> Answer:
-    job, page, given = task
-    if given is not None:
-        return given, {}
+def answer(embedder: Embedder, job: Header, reading: Reading | None) -> Answer:
+    page, job["pages"] = reading or (None, 0)
+    if isinstance(page, dict):
+        return page, {}
     try:
         return JOBS[job["kind"]](embedder, job, page)
     except CembedError as error:
-        return {"error": one_line(str(error)), "pages": job.get("pages", 0)}, {}
+        return {"error": one_line(str(error)), "pages": job["pages"]}, {}
     except Exception:
         traceback.print_exc()
         return {"fault": "the worker failed"}, {}

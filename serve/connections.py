@@ -1,0 +1,105 @@
+"""Connections as uvicorn keeps them, with limits that it does not have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cembed.serve.errors import RefusalError, error_body
+from cembed.serve.service import Service
+from cembed.serve.settings import Limits
+
+
+class Answered:
+    """A request that needs no more: what follows of its body is passed over."""
+
+    response_complete, disconnected, keep_alive = True, False, True
+
+    def __init__(self) -> None:
+        self.message_event = asyncio.Event()
+
+
+def refusal_bytes(path: str, refusal: RefusalError) -> bytes:
+    """A whole answer.
+
+    >>> refusal_bytes("/v2/rerank", RefusalError(429, "later", retry_after=2)).splitlines()[::2]
+    [b'HTTP/1.1 429 Too Many Requests', b'content-length: 20', b'']
+    """
+    text = json.dumps(error_body(path, refusal)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(text)), **refusal.headers}
+    lines = [f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}"]
+    lines += [f"{name.lower()}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + text
+
+
+class Connection(HttpToolsProtocol):
+    """Ends connections beyond the limits: those that take long to send the lines of a request, or many of them.
+
+    Where no more requests may wait, one is refused as soon as its lines are there: for the price of reading them, as
+    what is refused would take the time of what is not.
+    """
+
+    limits: Limits
+    service: Service
+    _deadline: asyncio.TimerHandle | None = None
+    _unread = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+        if len(self.connections) > self.limits.connections:
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._unread = 0 if self._deadline is None else self._unread + len(data)
+        if self._unread > self.limits.header:
+            self._expire()
+
+    def _wait(self) -> None:
+        self._done()
+        self._deadline = self.loop.call_later(self.limits.header_time, self._expire)
+
+    def _done(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._wait()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._done()
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.parser.get_method() == b"POST" and self.service.pool.full:
+            self._refuse(self.service.pool.busy())
+        else:
+            super().on_headers_complete()
+
+    def _refuse(self, refusal: RefusalError) -> None:
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        self.service.metrics.answered("other", refusal.status, 0.0)
+        self.cycle = Answered()  # type: ignore[assignment]
+        self.transport.write(refusal_bytes(path, refusal))
+        if self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive():
+            self.transport.close()
+        else:
+            self.on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._done()
+        super().connection_lost(exc)
+
+
+def protocol(service: Service) -> type[Connection]:
+    """What uvicorn makes of each connection to this service."""
+    return type("ServiceConnection", (Connection,), {"limits": service.settings.limits, "service": service})
