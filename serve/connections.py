@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -23,12 +24,14 @@ class Answered:
         self.message_event = asyncio.Event()
 
 
-def refusal_bytes(path: str, refusal: RefusalError) -> bytes:
-    """A whole answer.
+@lru_cache(maxsize=256)
+def refusal_bytes(path: str, message: str, seconds: int) -> bytes:
+    """A whole answer with 429.
 
-    >>> refusal_bytes("/v2/rerank", RefusalError(429, "later", retry_after=2)).splitlines()[::2]
+    >>> refusal_bytes("/v2/rerank", "later", 2).splitlines()[::2]
     [b'HTTP/1.1 429 Too Many Requests', b'content-length: 20', b'']
     """
+    refusal = RefusalError(429, message, code="busy", retry_after=seconds)
     text = json.dumps(error_body(path, refusal)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(text)), **refusal.headers}
     lines = [f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}"]
@@ -87,9 +90,9 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, refusal: RefusalError) -> None:
         path = self.url.partition(b"?")[0].decode("latin-1")
-        self.service.metrics.answered("other", refusal.status, 0.0)
+        self.service.metrics.busy.inc()
         self.cycle = Answered()  # type: ignore[assignment]
-        self.transport.write(refusal_bytes(path, refusal))
+        self.transport.write(refusal_bytes(path, refusal.message, refusal.retry_after or 1))
         if self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive():
             self.transport.close()
         else:

@@ -19,6 +19,7 @@ class Metrics:
             "cembed_request_seconds", "Time of a request.", ("route", "status"), buckets=SECONDS, registry=registry
         )
         self.refused = Counter("cembed_refused", "Requests that were not begun.", ("status",), registry=registry)
+        self.busy = self.refused.labels("429")
         self.left = Counter("cembed_left", "Requests whose client left before the answer.", registry=registry)
         self._pages = Counter("cembed_pages_added", "Pages that were added to the index.", registry=registry)
         self._success = Gauge("cembed_last_success_timestamp_seconds", "The last answer with 200.", registry=registry)

@@ -8,6 +8,7 @@ is `error` in its answer.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -56,6 +57,8 @@ def main() -> None:
         replies.flush()
         return
     replies.flush()
+    gc.collect()
+    gc.freeze()  # or the collector looks at it all again and again
     with reader, ThreadPoolExecutor(1) as decoding:
         for job, page in jobs(sys.stdin.fileno(), reader, decoding):
             replies.write(pack(*answer(embedder, job, page)))
