@@ -21,9 +21,9 @@ from cembed.serve.errors import RefusalError
 from cembed.serve.frames import PREFIX, Array, Header, NonsenseError, pack, sizes, unpack
 from cembed.serve.settings import Limits, WorkerSettings
 
-IN_FLIGHT, PAGES_IN_FLIGHT = 32, 2
-"""Jobs that a worker has at a time, so that it never waits for the next one; those with pages are longer, and dropped
-if their client leaves before their turn. The page of the second is decoded while the first is computed."""
+IN_FLIGHT, PAGES_IN_FLIGHT = 32, 3
+"""Jobs that a worker has at a time, so that it never waits for the next one. Those with pages are longer, and dropped
+if their client leaves before they are handed over: one is computed, one decoded, one is next to be."""
 STREAM = 1 << 22
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"
 START_SECONDS = 600.0
