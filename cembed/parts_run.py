@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.embed.embedder import Embedder
     from cembed.scale.cluster import Progress
+    from cembed.scale.embed import WorkerOptions
     from cembed.scale.rows import RowSchema
 
 SUFFIXES = (".parquet", ".lance")
@@ -53,6 +54,23 @@ class Work:
         skips = bundle.manifest.image.skip_blank if chosen is None else chosen
         return RowSchema(dim, bundle.hash, settings_of(self.page_vectors, self.reading, skips), storage)
 
+    def options(self, schema: RowSchema) -> WorkerOptions:
+        """For processes that make such rows."""
+        from cembed.scale.embed import WorkerOptions
+
+        return WorkerOptions(
+            bundle=str(self.bundle.absolute()),
+            schema=schema,
+            providers=tuple(split(self.engine.provider)),
+            threads=self.engine.threads or 1,
+            max_visual_tokens=self.page_vectors.max_visual_tokens,
+            skip_blank=self.page_vectors.skip_blank,
+            budget=self.page_vectors.budget(),
+            dpi=self.reading.dpi,
+            timeout=self.reading.timeout,
+            max_pixels=self.reading.max_pixels,
+        )
+
 
 def embed_parts(work: Work, out: str, storage: str) -> None:
     """Embeds what `out` does not have yet. Raises CembedError: it has rows of another bundle or other settings."""
@@ -89,23 +107,12 @@ def embed_on_cluster(work: Work, out: str, storage: str, address: str, actors: i
     require_packages("ray", "ray", "pyarrow")
     from cembed.runtime.bundle.bundle import Bundle
     from cembed.scale.cluster import connect, embed_documents
-    from cembed.scale.embed import WorkerOptions, find_sources
+    from cembed.scale.embed import find_sources
     from cembed.scale.parts import Parts, open_store
 
     paths = find_sources(work.paths)
     schema = work.schema(Bundle(work.bundle), storage)
-    options = WorkerOptions(
-        bundle=str(work.bundle.absolute()),
-        schema=schema,
-        providers=tuple(split(work.engine.provider)),
-        threads=work.engine.threads or 1,
-        max_visual_tokens=work.page_vectors.max_visual_tokens,
-        skip_blank=work.page_vectors.skip_blank,
-        budget=work.page_vectors.budget(),
-        dpi=work.reading.dpi,
-        timeout=work.reading.timeout,
-        max_pixels=work.reading.max_pixels,
-    )
+    options = work.options(schema)
     with StopSignals() as signals, Parts(open_store(out), schema) as parts, progress_bar() as progress:
         there, ray = len(parts.done), connect(address)
         task = progress.add_task("embedding", total=len(paths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -45,16 +46,19 @@ def plan(
     Give PATHs that are like the whole. Nothing else should run meanwhile.
     """
     require_packages("scale", "pyarrow")
+    from cembed.parts_run import Work
+    from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.index.index import DEFAULT_STORAGE
     from cembed.runtime.pages.documents import find_documents
-    from cembed.scale.plan import Plan, measure
+    from cembed.scale.plan import Plan, measure_together
     from cembed.scale.plan import spread as spread_over
 
     counts = [whole(text) for text in split(nodes) or ["1", "4", "16", "64"]]
     files = spread_over(find_documents(paths), 2 * sample)
-    one = Engine(engine.provider, engine.threads or 1)
-    embedder = one.load(bundle, page_vectors.max_visual_tokens, skip_blank=page_vectors.skip_blank)
-    found = Plan(measure(embedder, files, reading.reader(), page_vectors.budget(), sample), pages, cores)
+    work = Work(bundle, list(map(str, paths)), page_vectors, reading, engine)
+    options = work.options(work.schema(Bundle(bundle), "f32"))
+    processes = max(1, len(os.sched_getaffinity(0)) // (engine.threads or 1))
+    found = Plan(measure_together(options, files, sample, processes), pages, cores, threads=engine.threads or 1)
     kept = split(storage) or list(DEFAULT_STORAGE)
     rows = [row(found, count, price) for count in counts]
     disk = disk_rows(found, kept, disk_price)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -14,10 +18,14 @@ from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.page_vectors import EmbeddedPage, embed_pages
 from cembed.runtime.pages.documents import PageReader
+from cembed.runtime.plain_files import hash_file
 from cembed.runtime.scoring.storage import STORAGE
+from cembed.scale.embed import WorkerOptions
 
 WARM = 2
 """Pages that are not counted: the first ones open graphs and fill caches."""
+OVERHEAD = 0.0023
+"""Seconds a page of giving it out and writing its row, on one core: measured by `bench/scale.py`."""
 ROW_BYTES = 180
 """Of a row beside its vectors: path, hashes, settings; texts are compressed."""
 LOG_BYTES = 120
@@ -26,7 +34,8 @@ LOG_BYTES = 120
 
 @dataclass(frozen=True)
 class Measured:
-    """Means of `pages` that were embedded with one thread: seconds each, of reading and embedding, and vectors each."""
+    """Means of `pages` that were embedded by processes of one thread, one for each core: seconds each, of reading and
+    embedding, and vectors each."""
 
     pages: int
     read_seconds: float
@@ -37,8 +46,8 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Of one core for a page."""
-        return self.read_seconds + self.embed_seconds
+        """Of one process for a page."""
+        return self.read_seconds + self.embed_seconds + OVERHEAD
 
     def page_bytes(self, storage: str) -> float:
         """Of a page's vectors in a storage type."""
@@ -48,16 +57,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """`pages` on nodes of `cores`, of which `share` does useful work."""
+    """`pages` on nodes of `cores`, of which `share` does useful work, in processes of so many `threads`."""
 
     measured: Measured
     pages: int
     cores: int
     share: float = 0.95
+    threads: int = 1
 
     @property
     def core_hours(self) -> float:
-        return self.pages * self.measured.seconds / 3600 / self.share
+        return self.pages * self.measured.seconds * self.threads / 3600 / self.share
 
     def hours(self, nodes: int) -> float:
         """Until all pages are embedded."""
@@ -87,6 +97,8 @@ def measure(embedder: Embedder, files: Iterable[Path], reader: PageReader, budge
     with reader:
         for i, file in enumerate(files):
             start = time.perf_counter()
+            with contextlib.suppress(CembedError):
+                hash_file(str(file))
             page, _ = reader.page(file, 1 + i % max(1, reader.pages_of(file)))
             between = time.perf_counter()
             made = next(iter(embed_pages(embedder, [page], budget)))
@@ -103,6 +115,28 @@ def measure(embedder: Embedder, files: Iterable[Path], reader: PageReader, budge
     counted = times[min(WARM, len(times) - 1) :]
     read, embedded = (mean(column) for column in zip(*counted, strict=True))
     return Measured(len(counted), read, embedded, mean(vectors), dim, failed)
+
+
+def measure_together(options: WorkerOptions, files: Sequence[Path], pages: int, processes: int) -> Measured:
+    """`measure` in so many processes at a time, as on a node: they share its memory and caches, and slow each other.
+
+    Raises CembedError: none can be read.
+    """
+    shares = [files[i::processes] for i in range(min(processes, len(files)))]
+    with ProcessPoolExecutor(len(shares), get_context("spawn")) as pool:
+        found = list(pool.map(partial(_measure, options, -(-pages // len(shares))), shares))
+    count = sum(each.pages for each in found)
+
+    def average(name: str) -> float:
+        return float(sum(getattr(each, name) * each.pages for each in found) / count)
+
+    failed = sum(each.failed for each in found)
+    read, embedded, vectors = (average(name) for name in ("read_seconds", "embed_seconds", "vectors"))
+    return Measured(count, read, embedded, vectors, found[0].dim, failed)
+
+
+def _measure(options: WorkerOptions, pages: int, files: Sequence[Path]) -> Measured:
+    return measure(options.load(), files, options.reader(), options.budget, pages)
 
 
 def spread(files: Sequence[Path], count: int) -> list[Path]:

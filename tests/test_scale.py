@@ -25,6 +25,7 @@ from cembed.runtime.scoring.storage import STORAGE
 from cembed.scale import parts as parts_module
 from cembed.scale.embed import Files, PageEmbedder, PageSplitter, WorkerOptions, find_sources
 from cembed.scale.parts import Done, Parts, open_store
+from cembed.scale.plan import OVERHEAD
 from cembed.scale.rows import KEY_BYTES, Row, RowSchema
 
 SETTINGS = "[null, null, 1, null, 144]"
@@ -283,7 +284,7 @@ def test_a_plan_is_arithmetic_of_what_was_measured(corpus: Path) -> None:
     command = ("scale", "plan", corpus, "--bundle", SAMPLE, "--pages", 1_000_000, "--sample", 4, "--nodes", "1,10")
     found = json.loads(cembed(*command, "--cores", 8, "--price", 2, "--json").stdout)
     seconds = found["measured"]["read_seconds"] + found["measured"]["embed_seconds"]
-    assert found["core_hours"] == pytest.approx(1_000_000 * seconds / 3600 / 0.95)
+    assert found["core_hours"] == pytest.approx(1_000_000 * (seconds + OVERHEAD) / 3600 / 0.95)
     one, ten = found["nodes"]
     assert one["hours"] == pytest.approx(found["core_hours"] / 8, rel=0.01)
     assert ten["hours"] == pytest.approx(one["hours"] / 10, abs=0.02)
