@@ -37,7 +37,8 @@ from cembed.scale.connectors.target import Place, Scores, Target, connect
 from cembed.scale.connectors.upload import Upload
 
 TOP = 10
-SLOW_QUESTIONS = 300
+SLOW_QUESTIONS = 1200
+"""Of engines that take tens of milliseconds each."""
 FLOATS = ("f32", "f16")
 LEVELS = next(name for name, storage in STORAGE.items() if storage.has_scale)
 
