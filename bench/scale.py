@@ -48,7 +48,7 @@ def steady(counts: Iterator[int], start: float) -> dict[str, float]:
 
 def plain(options: WorkerOptions, files: list[str], threads: int) -> dict[str, float]:
     start = time.perf_counter()
-    embedder = WorkerOptions(options.bundle, options.schema, threads=threads).load()
+    embedder = WorkerOptions(options.bundle, threads=threads, schema=options.schema).load()
     return steady((1 for _ in embed_documents(embedder, files)), start)
 
 
@@ -71,7 +71,7 @@ def in_a_process(side: str, bundle: Path, files: list[str]) -> dict[str, float]:
 
 def child(path: str) -> None:
     given = json.loads(Path(path).read_text())
-    options = WorkerOptions(given["bundle"], RowSchema(256, Bundle(given["bundle"], verify=False).hash, "[]"))
+    options = WorkerOptions(given["bundle"], schema=RowSchema(256, Bundle(given["bundle"], verify=False).hash, "[]"))
     sides: dict[str, Callable[[], dict[str, float]]] = {
         "plain, 2 threads": lambda: plain(options, given["files"], 2),
         "plain, 1 thread": lambda: plain(options, given["files"], 1),

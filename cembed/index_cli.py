@@ -80,8 +80,7 @@ def add(
     options of embedding do not count. Exits with 3 if some pages could not be read, or not without doubt.
     """
     from cembed.index_job import FLUSH_PAGES, Job
-    from cembed.ranking import parse_pairs
-    from cembed.runtime.index.metadata import check_metadata
+    from cembed.runtime.index.metadata import check_metadata, parse_pairs
     from cembed.runtime.pages.documents import find_documents
 
     pairs, kept = parse_pairs("--metadata", tuple(metadata or ())), split([*(storage or ()), *(store or ())])

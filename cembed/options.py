@@ -164,6 +164,19 @@ class Engine:
             )
 
 
+def loading_fields(bundle: Path, page_vectors: PageVectors, reading: Reading, engine: Engine) -> dict[str, Any]:
+    """Fields of a `Loading`, but for `threads` and `prepack`."""
+    return {
+        "bundle": str(bundle.absolute()),
+        "providers": tuple(split(engine.provider)),
+        "max_visual_tokens": page_vectors.max_visual_tokens,
+        "skip_blank": page_vectors.skip_blank,
+        "dpi": reading.dpi,
+        "timeout": reading.timeout,
+        "max_pixels": reading.max_pixels,
+    }
+
+
 def spread(command: Callable[..., Result]) -> Callable[..., Result]:
     """`command` as typer shall see it: in the place of each parameter that is a dataclass, that dataclass's fields."""
     parameters = inspect.signature(command, eval_str=True).parameters

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from cembed.display import complain, progress_bar, say, tokens_text
-from cembed.options import EXIT_INCOMPLETE, Engine, PageVectors, Reading, require_packages, settings_of, split
+from cembed.options import EXIT_INCOMPLETE, Engine, PageVectors, Reading, loading_fields, require_packages, settings_of
+from cembed.scale import SUFFIXES
 from cembed.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from cembed.scale.embed import WorkerOptions
     from cembed.scale.rows import RowSchema
 
-SUFFIXES = (".parquet", ".lance")
 MANY_PAGES = 50_000
 
 
@@ -58,18 +58,9 @@ class Work:
         """For processes that make such rows."""
         from cembed.scale.embed import WorkerOptions
 
-        return WorkerOptions(
-            bundle=str(self.bundle.absolute()),
-            schema=schema,
-            providers=tuple(split(self.engine.provider)),
-            threads=self.engine.threads or 1,
-            max_visual_tokens=self.page_vectors.max_visual_tokens,
-            skip_blank=self.page_vectors.skip_blank,
-            budget=self.page_vectors.budget(),
-            dpi=self.reading.dpi,
-            timeout=self.reading.timeout,
-            max_pixels=self.reading.max_pixels,
-        )
+        fields = loading_fields(self.bundle, self.page_vectors, self.reading, self.engine)
+        threads = self.engine.threads or 1
+        return WorkerOptions(**fields, threads=threads, schema=schema, budget=self.page_vectors.budget())
 
 
 def embed_parts(work: Work, out: str, storage: str) -> None:

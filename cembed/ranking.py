@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from cembed.runtime.bundle.vectors import VectorFile, Vectors
 from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
+from cembed.runtime.index.metadata import parse_pairs
 from cembed.runtime.index.search import Stage
 from cembed.runtime.index.shards import Shards
 from cembed.runtime.pages.documents import PageReader, require_pages
@@ -148,29 +148,6 @@ class IndexPages:
         info = index.info(row["id"], row["index"]) if isinstance(index, Shards) else index.info(row["id"])
         then = Path(info.folder or "") / info.source
         return Origin(then if then.exists() else Path(info.source), info.page, info.vectors)
-
-
-def parse_pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Metadata from the command line: values are JSON where they can be, text otherwise. Raises CembedError.
-
-    >>> parse_pairs("--where", ("year=2024", "lang=de", "title=a=b", "name=NaN"))
-    {'year': 2024, 'lang': 'de', 'title': 'a=b', 'name': 'NaN'}
-    """
-    metadata = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise CembedError(f"{option} {pair!r}: give KEY=VALUE")
-        try:
-            metadata[key] = json.loads(value, parse_constant=refuse_constant)
-        except (ValueError, RecursionError):
-            metadata[key] = value
-    return metadata
-
-
-def refuse_constant(name: str) -> float:
-    """Python's parser takes NaN and Infinity, which JSON does not have."""
-    raise ValueError(name)
 
 
 def embed_image(embedder: Embedder, path: Path, budget: Budget) -> Vectors:

@@ -12,6 +12,7 @@ from cembed.options import (
     Engine,
     PageVectors,
     Reading,
+    loading_fields,
     require_packages,
     settings_of,
     split,
@@ -62,20 +63,12 @@ def serve(
     Listens on this machine only, unless told otherwise. Ends with SIGTERM or Ctrl-C, once what was begun is answered.
     """
     require_packages("serve", *PACKAGES)
+    from cembed.runtime.embed.loading import Loading
     from cembed.serve.app import serve as run
-    from cembed.serve.settings import Limits, Settings, WorkerSettings
+    from cembed.serve.settings import Limits, Settings
 
-    worker = WorkerSettings(
-        bundle=bundle.absolute(),
-        providers=tuple(split(engine.provider)),
-        threads=engine.threads,
-        prepack=True if workers == 1 else None,
-        max_visual_tokens=page_vectors.max_visual_tokens,
-        skip_blank=page_vectors.skip_blank,
-        dpi=reading.dpi,
-        timeout=reading.timeout,
-        max_pixels=reading.max_pixels,
-    )
+    fields = loading_fields(bundle, page_vectors, reading, engine)
+    worker = Loading(**fields, threads=engine.threads, prepack=True if workers == 1 else None)
     settings = Settings(
         worker=worker,
         index=index,

@@ -4,3 +4,6 @@
 
 Nothing here is imported by the runtime, and every engine is an extra of its own.
 """
+
+SUFFIXES = (".parquet", ".lance")
+"""Of folders of parts."""

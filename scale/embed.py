@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import fs as filesystems
 
 from cembed.runtime.embed.embedder import FULL, Budget, Embedder
+from cembed.runtime.embed.loading import Loading
 from cembed.runtime.errors import CembedError
 from cembed.runtime.page_vectors import EmbeddedPage, embed_pages
 from cembed.runtime.pages.documents import SUFFIXES, Page, PageError, PageReader, find_documents
@@ -104,41 +105,23 @@ def row_of(page: EmbeddedPage | PageError, sha256: str) -> Row:
 
 
 @dataclass(frozen=True)
-class WorkerOptions:
-    """What a process of a cluster needs to embed: arguments of `Embedder.load`, `PageReader` and `Budget`.
+class WorkerOptions(Loading):
+    """What a process of a cluster needs to embed pages into rows of `schema`.
 
     Vectors are those of `cembed embed`, bit for bit, with the same `threads` and `prepack`. `prepack=None` maps weights
     that processes of a machine then share; with int8 weights the last bits may differ.
     """
 
-    bundle: str
-    schema: RowSchema
-    providers: tuple[str, ...] = ()
     threads: int | None = 1
-    prepack: bool | None = True
-    max_visual_tokens: int | None = None
-    skip_blank: bool | None = None
+    schema: RowSchema = field(kw_only=True)
     budget: Budget = FULL
-    dpi: float = 144.0
-    timeout: float = 60.0
-    max_pixels: int = 100_000_000
 
     def load(self) -> Embedder:
         """Raises CembedError: another bundle than that of the rows, or one that cannot be opened."""
-        embedder = Embedder.load(
-            self.bundle,
-            providers=self.providers or None,
-            threads=self.threads,
-            prepack=self.prepack,
-            max_visual_tokens=self.max_visual_tokens,
-            skip_blank=self.skip_blank,
-        )
+        embedder = super().load()
         if embedder.bundle.hash != self.schema.bundle:
             raise CembedError(f"{self.bundle} is another bundle here than where the work was given out")
         return embedder
-
-    def reader(self) -> PageReader:
-        return PageReader(dpi=self.dpi, timeout=self.timeout, max_pixels=self.max_pixels)
 
 
 class Files:

@@ -22,9 +22,10 @@ from pyarrow import fs as filesystems
 from pyarrow import parquet
 
 from cembed.runtime.errors import CembedError, missing_extra
+from cembed.runtime.writer import sync
+from cembed.scale import SUFFIXES
 from cembed.scale.rows import KEY_BYTES, Row, RowSchema, keys_of
 
-SUFFIXES = (".parquet", ".lance")
 PART_ROWS = 2048
 PART_BYTES = 64 << 20
 FLUSH_SECONDS = 30.0
@@ -85,10 +86,10 @@ class ParquetStore:
             with parquet.ParquetWriter(file, batch.schema, compression="zstd", use_dictionary=texts) as writer:
                 writer.write_batch(batch)
         if isinstance(self._fs, filesystems.LocalFileSystem):
-            sync(Path(f"{part}.tmp"))
+            sync([Path(f"{part}.tmp")])
         self._fs.move(f"{part}.tmp", part)
         if isinstance(self._fs, filesystems.LocalFileSystem):
-            sync(Path(self._root))
+            sync([Path(self._root)])
         self._next += 1
 
 
@@ -137,14 +138,6 @@ def open_filesystem(path: str) -> tuple[Any, str]:
         return filesystems.LocalFileSystem(), os.path.abspath(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise CembedError(f"{path}: {error}") from error
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Done:

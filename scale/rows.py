@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -205,7 +205,3 @@ def keys_of(batch: Any) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         np.frombuffer(chunk.buffers()[1], f"S{KEY_BYTES}")[chunk.offset : chunk.offset + len(chunk)] for chunk in chunks
     ]
     return np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *parts])
-
-
-def errors(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row.error is not None]

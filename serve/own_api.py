@@ -13,7 +13,9 @@ from pydantic import BaseModel, Field
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
-from cembed.runtime.index.metadata import check_metadata
+from cembed.runtime.index.metadata import check_metadata, parse_pairs
+from cembed.runtime.index.search import Hit
+from cembed.runtime.index.views import PageInfo
 from cembed.serve.errors import RefusalError
 from cembed.serve.inputs import File, Item, Text
 from cembed.serve.responses import refusals, service_of
@@ -105,17 +107,22 @@ class SearchResponse(BaseModel):
 
 
 def where_of(pairs: list[str] | None) -> dict[str, Any]:
-    """KEY=VALUE, whose values are JSON where they can be. Raises RefusalError."""
-    found = dict[str, Any]()
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise RefusalError(400, f"where {pair[:50]!r}: give KEY=VALUE", "where")
-        with contextlib.suppress(ValueError, RecursionError):
-            found[key] = json.loads(value)
-            continue
-        found[key] = value
-    return found
+    """Raises RefusalError: no KEY=VALUE."""
+    try:
+        return parse_pairs("where", pairs or ())
+    except CembedError as error:
+        raise RefusalError(400, str(error), "where") from None
+
+
+def about(page: Hit | PageInfo) -> dict[str, Any]:
+    """What is told of a page wherever it is named."""
+    return {
+        "id": str(page.serial),
+        "source": shown_source(page),
+        "page": page.page,
+        "metadata": dict(page.metadata),
+        "warning": page.warning,
+    }
 
 
 async def searched(service: Service, item: Item, top: int, where: list[str] | None, source: str | None) -> Any:
@@ -127,17 +134,7 @@ async def searched(service: Service, item: Item, top: int, where: list[str] | No
         hits = (await shelf.search(query, top, filters, source)).hits
     except CembedError as error:
         raise RefusalError(422, str(error)) from None
-    pages = [
-        {
-            "id": str(hit.serial),
-            "source": shown_source(hit),
-            "page": hit.page,
-            "score": hit.score,
-            "metadata": dict(hit.metadata),
-            "warning": hit.warning,
-        }
-        for hit in hits
-    ]
+    pages = [{**about(hit), "score": hit.score} for hit in hits]
     return {"pages": pages, "total": len(shelf.index)}
 
 
@@ -246,14 +243,7 @@ class PageAbout(BaseModel):
 async def page_about(request: Request, page: Serial) -> Any:
     """What is told of a page."""
     found = service_of(request).find(page)
-    return {
-        "id": str(found.serial),
-        "source": shown_source(found),
-        "page": found.page,
-        "vectors": found.vectors,
-        "metadata": dict(found.metadata),
-        "warning": found.warning,
-    }
+    return {**about(found), "vectors": found.vectors}
 
 
 @router.get("/pages/{page}/thumbnail", response_class=Response, responses={200: PICTURE, 304: SAME})

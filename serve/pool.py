@@ -16,10 +16,11 @@ from typing import Any
 
 import anyio
 
+from cembed.runtime.embed.loading import Loading
 from cembed.runtime.errors import CembedError
 from cembed.serve.errors import RefusalError
 from cembed.serve.frames import PREFIX, Array, Header, NonsenseError, pack, sizes, unpack
-from cembed.serve.settings import Limits, WorkerSettings
+from cembed.serve.settings import Limits
 
 IN_FLIGHT, PAGES_IN_FLIGHT = 32, 3
 """Jobs that a worker has at a time, so that it never waits for the next one. Those with pages are longer, and dropped
@@ -45,7 +46,7 @@ class LostError(Exception):
 class Worker:
     """One process; answers come in the order of the jobs."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: Loading) -> None:
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
         self._pending: deque[asyncio.Future[Reply]] = deque()
@@ -61,7 +62,7 @@ class Worker:
 
     async def start(self) -> float:
         """Gives the lowest cosine of the self-test. Raises CembedError: what keeps the worker from starting."""
-        settings = json.dumps({**asdict(self._settings), "bundle": str(self._settings.bundle)})
+        settings = json.dumps(asdict(self._settings))
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", BOOT, settings, *map(str, sys.path), stdin=PIPE, stdout=PIPE, limit=STREAM
         )
@@ -133,7 +134,7 @@ class Worker:
 class Pool:
     """`workers` processes, and the requests that wait for them in the order of their coming."""
 
-    def __init__(self, settings: WorkerSettings, workers: int, limits: Limits) -> None:
+    def __init__(self, settings: Loading, workers: int, limits: Limits) -> None:
         self._limits, self.requests, self.cosine = limits, 0, 1.0
         self.capacity = workers * IN_FLIGHT
         self._workers = [Worker(settings) for _ in range(workers)]

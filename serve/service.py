@@ -150,14 +150,11 @@ class Service:
 
     async def embed(self, item: Item, budget: Budget) -> Vectors:
         """Vectors of a query, or of the first page of a file. Raises RefusalError."""
-        return (await self._embed(item, budget))[1]["vectors"]
-
-    async def _embed(self, item: Item, budget: Budget, number: int = 1, **more: Any) -> Reply:
         if isinstance(item, Text):
             job = {"kind": "query", "budget": astuple(budget), "text": self.check_text(item.text)}
-            return await self.pool.run(job)
+            return (await self.pool.run(job))[1]["vectors"]
         with self.stored(item.data) as path:
-            return await self.page(path, number, budget, **more)
+            return (await self.page(path, 1, budget))[1]["vectors"]
 
     async def page(self, path: Path, number: int, budget: Budget, **more: Any) -> Reply:
         """A page of a file: `vectors`, how many `pages` the file has, and more that is asked. Raises RefusalError."""

@@ -6,24 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cembed.runtime.embed.embedder import FULL, Budget
+from cembed.runtime.embed.loading import Loading
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How a worker embeds: arguments of `Embedder.load` and `PageReader`."""
-
-    bundle: Path
-    providers: tuple[str, ...] = ()
-    threads: int | None = None
-    prepack: bool | None = True
-    max_visual_tokens: int | None = None
-    skip_blank: bool | None = None
-    dpi: float = 144.0
-    timeout: float = 60.0
-    max_pixels: int = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class Limits:
 class Settings:
     """One server. `page_settings` is what vectors of pages depend on beside a file's bytes; see `page_content`."""
 
-    worker: WorkerSettings
+    worker: Loading
     index: Path | None = None
     read_only: bool = False
     name: str = ""

@@ -18,7 +18,7 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.index.files import CURRENT
 from cembed.runtime.index.index import Index
 from cembed.runtime.index.new_pages import NewPage
-from cembed.runtime.index.search import Found
+from cembed.runtime.index.search import Found, Hit
 from cembed.runtime.index.views import PageInfo
 
 REFRESH_SECONDS = 1.0
@@ -103,10 +103,9 @@ def source_path(page: PageInfo) -> Path | None:
     return Path(page.folder) / page.source if page.folder else None
 
 
-def shown_source(page: PageInfo | Any) -> str:
+def shown_source(page: PageInfo | Hit) -> str:
     """A page's source as clients see it: the name of a file whose folder is this machine's own business."""
-    source: str = page.source
-    return os.path.basename(source) if os.path.isabs(source) else source
+    return os.path.basename(page.source) if os.path.isabs(page.source) else page.source
 
 
 class Pictures:

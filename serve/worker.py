@@ -25,11 +25,11 @@ import numpy as np
 from PIL import Image
 
 from cembed.runtime.embed.embedder import Budget, Embedder
+from cembed.runtime.embed.loading import Loading
 from cembed.runtime.errors import CembedError, one_line
 from cembed.runtime.pages.documents import Page, PageError, PageReader
 from cembed.runtime.verify import self_test
 from cembed.serve.frames import PREFIX, Array, Header, pack, sizes, unpack
-from cembed.serve.settings import WorkerSettings
 
 AHEAD = 1
 """Pages that are decoded before their turn."""
@@ -48,9 +48,12 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the server ends it, by closing its input
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints may get among the replies
-    settings = WorkerSettings(**json.loads(sys.argv[1]))
+    settings = Loading(**json.loads(sys.argv[1]))
     try:
-        embedder, reader = load(settings)
+        embedder = settings.load()
+        embedder.prepare("document")
+        embedder.prepare("query")
+        reader = settings.reader()
         replies.write(pack({"cosine": checked(embedder)}))
     except CembedError as error:
         replies.write(pack({"error": str(error)}))
@@ -65,21 +68,6 @@ def main() -> None:
             replies.flush()
             del page  # it may be the largest thing in memory
     os._exit(0)
-
-
-def load(settings: WorkerSettings) -> tuple[Embedder, PageReader]:
-    """Opened and ready for pages and queries. Raises CembedError: the bundle or its engine is not as it should be."""
-    embedder = Embedder.load(
-        settings.bundle,
-        providers=settings.providers or None,
-        threads=settings.threads,
-        prepack=settings.prepack,
-        max_visual_tokens=settings.max_visual_tokens,
-        skip_blank=settings.skip_blank,
-    )
-    embedder.prepare("document")
-    embedder.prepare("query")
-    return embedder, PageReader(dpi=settings.dpi, timeout=settings.timeout, max_pixels=settings.max_pixels)
 
 
 def checked(embedder: Embedder) -> float:

@@ -23,10 +23,11 @@ BOOT = """
 import sys, json
 from pathlib import Path
 from cembed.serve.app import serve
-from cembed.serve.settings import Limits, Settings, WorkerSettings
+from cembed.runtime.embed.loading import Loading
+from cembed.serve.settings import Limits, Settings
 given = json.loads(sys.argv[1])
 paths = {name: Path(given.pop(name)) for name in ("index",) if given.get(name)}
-worker = WorkerSettings(Path(given.pop("bundle")), **given.pop("worker", {}))
+worker = Loading(given.pop("bundle"), **given.pop("worker", {}))
 limits = Limits(**given.pop("limits", {}))
 serve(Settings(worker, port=0, limits=limits, **paths, **given))
 """

@@ -22,6 +22,7 @@ from cembed.runtime import Bundle, PageError, PageReader
 from cembed.runtime.errors import CembedError
 from cembed.runtime.page_vectors import embed_documents
 from cembed.runtime.scoring.storage import STORAGE
+from cembed.scale import SUFFIXES
 from cembed.scale import parts as parts_module
 from cembed.scale.embed import Files, PageEmbedder, PageSplitter, WorkerOptions, find_sources
 from cembed.scale.parts import Done, Parts, open_store
@@ -57,7 +58,7 @@ def rows_of_many(count: int, dim: int = 16) -> list[Row]:
 
 
 @pytest.mark.parametrize("storage", STORED)
-@pytest.mark.parametrize("suffix", parts_module.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_rows_come_back(tmp_path: Path, storage: str, suffix: str) -> None:
     out = tmp_path / f"rows{suffix}"
     made = rows_of_many(20)
@@ -183,7 +184,7 @@ def expected(corpus: Path) -> dict[tuple[str, int | None], Any]:
 
 
 def load_sample_one_thread() -> Any:
-    return WorkerOptions(str(SAMPLE), schema()).load()
+    return WorkerOptions(str(SAMPLE), schema=schema()).load()
 
 
 def compare(rows: Sequence[Row], expected: dict[tuple[str, int | None], Any]) -> None:
@@ -199,7 +200,7 @@ def compare(rows: Sequence[Row], expected: dict[tuple[str, int | None], Any]) ->
 
 
 def test_a_splitter_and_an_embedder_do_it_all(corpus: Path, expected: dict[Any, Any]) -> None:
-    options = WorkerOptions(str(SAMPLE), schema())
+    options = WorkerOptions(str(SAMPLE), schema=schema())
     splitter = PageSplitter(options, np.empty(0, f"S{KEY_BYTES}"))
     pages = splitter({"path": sorted(map(str, corpus.iterdir()))})
     table = PageEmbedder(options)(pages)
@@ -213,7 +214,7 @@ def test_a_splitter_and_an_embedder_do_it_all(corpus: Path, expected: dict[Any, 
 def test_documents_in_a_column_of_bytes(corpus: Path, expected: dict[Any, Any]) -> None:
     files = sorted(path for path in corpus.iterdir() if path.suffix in (".pdf", ".jpg"))
     given = {"path": list(map(str, files)), "bytes": [path.read_bytes() for path in files]}
-    rows = list(schema().rows(PageEmbedder(WorkerOptions(str(SAMPLE), schema()))(given)))
+    rows = list(schema().rows(PageEmbedder(WorkerOptions(str(SAMPLE), schema=schema()))(given)))
     here = {os.path.abspath(path) for path in files}
     compare(rows, {key: value for key, value in expected.items() if key[0] in here})
 
@@ -221,7 +222,7 @@ def test_documents_in_a_column_of_bytes(corpus: Path, expected: dict[Any, Any]) 
 def test_a_file_that_changes_between_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "page.jpg"
     shutil.copy(sample_pages(1)[0], file)
-    options = WorkerOptions(str(SAMPLE), schema())
+    options = WorkerOptions(str(SAMPLE), schema=schema())
     pages = PageSplitter(options, np.empty(0, f"S{KEY_BYTES}"))({"path": [str(file)]})
     embedder = PageEmbedder(options)
     shutil.copy(sample_pages(2)[1], file)
@@ -387,7 +388,7 @@ def test_two_thousand_pages(tmp_path: Path, ray_cluster: Any, engine: str) -> No
 
         from cembed.scale.frames import batches, embed_frame
 
-        options = WorkerOptions(str(SAMPLE), schema())
+        options = WorkerOptions(str(SAMPLE), schema=schema())
         with Parts(open_store(out), schema()) as parts:
             frame = embed_frame(daft.from_pydict({"path": sorted(map(str, folder.iterdir()))}), options, 2)
             for batch in batches(frame, options):
@@ -410,7 +411,7 @@ def test_daft(tmp_path: Path, corpus: Path, expected: dict[Any, Any]) -> None:
     daft = pytest.importorskip("daft")
     from cembed.scale.frames import batches, embed_frame
 
-    options = WorkerOptions(str(SAMPLE), schema())
+    options = WorkerOptions(str(SAMPLE), schema=schema())
     files = sorted(map(str, corpus.iterdir()))
     added = []
     for _ in range(2):

@@ -7,7 +7,7 @@ Names that start with `cembed:` are cembed's own: `cembed:warning` is why someth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -115,3 +115,26 @@ def canonical(text: str) -> str:
     True
     """
     return json.dumps(json.loads(text), sort_keys=True)
+
+
+def parse_pairs(option: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Metadata that a person wrote: values are JSON where they can be, text otherwise. Raises CembedError.
+
+    >>> parse_pairs("--where", ("year=2024", "lang=de", "title=a=b", "name=NaN"))
+    {'year': 2024, 'lang': 'de', 'title': 'a=b', 'name': 'NaN'}
+    """
+    metadata = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise CembedError(f"{option} {pair!r}: give KEY=VALUE")
+        try:
+            metadata[key] = json.loads(value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            metadata[key] = value
+    return metadata
+
+
+def _refuse_constant(name: str) -> float:
+    """Python's parser takes NaN and Infinity, which JSON does not have."""
+    raise ValueError(name)

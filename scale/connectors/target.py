@@ -113,7 +113,7 @@ class Target(ABC):
 
     def rows(self) -> Iterator[Row]:
         """All points as rows of an index, in any order."""
-        raise NotImplementedError
+        raise CembedError(f"{self.engine}: nothing can be read back")
 
     def close(self) -> None:  # noqa: B027
         """Whatever ended the run."""
