@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cembed.runtime.page_vectors import EmbeddedPage, embed_documents, embed_pages
     from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
     from cembed.runtime.scoring.maxsim import maxsim
+    from cembed.runtime.updates.deploy import deploy, rollback
+    from cembed.runtime.updates.versions import current_hash
 
 _MODULES = {
     "Budget": "embed.embedder",
@@ -34,10 +36,13 @@ _MODULES = {
     "PageReader": "pages.documents",
     "Shards": "index.shards",
     "VectorFile": "bundle.vectors",
+    "current_hash": "updates.versions",
+    "deploy": "updates.deploy",
     "embed_documents": "page_vectors",
     "embed_pages": "page_vectors",
     "find_documents": "pages.documents",
     "maxsim": "scoring.maxsim",
+    "rollback": "updates.deploy",
 }
 
 __all__ = [
@@ -54,10 +59,13 @@ __all__ = [
     "PageReader",
     "Shards",
     "VectorFile",
+    "current_hash",
+    "deploy",
     "embed_documents",
     "embed_pages",
     "find_documents",
     "maxsim",
+    "rollback",
 ]
 
 

@@ -1,4 +1,5 @@
-"""Every change to the files of an index, in one small class that tests replace by one that fails, kills or records."""
+"""Every change to the files of an index, or of versions of a bundle, in one small class: tests replace it by one that
+fails, kills or records."""
 
 from __future__ import annotations
 
@@ -47,6 +48,18 @@ class Disk:
 
     def remove(self, path: Path) -> None:
         path.unlink()
+
+    def remove_folder(self, path: Path) -> None:
+        """An empty one."""
+        path.rmdir()
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name of a file."""
+        os.link(source, target)
+
+    def make_link(self, text: str, path: Path) -> None:
+        """A symbolic link to `text`."""
+        os.symlink(text, path)
 
     def sync_folder(self, path: Path) -> None:
         """Waits until the names in a folder are on disk."""

@@ -73,11 +73,11 @@ class Bundle:
 
     Raises CembedError: no such directory, no or a newer manifest, one that does not match its digest or contradicts
     itself, a file that is missing, changed, a link, unlisted. A bundle of schema 1, whose manifest has no digest, is a
-    RuntimeWarning.
+    RuntimeWarning. Where `root` is a link, it is followed once: later it may lead to another bundle.
     """
 
     def __init__(self, root: str | Path, *, verify: bool = True) -> None:
-        self.root = Path(root)
+        self.root = Path(os.path.realpath(root)) if os.path.islink(Path(root)) else Path(root)
         self.manifest, self.hash = read_manifest(self.root)
         self._lock = threading.Lock()
         self._hashes: dict[str, Future[str]] = {}

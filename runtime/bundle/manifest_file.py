@@ -105,6 +105,13 @@ def hash_of(content: bytes, manifest: Manifest) -> str:
     return claimed
 
 
+def claimed_hash(content: bytes) -> str:
+    """`hash_of` of a manifest that is not read, only looked at: cheap enough to be asked every second. Whoever opens
+    the bundle finds out whether it is right."""
+    upgraded_from = re.search(_mark("([0-9a-f]{64})"), content)
+    return upgraded_from[1].decode() if upgraded_from else hashlib.sha256(content).hexdigest()
+
+
 def _mark(claimed: str) -> bytes:
     return f'"upgraded_from": "{claimed}", '.encode()
 

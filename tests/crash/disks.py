@@ -9,6 +9,7 @@ import signal
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 from cembed.runtime.disk import Disk
 
@@ -68,12 +69,30 @@ class FaultyDisk(Disk):
             self._fail()
         super().remove(path)
 
+    def remove_folder(self, path: Path) -> None:
+        if self._step():
+            self._fail()
+        super().remove_folder(path)
+
+    def link(self, source: Path, target: Path) -> None:
+        if self._step():
+            self._fail()
+        super().link(source, target)
+
+    def make_link(self, text: str, path: Path) -> None:
+        if self._step():
+            self._fail()
+        super().make_link(text, path)
+
     def sync_folder(self, path: Path) -> None:
         if self._step():
             self._fail()
 
 
 ERRORS = (errno.EIO, errno.ENOSPC)
+Node = TypeVar("Node")
+Change: TypeAlias = "tuple[str, Node | None, str | None]"
+"""What a name is from now on, None for nothing, and the name that goes."""
 
 
 @dataclass
@@ -170,18 +189,20 @@ class RecordingDisk(Disk):
 
     def cut_power(self, rng: random.Random, target: Path) -> None:
         """Writes one of the states that may be left into the empty folder `target`."""
-        for name, file in self._kept_names(rng).items():
+        for name, file in kept_names(self.durable_names, self.pending_names, rng).items():
             (target / name).write_bytes(kept_bytes(file, rng))
 
-    def _kept_names(self, rng: random.Random) -> dict[str, File]:
-        names, style, pending = dict(self.durable_names), rng.random(), self.pending_names
-        kept = pending[: rng.randint(0, len(pending))] if style < 0.5 else [p for p in pending if rng.random() < style]
-        for change in kept:
-            change_names(names, *change)
-        return names
+
+def kept_names(durable: dict[str, Node], pending: list[Change[Node]], rng: random.Random) -> dict[str, Node]:
+    """What is durable, and of the changes since the first ones, or some."""
+    names, style = dict(durable), rng.random()
+    kept = pending[: rng.randint(0, len(pending))] if style < 0.5 else [p for p in pending if rng.random() < style]
+    for change in kept:
+        change_names(names, *change)
+    return names
 
 
-def change_names(names: dict[str, File], name: str, file: File | None, gone: str | None) -> None:
+def change_names(names: dict[str, Node], name: str, file: Node | None, gone: str | None) -> None:
     if gone is not None:
         names.pop(gone, None)
     if file is None:
@@ -204,3 +225,96 @@ def kept_bytes(file: File, rng: random.Random) -> bytes:
         if rng.random() < share:
             change_bytes(content, *piece)
     return bytes(content)
+
+
+@dataclass
+class Names:
+    """A folder: what each name is now, what it is for sure, and what was done since. A text is a symbolic link."""
+
+    now: dict[str, File | Names | str] = field(default_factory=dict)
+    durable: dict[str, File | Names | str] = field(default_factory=dict)
+    pending: list[tuple[str, File | Names | str | None, str | None]] = field(default_factory=list)
+
+    def change(self, name: str, node: File | Names | str | None, gone: str | None = None) -> None:
+        self.pending.append((name, node, gone))
+        change_names(self.now, name, node, gone)
+
+    def settle(self) -> None:
+        for change in self.pending:
+            change_names(self.durable, *change)
+        self.pending.clear()
+
+    def write(self, rng: random.Random, target: Path) -> None:
+        """One of the states that may be left."""
+        for name, node in kept_names(self.durable, self.pending, rng).items():
+            if isinstance(node, Names):
+                (target / name).mkdir()
+                node.write(rng, target / name)
+            elif isinstance(node, str):
+                (target / name).symlink_to(node)
+            else:
+                (target / name).write_bytes(kept_bytes(node, rng))
+
+
+class TreeDisk(RecordingDisk):
+    """The same with folders and links in a folder, which is empty at first: each folder is synced by itself."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.root = Names()
+
+    def _of(self, path: Path) -> Names:
+        found = self.root
+        for name in path.relative_to(self.folder).parts:
+            inner = found.now[name]
+            assert isinstance(inner, Names)
+            found = inner
+        return found
+
+    def _changed(self, path: Path, node: File | Names | str | None, gone: str | None = None) -> None:
+        if path != self.folder:
+            self._of(path.parent).change(path.name, node, gone)
+        self._done()
+
+    def make_folder(self, path: Path) -> None:
+        Disk.make_folder(self, path)
+        self._changed(path, Names())
+
+    def create(self, path: Path) -> int:
+        handle = Disk.create(self, path)
+        self._open[handle] = File()
+        self._changed(path, self._open[handle])
+        return handle
+
+    def rename(self, source: Path, target: Path) -> None:
+        Disk.rename(self, source, target)
+        node = self._of(source.parent).now[source.name]
+        if source.parent == target.parent:
+            self._changed(target, node, source.name)
+        else:
+            self._of(source.parent).change(source.name, None)
+            self._changed(target, node)
+
+    def remove(self, path: Path) -> None:
+        Disk.remove(self, path)
+        self._changed(path, None)
+
+    def remove_folder(self, path: Path) -> None:
+        Disk.remove_folder(self, path)
+        self._changed(path, None)
+
+    def link(self, source: Path, target: Path) -> None:
+        Disk.link(self, source, target)
+        self._changed(target, self._of(source.parent).now[source.name])
+
+    def make_link(self, text: str, path: Path) -> None:
+        Disk.make_link(self, text, path)
+        self._changed(path, text)
+
+    def sync_folder(self, path: Path) -> None:
+        if path.is_relative_to(self.folder):
+            self._of(path).settle()
+        self._done()
+
+    def cut_power(self, rng: random.Random, target: Path) -> None:
+        self.root.write(rng, target)

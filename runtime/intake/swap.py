@@ -1,0 +1,87 @@
+"""An index in the place of another, at once, while others read the old one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+from cembed.runtime.errors import CembedError
+from cembed.runtime.index.files import CURRENT
+from cembed.runtime.intake.ledger import ledger_path
+from cembed.runtime.intake.opening import bundle_of
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
+
+
+def next_path(index: Path) -> Path:
+    """Where an index is made that is to take the place of another."""
+    return index.with_name(f"{index.name}.next")
+
+
+def before_path(index: Path) -> Path:
+    """Where the old one goes, if it has pages that the new one lacks."""
+    return index.with_name(f"{index.name}.before")
+
+
+def mend(index: Path, bundle: str) -> None:
+    """Ends a swap that was interrupted, to an index of this bundle. Raises CembedError."""
+    new, old = next_path(index), before_path(index)
+    if not os.path.lexists(index) and bundle_of(old) is not None:  # between the two renames
+        _rename(new if bundle_of(new) == bundle else old, index)
+    if bundle_of(index) == bundle and bundle_of(new) is not None:  # after the exchange
+        remove(old)
+        _rename(new, old)
+    elif bundle_of(new) not in (None, bundle):  # of a bundle that was there in between
+        remove(new)
+
+
+def swap(index: Path, keep: bool) -> None:
+    """Puts the index at `next_path` where `index` is; both are closed. Raises CembedError: it is as before.
+
+    The old one is removed, or goes to `before_path`.
+    """
+    remove(before_path(index))
+    if _exchange(next_path(index), index):
+        _rename(next_path(index), before_path(index))
+    else:
+        _rename(index, before_path(index))
+        _rename(next_path(index), index)
+    if os.path.lexists(ledger_path(next_path(index))):
+        os.replace(ledger_path(next_path(index)), ledger_path(index))
+    _sync_folder(index)
+    if not keep:
+        remove(before_path(index))
+
+
+def remove(index: Path) -> None:
+    """Takes an index away, and what is beside it. Raises CembedError."""
+    try:
+        if index.is_dir():
+            (index / CURRENT).unlink(missing_ok=True)  # from here on it is none
+            shutil.rmtree(index)
+        ledger_path(index).unlink(missing_ok=True)
+    except OSError as error:
+        raise CembedError(f"cannot remove {index}: {error.strerror or error}") from error
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Both names change their places in one step, where the system and the disk can do that."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def _rename(path: Path, to: Path) -> None:
+    try:
+        os.rename(path, to)
+    except OSError as error:
+        raise CembedError(f"cannot rename {path} to {to}: {error.strerror or error}") from error
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
