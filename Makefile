@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-crash lint docs test-native test-library test-arm fuzz clean
+.PHONY: demo test test-oldest test-crash lint docs test-native test-library test-arm fuzz wheels deb clean
 
 demo: $(VENV)/ready
 	$(BIN)/python samples/demo.py
@@ -99,6 +99,20 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The sdist and the wheels, twice, to see that they are the same; the Debian packages. Into dist/; docs/packages.md says more.
+TOOLS := build/packages/tools
+
+wheels: $(TOOLS)/ready
+	$(TOOLS)/bin/python packaging/wheels.py --check
+
+deb: $(TOOLS)/ready
+	$(TOOLS)/bin/python packaging/deb.py
+
+$(TOOLS)/ready: packaging/requirements.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --requirement $<
+	touch $@
 
 # Writes the help texts into docs/cli.md, and the site into build/site; a test checks that both are right.
 docs: $(VENV)/ready

@@ -2,6 +2,8 @@
 // what they multiply from registers; ONNX Runtime in float32 does 300.
 #include "attention.h"
 
+#include "processor.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
@@ -132,10 +134,7 @@ INLINE void narrow(const float *from, int64_t count, int64_t size, float factor,
 
 }  // namespace
 
-bool supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-}
+bool supported() { return processor::has_avx512_f_bw_vl() && processor::has_avx512_bf16(); }
 
 size_t packed_size(const Shape &shape) { return size_t(shape.all_heads() * Layout(shape).bytes()); }
 

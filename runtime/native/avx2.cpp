@@ -1,4 +1,5 @@
 // x86 with AVX2, FMA and F16C.
+#include "processor.h"
 #include "query.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -161,7 +162,7 @@ const Kernels *avx2() {
     static const Packing packing = {Avx2::WIDTH, true};
     static const Kernels kernels = {"avx2", page_f32<Avx2>, page_f16<Avx2>, page_u8<Avx2>, page_bits, page_f64<Avx2>,
                                     packing, packing, true, nullptr, nullptr};
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels : nullptr;  // F16C is older
+    return processor::has_avx2_and_fma() ? &kernels : nullptr;  // F16C is older
 }
 
 }  // namespace maxsim

@@ -1,4 +1,5 @@
 // x86 with AVX-512 as of Ice Lake and Zen 4: F, BW, VL, DQ, VNNI, VBMI.
+#include "processor.h"
 #include "query.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -147,9 +148,7 @@ const Kernels *avx512() {
     static const Packing packing = {Avx512::WIDTH, true};
     static const Kernels kernels = {"avx512", page_f32<Avx512>, page_f16<Avx512>, page_u8<Avx512>, page_bits, page_f64<Avx512>,
                                     packing, packing, true, nullptr, nullptr};
-    const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    const bool runs = processor::has_avx512_f_bw_vl() && processor::has_avx512_dq_vnni_vbmi();
     return runs ? &kernels : nullptr;
 }
 

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <list>
 #include <map>
@@ -54,6 +55,8 @@ class Server {
 
     Hosts hosts;
     std::map<std::string, Route> routes;
+    std::function<void()> alive = [] {};     // called while requests are read and a caller takes them, not else
+    std::function<void()> stopping = [] {};  // once SIGTERM or SIGINT came
 
     bool draining() const { return draining_; }
     const Counts &counts() const { return counts_; }
@@ -441,7 +444,20 @@ class Server {
             std::copy_if(sessions_.begin(), sessions_.end(), std::back_inserter(late),
                          [now](const auto &session) { return session->is_late(now); });
             for (const auto &session : late) session->be_late();
+            prove();
         });
+    }
+
+    // Through a caller and back: what hangs on the way ends it.
+    void prove() {
+        if (proving_) return;
+        asio::post(pool_, [this] {
+            asio::post(io_, [this] {
+                proving_ = false;
+                alive();
+            });
+        });
+        proving_ = true;
     }
 
     void drain() {
@@ -449,6 +465,7 @@ class Server {
         draining_ = true;
         closing_ = Clock::now() + GRACE;
         for (const auto &session : sessions_) session->hurry();
+        stopping();
     }
 
     asio::io_context io_;
@@ -461,7 +478,7 @@ class Server {
     const size_t places_;                           // for requests that wait or are computed
     const std::array<seconds, LEAVING + 1> times_;  // that a state may last
     size_t taken_ = 0, held_ = 0;
-    bool draining_ = false;
+    bool draining_ = false, proving_ = false;
     Clock::time_point closing_;
 };
 

@@ -8,6 +8,8 @@
 // CALLERS requests run at once, QUEUE more wait for up to SECONDS; any other is refused at once (429), as is one whose
 // wait was too long (503). It listens on 127.0.0.1, and answers requests to localhost or a loopback address; to others
 // it does with --host and --allow-host. SIGTERM drains. What a client may take is in http.hpp.
+//
+// For systemd it is of Type=notify; its watchdog hears of it as long as requests are read and computed.
 #include <charconv>
 #include <cstdio>
 #include <new>
@@ -20,6 +22,7 @@
 
 #include <cembed.hpp>
 
+#include "notify.hpp"
 #include "picture.hpp"
 #include "server.hpp"
 
@@ -143,6 +146,10 @@ int serve(const Arguments &arguments, cembed::Bundle &bundle) {
     }
     std::printf("listening on %s:%d\n", host.c_str(), port);
     std::fflush(stdout);
+    Notifier notifier;
+    server.alive = [&notifier] { notifier.alive(); };
+    server.stopping = [&notifier] { notifier.stopping(); };
+    notifier.ready("listening on " + host + ":" + std::to_string(port));
     server.run();
     return 0;
 }
