@@ -12,6 +12,7 @@ import typer
 
 from cembed import __version__
 from cembed.bench_cli import bench_app
+from cembed.deploy_cli import bundle_app, deploy, rollback, versions
 from cembed.display import complain
 from cembed.embed_cli import embed
 from cembed.endings import EXIT_INTERRUPTED, explain, refuse_nan, show_warning
@@ -27,6 +28,7 @@ from cembed.signals import Stopped
 from cembed.streams import allow_any_text, flush_output
 from cembed.tune_cli import tune
 from cembed.upload_cli import upload
+from cembed.watch_cli import status, watch
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
@@ -38,9 +40,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "build-engine": build_engine,
     "tune": tune,
+    "watch": watch,
+    "status": status,
     "serve": serve,
     "export-triton": export_triton,
     "upload": upload,
+    "deploy": deploy,
+    "rollback": rollback,
+    "versions": versions,
 }
 app = typer.Typer(
     name="cembed",
@@ -53,13 +60,16 @@ app = typer.Typer(
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(index_app)
+app.add_typer(bundle_app)
 app.add_typer(bench_app)
 app.add_typer(scale_app)
 
 
 def show_version(value: bool) -> None:
     if value:
-        typer.echo(f"cembed {__version__}")
+        from cembed.versions import details
+
+        typer.echo("\n".join([f"cembed {__version__}", *details()]))
         raise typer.Exit
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cembed import __version__
 from cembed.display import Cell, complain, progress_bar, say, show_json, show_table, tokens_text
 from cembed.inspect_cli import show_checks
 from cembed.options import (
@@ -18,6 +19,8 @@ from cembed.options import (
     Engine,
     PageVectors,
     Reading,
+    RetryFailed,
+    SkipBlankPages,
     require_packages,
     settings_of,
     split,
@@ -28,11 +31,11 @@ from cembed.signals import Stopped, StopSignals
 from cembed.upload_cli import Uploading, report_failed, send_pages
 
 if TYPE_CHECKING:
-    from cembed.index_job import Job
     from cembed.runtime.embed.embedder import Embedder
     from cembed.runtime.index.index import Index
     from cembed.runtime.index.reader import Stats
-    from cembed.runtime.pages.documents import PageReader
+    from cembed.runtime.intake.job import Job
+    from cembed.runtime.intake.ledger import Ledger
 
 MANY_RECORDS = 5000  # take about a third of a second to read on a busy machine
 
@@ -69,6 +72,8 @@ def add(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Goes with every page, for filters; may be repeated.")
     ] = None,
+    skip_blank_pages: SkipBlankPages = False,
+    retry_failed: RetryFailed = False,
     page_vectors: PageVectors,
     reading: Reading,
     engine: Engine,
@@ -76,11 +81,14 @@ def add(
     """Embed the pages of documents into an index. Pages that are there, unchanged, are skipped.
 
     What was added stays when the command is interrupted: run it again to go on. A file that cannot be read leaves the
-    index as it is. Without --metadata, pages that are there keep theirs. With --from-parquet nothing is embedded, and
-    options of embedding do not count. Exits with 3 if some pages could not be read, or not without doubt.
+    index as it is, and is not tried again until it changes. One that was moved keeps its vectors and gets its new path.
+    Without --metadata, pages that are there keep theirs. With --from-parquet nothing is embedded, and options of
+    embedding do not count. Exits with 3 if some pages could not be read now, or not without doubt.
     """
-    from cembed.index_job import FLUSH_PAGES, Job
     from cembed.runtime.index.metadata import check_metadata, parse_pairs
+    from cembed.runtime.intake.job import FLUSH_PAGES, Job, LocalPages
+    from cembed.runtime.intake.ledger import Ledger
+    from cembed.runtime.intake.opening import reading_of
     from cembed.runtime.pages.documents import find_documents
 
     pairs, kept = parse_pairs("--metadata", tuple(metadata or ())), split([*(storage or ()), *(store or ())])
@@ -94,34 +102,47 @@ def add(
     embedder = engine.load(bundle, page_vectors.max_visual_tokens, skip_blank=page_vectors.skip_blank)
     budget = page_vectors.budget()
     embedder.check(embedder.manifest.document, budget)
-    with open_to_add(index, embedder, page_vectors.dim, kept) as opened, reading.reader() as reader:
-        job = Job(
-            index=opened,
-            embedder=embedder,
-            budget=budget,
-            settings=settings_of(page_vectors, reading, embedder.inputs.image.skip_blank),
-            metadata=pairs or None,
-        )
-        work(job, reader, files)
+    settings = settings_of(page_vectors, reading, embedder.inputs.image.skip_blank)
+    with (
+        open_to_add(index, embedder, page_vectors.dim, kept) as opened,
+        Ledger.beside(index, write=True) as ledger,
+        reading.reader() as reader,
+    ):
+        ledger.adopt(**reading_of(opened, settings, skip_blank_pages, __version__))
+        if retry_failed:
+            ledger.forget_contents()
+        pages = LocalPages(embedder, reader, budget, skip_blank_pages)
+        job = Job(index=opened, pages=pages, settings=settings, metadata=pairs or None, known=ledger.content)
+        work(job, files, ledger)
         stats = opened.stats()
-    say(f"{index}: {summary(job, stats)}")
+    say(f"{index}: {summary(job, stats, tokens_text(embedder))}")
     if stats.records > MANY_RECORDS and stats.pages < FLUSH_PAGES * stats.records:
         complain(f"it opens faster after `cembed index compact {index}`: the log has {stats.records} small records")
     if job.failures or job.warnings:
         raise typer.Exit(EXIT_INCOMPLETE)
 
 
-def work(job: Job, reader: PageReader, files: Sequence[Path]) -> None:
+def work(job: Job, files: Sequence[Path], ledger: Ledger) -> None:
     """Adds the pages, and tells what is amiss, also of a run that ends early: it is not told again."""
     try:
         with progress_bar() as progress:
-            total = job.plan(reader, files)
+            total = job.plan(files)
             if total:
-                job.embedder.prepare("document", job.budget)
+                job.pages.prepare()
             task = progress.add_task("embedding", total=total)
-            job.run(reader, lambda: progress.advance(task))
+            job.run(lambda: progress.advance(task))
+        note_results(job, ledger)
     finally:
         report(job)
+
+
+def note_results(job: Job, ledger: Ledger) -> None:
+    with ledger.changing():
+        ledger.forget(job.left)
+        for result in job.results.values():
+            if result.retry is None:
+                ledger.learn(result.document.digest, result.content)
+                ledger.put(result.entry(job.indexed(result.document), time.time()))
 
 
 def report(job: Job) -> None:
@@ -133,7 +154,7 @@ def report(job: Job) -> None:
         complain(note)
 
 
-def summary(job: Job, stats: Stats) -> str:
+def summary(job: Job, stats: Stats, tokens: str) -> str:
     """What was done, and what there is now."""
     parts = {
         f"{job.added} pages added, {job.skipped + job.changed} were there": True,
@@ -142,7 +163,10 @@ def summary(job: Job, stats: Stats) -> str:
         f"metadata of {job.changed} changed": job.changed,
         f"{job.removed} removed that their files do not have any more": job.removed,
         f"{stats.warnings} with a warning": stats.warnings,
-        tokens_text(job.embedder): tokens_text(job.embedder),
+        f"{job.moved} files moved": job.moved,
+        f"{job.blank} blank pages left out": job.blank,
+        f"{job.failed_before} could not be read before (see cembed status, --retry-failed)": job.failed_before,
+        tokens: tokens,
     }
     return "; ".join(part for part, there in parts.items() if there)
 
@@ -157,21 +181,11 @@ def open_to_add(path: Path, embedder: Embedder, dim: int | None, storage: Sequen
 
 def open_for(path: Path, bundle: str, dim: int, storage: Sequence[str]) -> Index:
     """`open_to_add` for vectors of a bundle by its hash."""
-    from cembed.runtime.index.files import CURRENT
-    from cembed.runtime.index.index import DEFAULT_STORAGE, Index
+    from cembed.runtime.intake.opening import open_or_create
 
-    if not os.path.lexists(path / CURRENT):
-        return Index.create(path, dim=dim, bundle=bundle, storage=storage or DEFAULT_STORAGE)
-    index = Index.open(path, write=True)
+    index = open_or_create(path, bundle=bundle, dim=dim, storage=storage)
     for note in index.notes:
         complain(note)
-    try:
-        index.check_bundle(bundle)
-        if index.dim != dim:
-            raise CembedError(f"{path} has vectors of dim {index.dim}, these would have {dim}")
-    except CembedError:
-        index.close()
-        raise
     return index
 
 
@@ -255,7 +269,7 @@ def find_pages(index: Index, name: str) -> Iterator[str]:
     """Ids of the pages that `name` means. Raises CembedError: there is none."""
     import glob
 
-    from cembed.index_job import Sources
+    from cembed.runtime.intake.sources import Sources
 
     if name in index:
         yield name

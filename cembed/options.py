@@ -39,6 +39,12 @@ DecodeOption = Annotated[
 SkipBlank = Annotated[
     bool | None, typer.Option(help="Leave blank paper unread, for speed; by default as the bundle says.")
 ]
+SkipBlankPages = Annotated[
+    bool, typer.Option("--skip-blank-pages", help="Note pages without any writing, and leave them out of the index.")
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Try files again that could not be read, though they have not changed.")
+]
 Result = TypeVar("Result")
 
 
@@ -126,6 +132,13 @@ def settings_of(page_vectors: PageVectors, reading: Reading, skip_blank: bool = 
     settings = [made.num_vectors, made.dim, made.pool_factor, made.max_visual_tokens, reading.dpi]
     later = [reading.max_pixels] if reading.max_pixels != MAX_PIXELS else []
     return json.dumps([*settings, *later, *(["skip_blank"] if skip_blank else [])])
+
+
+def skips_blank(bundle: Path, chosen: bool | None) -> bool:
+    """Whether blank paper is left unread, by what was chosen, or what the bundle says."""
+    from cembed.runtime.bundle.bundle import Bundle
+
+    return Bundle(bundle, verify=False).manifest.image.skip_blank if chosen is None else chosen
 
 
 @dataclass(frozen=True)

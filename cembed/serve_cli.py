@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,10 +16,15 @@ from cembed.options import (
     loading_fields,
     require_packages,
     settings_of,
+    skips_blank,
     split,
     spread,
 )
 from cembed.runtime.errors import CembedError
+from cembed.watch_cli import Watched, watching
+
+if TYPE_CHECKING:
+    from cembed.serve.hosts import Watching
 
 PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 LEAST_TOKEN = 16
@@ -54,6 +60,11 @@ def serve(
     ] = 1,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.")] = 64,
     name: Annotated[str, typer.Option(help="The model's name; by default that of the bundle's folder.")] = "",
+    watch: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Add the files of this folder to INDEX, and what comes into it."),
+    ] = None,
+    how: Watched,
     page_vectors: PageVectors,
     reading: Reading,
     engine: Engine,
@@ -61,6 +72,8 @@ def serve(
     """Embed, rank and search over HTTP, as clients of OpenAI, vLLM, Cohere, Jina and KServe ask, and in the browser.
 
     Listens on this machine only, unless told otherwise. Ends with SIGTERM or Ctrl-C, once what was begun is answered.
+    If BUNDLE is a link that is replaced, as by `cembed deploy`, the new bundle is taken between two requests. With
+    --watch, folders are watched as by `cembed watch`, whose options count here too.
     """
     require_packages("serve", *PACKAGES)
     from cembed.runtime.embed.loading import Loading
@@ -83,12 +96,31 @@ def serve(
         budget=page_vectors.budget(),
         page_settings=settings_of(page_vectors, reading, skips_blank(bundle, page_vectors.skip_blank)),
         limits=Limits(queue=queue),
+        watch=watched(watch or [], index, read_only, bundle, how, (page_vectors, reading, engine)),
     )
     if read_only and index is None:
         raise CembedError("--read-only is for an --index: name one")
     if not settings.local and settings.token is None and not open_to_all:
         raise CembedError(f"--host {host} lets others in: give --token-file, or --open-to-all if that is what you want")
     run(settings)
+
+
+def watched(
+    folders: Sequence[Path],
+    index: Path | None,
+    read_only: bool,
+    bundle: Path,
+    how: Watched,
+    made: tuple[PageVectors, Reading, Engine],
+) -> Watching | None:
+    """None if no folder is watched. Raises CembedError: options that need one or the other."""
+    if not folders and how != Watched():
+        raise CembedError("--mirror, --move-done and other options of watching need a folder: give --watch FOLDER")
+    if not folders:
+        return None
+    if index is None or read_only:
+        raise CembedError("--watch adds to an index: give --index INDEX, without --read-only")
+    return watching(folders, index, bundle, how, made)
 
 
 def read_token(path: Path) -> str:
@@ -102,12 +134,6 @@ def read_token(path: Path) -> str:
             f"{path} must have one line of at least {LEAST_TOKEN} characters: openssl rand -hex 32 makes a good one"
         )
     return token
-
-
-def skips_blank(bundle: Path, chosen: bool | None) -> bool:
-    from cembed.runtime.bundle.bundle import Bundle
-
-    return Bundle(bundle, verify=False).manifest.image.skip_blank if chosen is None else chosen
 
 
 def export_triton(

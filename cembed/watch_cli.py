@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,20 +30,73 @@ from cembed.signals import StopSignals
 
 if TYPE_CHECKING:
     from cembed.runtime.intake.status import Status
+    from cembed.serve.hosts import Watching
     from cembed.serve.watching import Watch
 
 SHOWN = 20
 STALE_SECONDS = 180.0
 
-MirrorOption = Annotated[
-    bool, typer.Option("--mirror", help="Take the pages of files that are deleted out of the index.")
-]
-StableFor = Annotated[float, typer.Option(min=0.0, help="Seconds that a file must not have changed before it is read.")]
-Every = Annotated[
-    float, typer.Option(min=0.1, help="Seconds between two looks at the folders, if nothing hints at one.")
-]
-MoveDone = Annotated[Path | None, typer.Option(metavar="DIR", help="Move files there once they are in the index.")]
-MoveFailed = Annotated[Path | None, typer.Option(metavar="DIR", help="Move files there of which nothing can be read.")]
+
+@dataclass(frozen=True)
+class Watched:
+    """How folders are watched."""
+
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Take the pages of files that are deleted out of the index.")
+    ] = False
+    stable_for: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a file must not have changed before it is read.")
+    ] = 2.0
+    every: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks at the folders, if nothing hints at one.")
+    ] = 5.0
+    move_done: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Move files there once they are in the index.")
+    ] = None
+    move_failed: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Move files there of which nothing can be read.")
+    ] = None
+    skip_blank_pages: SkipBlankPages = False
+    retry_failed: RetryFailed = False
+    reembed: Annotated[
+        bool, typer.Option("--reembed", help="Make the index anew from the files if BUNDLE is another one.")
+    ] = False
+
+
+def watching(
+    folders: Sequence[Path],
+    index: Path,
+    bundle: Path,
+    how: Watched,
+    made: tuple[PageVectors, Reading, Engine],
+    *,
+    once: bool = False,
+    storage: Sequence[str] = (),
+    metadata: dict[str, Any] | None = None,
+) -> Watching:
+    """Raises CembedError: something that is no folder, or options that contradict each other."""
+    from cembed.runtime.embed.loading import Loading
+    from cembed.runtime.intake.folders import Folders
+    from cembed.runtime.intake.ledger import ledger_path
+    from cembed.serve.hosts import Watching
+    from cembed.serve.watcher import Rules
+
+    page_vectors, reading, engine = made
+    beside = [index.with_name(f"{index.name}.{suffix}") for suffix in ("next", "before", "pictures")]
+    moved = [folder for folder in (how.move_done, how.move_failed) if folder is not None]
+    return Watching(
+        loading=Loading(**loading_fields(bundle, page_vectors, reading, engine), threads=engine.threads),
+        index=index,
+        folders=Folders.of(folders, [index, ledger_path(index), bundle, *beside, *moved]),
+        rules=Rules(how.stable_for, how.every, how.mirror, how.move_done, how.move_failed, once),
+        budget=page_vectors.budget(),
+        page_settings=settings_of(page_vectors, reading, skips_blank(bundle, page_vectors.skip_blank)),
+        storage=storage,
+        metadata=metadata,
+        skip_blank_pages=how.skip_blank_pages,
+        retry_failed=how.retry_failed,
+        reembed=how.reembed,
+    )
 
 
 @spread
@@ -51,16 +106,7 @@ def watch(
     index: Annotated[Path, typer.Option(metavar="INDEX", help="Add to it; made if it is not there.")],
     bundle: MadeBy,
     once: Annotated[bool, typer.Option("--once", help="End when all that is there was looked at.")] = False,
-    mirror: MirrorOption = False,
-    stable_for: StableFor = 2.0,
-    every: Every = 5.0,
-    move_done: MoveDone = None,
-    move_failed: MoveFailed = None,
-    skip_blank_pages: SkipBlankPages = False,
-    retry_failed: RetryFailed = False,
-    reembed: Annotated[
-        bool, typer.Option("--reembed", help="Make the index anew from the files if BUNDLE is another one.")
-    ] = False,
+    how: Watched,
     storage: Annotated[
         list[str] | None, typer.Option(metavar="TYPE,…", help="How a new index keeps vectors; see `cembed index add`.")
     ] = None,
@@ -79,32 +125,15 @@ def watch(
     is replaced, as by `cembed deploy`, the new bundle is taken. With --once, exits with 3 if some files could not be
     read now.
     """
-    from cembed.runtime.embed.loading import Loading
     from cembed.runtime.index.metadata import check_metadata, parse_pairs
-    from cembed.runtime.intake.folders import Folders
-    from cembed.runtime.intake.ledger import ledger_path
-    from cembed.serve.watcher import Rules
-    from cembed.serve.watching import Watch, Watching
+    from cembed.serve.hosts import LocalHost
+    from cembed.serve.watching import Watch
 
     pairs = parse_pairs("--metadata", tuple(metadata or ()))
     check_metadata(pairs)
-    beside = [index.with_name(f"{index.name}.{suffix}") for suffix in ("next", "before", "pictures")]
-    excluded = [index, ledger_path(index), *beside, *(folder for folder in (move_done, move_failed) if folder), bundle]
-    fields = loading_fields(bundle, page_vectors, reading, engine)
-    told = Watching(
-        loading=Loading(**fields, threads=engine.threads),
-        index=index,
-        folders=Folders.of(folders, excluded),
-        rules=Rules(stable_for, every, mirror, move_done, move_failed, once),
-        budget=page_vectors.budget(),
-        page_settings=settings_of(page_vectors, reading, skips_blank(bundle, page_vectors.skip_blank)),
-        storage=split(storage),
-        metadata=pairs or None,
-        skip_blank_pages=skip_blank_pages,
-        retry_failed=retry_failed,
-        reembed=reembed,
-    )
-    run(Watch(told, say=complain), once)
+    made = (page_vectors, reading, engine)
+    told = watching(folders, index, bundle, how, made, once=once, storage=split(storage), metadata=pairs or None)
+    run(Watch(told, LocalHost(told), say=complain), once)
 
 
 def run(watch: Watch, once: bool) -> None:

@@ -29,10 +29,13 @@ from cembed.runtime.errors import CembedError
 from cembed.serve import kserve_api, openai_api, own_api, rerank_api
 from cembed.serve.connections import protocol
 from cembed.serve.errors import RefusalError, error_body
+from cembed.serve.following import follow
 from cembed.serve.guard import App, Guard
+from cembed.serve.notify import Notifier
 from cembed.serve.responses import refusals, service_of
 from cembed.serve.service import SUFFIXES, Service
 from cembed.serve.settings import Settings
+from cembed.serve.watched import Watched
 
 STATIC = Path(__file__).with_name("static")
 DESCRIPTION = "Embeds pages and queries with one bundle, and searches one index."
@@ -44,11 +47,12 @@ def create_app(service: Service, stop: Callable[[], None]) -> App:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.ensure_future(start(service, stop))
+        running = asyncio.ensure_future(run(service, stop))
         try:
             yield
         finally:
-            starting.cancel()
+            running.cancel()
+            await asyncio.wait([running])
             await service.close()
 
     app = FastAPI(
@@ -67,14 +71,39 @@ def create_app(service: Service, stop: Callable[[], None]) -> App:
     return traced(Guard(app, service))
 
 
-async def start(service: Service, stop: Callable[[], None]) -> None:
-    """Workers, in the background: until they are ready, /health/ready says so."""
+async def run(service: Service, stop: Callable[[], None]) -> None:
+    """Workers, in the background: until they are ready, /health/ready says so. Then what goes on beside requests."""
+    notifier = Notifier()
     try:
         await service.pool.start()
-        log.info('{"ready": true}')
     except CembedError as error:
         service.failure = str(error)
         stop()
+        return
+    log.info('{"ready": true}')
+    notifier.ready()
+    try:
+        await asyncio.gather(keep_alive(notifier), accompany(service))
+    finally:
+        notifier.stopping()
+
+
+async def keep_alive(notifier: Notifier) -> None:
+    while True:
+        notifier.alive()
+        await asyncio.sleep(1.0)
+
+
+async def accompany(service: Service) -> None:
+    """Watches folders, or only whether there is another bundle."""
+    if service.settings.watch is None:
+        await follow(service)
+        return
+    watched = Watched(service, service.settings.watch)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await watched.end()
 
 
 def traced(app: App) -> App:

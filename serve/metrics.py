@@ -11,9 +11,9 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Metrics:
-    """The counters of one server; `gauges` have a text and what they stand at, `about` is told as it is."""
+    """The counters of one server; `gauges` have a text and what they stand at."""
 
-    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], about: Mapping[str, str]) -> None:
+    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
         registry = self._registry = CollectorRegistry()
         self.seconds = Histogram(
             "cembed_request_seconds", "Time of a request.", ("route", "status"), buckets=SECONDS, registry=registry
@@ -25,7 +25,11 @@ class Metrics:
         self._success = Gauge("cembed_last_success_timestamp_seconds", "The last answer with 200.", registry=registry)
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=registry).set_function(value)
-        Info("cembed", "What serves.", registry=registry).info(dict(about))
+        self._about = Info("cembed", "What serves.", registry=registry)
+
+    def tell(self, **about: str) -> None:
+        """What serves, as it is."""
+        self._about.info(about)
 
     def added(self) -> None:
         self._pages.inc()

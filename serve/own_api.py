@@ -130,10 +130,10 @@ async def searched(service: Service, item: Item, top: int, where: list[str] | No
     filters = where_of(where)
     async with service.pool.place():
         query = await service.embed(item, service.budget(item, dim=shelf.index.dim))
-    try:
-        hits = (await shelf.search(query, top, filters, source)).hits
-    except CembedError as error:
-        raise RefusalError(422, str(error)) from None
+        try:
+            hits = (await shelf.search(query, top, filters, source)).hits
+        except CembedError as error:
+            raise RefusalError(422, str(error)) from None
     pages = [{**about(hit), "score": hit.score} for hit in hits]
     return {"pages": pages, "total": len(shelf.index)}
 

@@ -10,7 +10,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +28,8 @@ if their client leaves before they are handed over: one is computed, one decoded
 STREAM = 1 << 22
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"
 START_SECONDS = 600.0
+STILL_SECONDS = 0.01
+"""How often it is asked whether all that was begun is answered."""
 MOST_LOSSES = 3
 """Of workers, before a job is given up: one that may be the reason counts twice."""
 log = logging.getLogger("cembed.serve")
@@ -131,6 +133,15 @@ class Worker:
         self._lose()
 
 
+async def start_all(workers: Sequence[Worker]) -> float:
+    """Gives the lowest cosine of their self-tests. Raises CembedError: what keeps one from starting; none is left."""
+    try:
+        return min(await asyncio.gather(*(worker.start() for worker in workers)))
+    except BaseException:
+        await asyncio.gather(*(worker.end() for worker in workers))
+        raise
+
+
 class Pool:
     """`workers` processes, and the requests that wait for them in the order of their coming."""
 
@@ -140,13 +151,26 @@ class Pool:
         self._workers = [Worker(settings) for _ in range(workers)]
         self._free, self._pages = (asyncio.Semaphore(workers * each) for each in (IN_FLIGHT, PAGES_IN_FLIGHT))
         self._restarting: asyncio.Task[None] | None = None
+        self._inside, self._open = 0, asyncio.Event()
+        self._open.set()
         self._seconds = 0.1  # of a request, smoothed
         self.ready = False
 
     async def start(self) -> None:
         """Raises CembedError: what keeps a worker from starting."""
-        self.cosine = min(await asyncio.gather(*(worker.start() for worker in self._workers)))
+        self.cosine = await start_all(self._workers)
         self.ready = True
+
+    @contextlib.asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        """While entered, nothing is under way: what was begun is answered before, what comes waits until after."""
+        self._open.clear()
+        try:
+            while self._inside:
+                await asyncio.sleep(STILL_SECONDS)
+            yield
+        finally:
+            self._open.set()
 
     async def close(self) -> None:
         self.ready = False
@@ -176,7 +200,12 @@ class Pool:
             raise self.busy()
         self.requests += 1
         try:
-            yield
+            await self._open.wait()
+            self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
         finally:
             self.requests -= 1
 

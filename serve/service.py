@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 
 from cembed import __version__
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.manifest import Side
+from cembed.runtime.bundle.manifest import Manifest, Side
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import FULL, Budget, check_slots
 from cembed.runtime.errors import CembedError
+from cembed.runtime.index.index import Index
 from cembed.runtime.index.new_pages import NewPage, page_content
 from cembed.runtime.index.views import PageInfo
+from cembed.runtime.intake.opening import bundle_of
 from cembed.runtime.scoring.maxsim import maxsim
+from cembed.runtime.updates.versions import CURRENT, resolve
 from cembed.serve.errors import RefusalError
 from cembed.serve.inputs import Fetcher, Item, Role, Stored, Text
 from cembed.serve.metrics import Metrics
@@ -51,22 +54,43 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.bundle = Bundle(settings.worker.bundle, verify=False)  # workers verify what they load
-        self.manifest = self.bundle.manifest
-        self.name = settings.name or self.bundle.root.resolve().name
-        self.check_budget(self.manifest.document, settings.budget)
-        self.pool = Pool(settings.worker, settings.workers, settings.limits)
+        root = resolve(Path(settings.worker.bundle))  # what is read later shall be of this one, too
+        self.bundle = Bundle(root, verify=False)  # workers verify what they load
+        self.name = settings.name or name_of(Path(settings.worker.bundle))
+        check_budget(self.manifest, self.manifest.document, settings.budget)
+        self.pool = Pool(replace(settings.worker, bundle=str(root)), settings.workers, settings.limits)
         self.fetch = Fetcher(settings.url_hosts, settings.limits.body)
         self.shelf: Shelf | None = None
         self.failure: str | None = None  # why the workers did not start
-        self.metrics = Metrics(self._gauges(), {"bundle": self.bundle.hash, "model": self.name, "version": __version__})
+        self.metrics = Metrics(self._gauges())
+        self.metrics.tell(bundle=self.bundle.hash, model=self.name, version=__version__)
         self._folder = tempfile.TemporaryDirectory(prefix="cembed-")
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
 
     @property
     def dim(self) -> int:
         """Length of a page's vector, as this server makes them."""
+        return self.dim_of(self.manifest)
+
+    def dim_of(self, manifest: Manifest) -> int:
         budget = self.settings.budget
-        return budget.dim or self.manifest.document.vector_dim(self.manifest.dim, budget.num_vectors)
+        return budget.dim or manifest.document.vector_dim(manifest.dim, budget.num_vectors)
+
+    async def change(self, bundle: Bundle, pool: Pool, index: Index | None = None) -> None:
+        """From now on answers with another bundle and its workers, and with the index that is of it, if it is another
+        object. What was begun is answered as it was begun."""
+        old = self.pool
+        async with old.still():
+            self.bundle, self.pool = bundle, pool
+            if self.shelf is not None:
+                self.shelf.change(bundle.hash, index)
+            elif index is not None:
+                self.put_on_shelf(index)
+            self.metrics.tell(bundle=bundle.hash, model=self.name, version=__version__)
+        await old.close()
 
     def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
         return {
@@ -80,10 +104,20 @@ class Service:
     def open_index(self) -> None:
         """Raises CembedError: it is not there, damaged, or of another bundle."""
         settings = self.settings
-        if settings.index is not None:
-            self.shelf = Shelf.open(
-                settings.index, self.bundle.hash, self.dim, settings.read_only, settings.limits.pictures
-            )
+        if settings.index is None:
+            return
+        watch, there = settings.watch, bundle_of(settings.index)
+        if watch is not None and watch.reembed and there not in (None, self.bundle.hash):
+            return  # it will be made anew
+        self.shelf = Shelf.open(
+            settings.index, self.bundle.hash, self.dim, settings.read_only, settings.limits.pictures
+        )
+        if watch is not None:
+            self.shelf.close()  # the watcher is who writes to it
+
+    def put_on_shelf(self, index: Index) -> None:
+        """Serves an index that is open for writing."""
+        self.shelf = Shelf(index, self.bundle.hash, False, self.settings.limits.pictures)
 
     async def close(self) -> None:
         await self.pool.close()
@@ -102,15 +136,6 @@ class Service:
             404, f"there is no model {model[:100]!r} here, but {self.name!r}", "model", "model_not_found"
         )
 
-    def check_budget(self, side: Side, budget: Budget) -> None:
-        """Raises CembedError: vectors that this bundle does not make."""
-        if budget.num_vectors is not None:
-            check_slots(side, budget)
-            side.check_budget(budget.num_vectors)
-        length = side.vector_dim(self.manifest.dim, budget.num_vectors)
-        if budget.dim is not None and not 1 <= budget.dim <= length:
-            raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {length}")
-
     def budget(self, item: Item, dim: int | None = None, num_vectors: int | None = None) -> Budget:
         """For an item, what was asked for, or else as this server makes pages. Raises RefusalError."""
         given = self.settings.budget
@@ -118,7 +143,7 @@ class Service:
         usual = Budget(dim=given.dim, decode=given.decode) if isinstance(item, Text) else given
         budget = replace(usual, dim=dim or usual.dim, num_vectors=num_vectors or usual.num_vectors)
         try:
-            self.check_budget(side, budget)
+            check_budget(self.manifest, side, budget)
         except CembedError as error:
             raise RefusalError(400, str(error), "dimensions") from None
         return budget
@@ -156,27 +181,35 @@ class Service:
         with self.stored(item.data) as path:
             return (await self.page(path, 1, budget))[1]["vectors"]
 
-    async def page(self, path: Path, number: int, budget: Budget, **more: Any) -> Reply:
+    async def page(self, path: Path, number: int, budget: Budget, pool: Pool | None = None, **more: Any) -> Reply:
         """A page of a file: `vectors`, how many `pages` the file has, and more that is asked. Raises RefusalError."""
         job = {"kind": "page", "budget": astuple(budget), "path": str(path), "number": number, **more}
-        return await self.pool.run(job)
+        return await (pool or self.pool).run(job)
 
     async def embed_all(
         self, items: Sequence[Item], dim: int | None = None, num_vectors: int | None = None
     ) -> list[Vectors]:
         """Vectors of each. Raises RefusalError: too many, or the first that cannot be embedded."""
+        pairs = self._pairs(items, dim, num_vectors)
+        async with self.pool.place():
+            return await self._embed_each(pairs)
+
+    def _pairs(
+        self, items: Sequence[Item], dim: int | None = None, num_vectors: int | None = None
+    ) -> list[tuple[Item, Budget]]:
         if len(items) > self.settings.limits.inputs:
             raise RefusalError(400, f"{len(items)} inputs: send {self.settings.limits.inputs} at most", "input")
-        budgets = [self.budget(item, dim, num_vectors) for item in items]
-        pairs = list(zip(items, budgets, strict=True))
-        async with self.pool.place():
-            return await each(lambda pair: self.embed(*pair), pairs, self.pool.capacity)
+        return [(item, self.budget(item, dim, num_vectors)) for item in items]
+
+    async def _embed_each(self, pairs: Sequence[tuple[Item, Budget]]) -> list[Vectors]:
+        return await each(lambda pair: self.embed(*pair), pairs, self.pool.capacity)
 
     async def scores(self, query: Item, documents: Sequence[Item | Stored]) -> list[float]:
         """MaxSim of a query with each document. Raises RefusalError."""
-        stored = {i: self.vectors_of(item) for i, item in enumerate(documents) if isinstance(item, Stored)}
-        sent = [item for item in documents if not isinstance(item, Stored)]
-        first, *others = await self.embed_all([query, *sent])
+        pairs = self._pairs([query, *(item for item in documents if not isinstance(item, Stored))])
+        async with self.pool.place():  # all of it by one model
+            stored = {i: self.vectors_of(item) for i, item in enumerate(documents) if isinstance(item, Stored)}
+            first, *others = await self._embed_each(pairs)
         new = iter(others)
         vectors = [stored[i] if i in stored else next(new) for i in range(len(documents))]
         return [float(score) for score in maxsim([first], vectors)[0]] if vectors else []
@@ -190,6 +223,8 @@ class Service:
 
     def require_shelf(self) -> Shelf:
         """Raises RefusalError: there is no index."""
+        if self.shelf is None and self.settings.index is not None:
+            raise RefusalError(503, "the index is being made anew: try again later", retry_after=60)
         if self.shelf is None:
             raise RefusalError(404, "this server has no index: start it with --index", code="no_index")
         return self.shelf
@@ -223,12 +258,19 @@ class Service:
                         whole = False
                         yield Added(number, pages, error=refusal.message)
                     else:
-                        info = await shelf.add(replace(new, metadata=metadata), picture)
+                        info = await self._add(shelf, replace(new, metadata=metadata), picture)
                         self.metrics.added()
                         yield Added(number, pages, info)
                     number += 1
         if whole:
             await shelf.remove_after(source, pages)
+
+    async def _add(self, shelf: Shelf, page: NewPage, picture: bytes) -> PageInfo:
+        """Raises RefusalError: the index cannot be written now."""
+        try:
+            return await shelf.add(page, picture)
+        except CembedError as error:
+            raise RefusalError(503, f"the index cannot be written now: {error}", retry_after=5) from None
 
     async def _new_page(self, path: Path, digest: bytes, source: str, number: int) -> tuple[NewPage, bytes, int]:
         """A page to add, its picture, and how many pages the file has. Raises RefusalError."""
@@ -273,6 +315,26 @@ class Service:
         async with self.pool.place():
             with self.stored(picture) as path:
                 return await self.page(path, 1, budget, kind="explain", text=text)
+
+
+def name_of(bundle: Path) -> str:
+    """The name of a model by its path as it was given, which leads to other versions later.
+
+    >>> name_of(Path("/srv/scans/current")), name_of(Path("/srv/models/causalqwen"))
+    ('scans', 'causalqwen')
+    """
+    path = Path(os.path.abspath(bundle))
+    return path.parent.name if path.name == CURRENT else path.name
+
+
+def check_budget(manifest: Manifest, side: Side, budget: Budget) -> None:
+    """Raises CembedError: vectors that a bundle does not make."""
+    if budget.num_vectors is not None:
+        check_slots(side, budget)
+        side.check_budget(budget.num_vectors)
+    length = side.vector_dim(manifest.dim, budget.num_vectors)
+    if budget.dim is not None and not 1 <= budget.dim <= length:
+        raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {length}")
 
 
 async def each(function: Callable[[T], Awaitable[R]], values: Sequence[T], at_once: int) -> list[R]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cembed.runtime.embed.embedder import FULL, Budget
 from cembed.runtime.embed.loading import Loading
+from cembed.serve.hosts import Watching
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIB = 1 << 20
@@ -54,6 +55,7 @@ class Settings:
     budget: Budget = FULL
     page_settings: str = ""
     limits: Limits = Limits()
+    watch: Watching | None = None
 
     @property
     def local(self) -> bool:

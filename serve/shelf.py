@@ -15,11 +15,11 @@ from typing import Any
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
-from cembed.runtime.index.files import CURRENT
 from cembed.runtime.index.index import Index
 from cembed.runtime.index.new_pages import NewPage
 from cembed.runtime.index.search import Found, Hit
 from cembed.runtime.index.views import PageInfo
+from cembed.runtime.intake.opening import bundle_of, check_fits, open_or_create
 
 REFRESH_SECONDS = 1.0
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -37,20 +37,14 @@ class Shelf:
     @classmethod
     def open(cls, path: Path, bundle: str, dim: int, read_only: bool, pictures: int) -> Shelf:
         """Raises CembedError: it is of another bundle or dim, damaged, or another process is writing to it."""
-        if not read_only and not os.path.lexists(path / CURRENT):
-            return cls(Index.create(path, dim=dim, bundle=bundle), bundle, read_only, pictures)
-        try:
-            index = Index.open(path, write=not read_only)
-        except CembedError as error:
-            hint = "; --read-only searches it beside another process" if not read_only else ""
-            raise CembedError(f"{error}{hint}") from None
-        try:
-            index.check_bundle(bundle)
-            if index.dim != dim:
-                raise CembedError(f"{path} has vectors of dim {index.dim}, this server makes {dim}: give --dim")
-        except CembedError:
-            index.close()
-            raise
+        if read_only:
+            index = Index.open(path)
+            check_fits(index, bundle, dim)
+        else:
+            try:
+                index = open_or_create(path, bundle=bundle, dim=dim)
+            except CembedError as error:
+                raise CembedError(f"{error}; --read-only searches it beside another process") from None
         return cls(index, bundle, read_only, pictures)
 
     async def search(self, query: Vectors, top: int, where: Mapping[str, Any] | None, source: str | None) -> Found:
@@ -60,7 +54,8 @@ class Shelf:
     def _search(self, query: Vectors, top: int, where: Mapping[str, Any] | None, source: str | None) -> Found:
         if self.read_only and time.monotonic() > self._refreshed + REFRESH_SECONDS:
             self._refreshed = time.monotonic()
-            self.index.refresh()
+            if bundle_of(self.index.folder) == self._bundle:  # else this is served until the server has that one
+                self.index.refresh()
         return self.index.search(query, top, where=where or None, source=source)
 
     async def add(self, page: NewPage, picture: bytes | None) -> PageInfo:
@@ -92,6 +87,16 @@ class Shelf:
                 return self.index.serial_info(int(name))
         return self.index.info(name)
 
+    def change(self, bundle: str, index: Index | None) -> None:
+        """Serves another index at the same place, with vectors of another bundle; without `index`, what is there."""
+        self._bundle = bundle
+        if index is None:
+            self.index.refresh()
+        else:
+            self.index = index
+        if self.pictures.identity != self.index.identity:
+            self.pictures = Pictures(self.index.folder, self.index.identity, self.pictures.limit)
+
     def close(self) -> None:
         self.index.close()
 
@@ -112,8 +117,9 @@ class Pictures:
     """JPEG files of pages by their serials, of `limit` bytes in all: the oldest go first."""
 
     def __init__(self, index: Path, identity: str, limit: int) -> None:
+        self.identity = identity
         self._folder = index.with_name(f"{index.name}.pictures") / identity
-        self._limit, self._lock = limit, threading.Lock()
+        self.limit, self._lock = limit, threading.Lock()
         self._sizes: dict[int, int] = {}
         for other in _entries(self._folder.parent):
             if other.name != identity:
@@ -151,10 +157,10 @@ class Pictures:
 
     def _make_room(self) -> None:
         total = sum(self._sizes.values())
-        if total <= self._limit:
+        if total <= self.limit:
             return
         for serial in list(self._sizes):
-            if total <= KEPT_SHARE * self._limit:
+            if total <= KEPT_SHARE * self.limit:
                 break
             total -= self._sizes.pop(serial)
             self._path(serial).unlink(missing_ok=True)

@@ -31,7 +31,8 @@ BATCH = 64
 """Files that are taken at a time."""
 PATIENCE = 5
 """Times `stable_for` that a file has to be still until what is wrong with it counts: its writer may have paused."""
-LONGEST_PAUSE = 600.0
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 600.0
+"""Half the seconds until a file is first tried again, and the most."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ class Watcher:
         """What may pass is tried again, later and later."""
         pending = self.pending[path]
         pending.tries += 1
-        pending.retry_at = self.clock() + min(self.rules.stable_for * 2**pending.tries, LONGEST_PAUSE)
+        pause = max(self.rules.stable_for, SHORTEST_PAUSE) * 2 ** min(pending.tries, 20)
+        pending.retry_at = self.clock() + min(pause, LONGEST_PAUSE)
         before = self.ledger.get(path)
         if before is None or before.reasons != (reason,):
             to = before.to if before else ""

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cembed import __version__
-from cembed.runtime.embed.embedder import FULL, Budget, Embedder
-from cembed.runtime.embed.loading import Loading
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.intake import heartbeat
-from cembed.runtime.intake.folders import Folders
-from cembed.runtime.intake.job import LocalPages
+from cembed.runtime.intake.job import Pages
 from cembed.runtime.intake.ledger import Ledger
 from cembed.runtime.intake.opening import bundle_of, open_or_create, reading_of
 from cembed.runtime.intake.swap import mend, next_path
 from cembed.runtime.updates.versions import current_hash, resolve
 from cembed.serve.hints import Hints
+from cembed.serve.hosts import Host, Model, Watching
 from cembed.serve.notify import Notifier
 from cembed.serve.renewal import Renewal
-from cembed.serve.watcher import Rules, Tally, Watcher
-from cembed.serve.worker import checked
+from cembed.serve.watcher import Tally, Watcher
 
 LONGEST_PAUSE = 60.0
 """Seconds until the index is tried again, when it could not be written."""
@@ -39,23 +36,6 @@ ONCE_SECONDS = 60.0
 """How long the one pass of `once` waits for files that are being written."""
 
 
-@dataclass(frozen=True)
-class Watching:
-    """What `cembed watch` is told; `page_settings` is what vectors of pages depend on beside a file's bytes."""
-
-    loading: Loading
-    index: Path
-    folders: Folders
-    rules: Rules
-    budget: Budget = FULL
-    page_settings: str = "[]"
-    storage: Sequence[str] = ()
-    metadata: dict[str, Any] | None = None
-    skip_blank_pages: bool = False
-    retry_failed: bool = False
-    reembed: bool = False
-
-
 class NewBundleError(Exception):
     """Another bundle is where the one was that is in use."""
 
@@ -65,6 +45,7 @@ class Watch:
     """One watcher, for as long as the process lives. `say` takes lines for a person."""
 
     told: Watching
+    host: Host
     say: Callable[[str], None]
     tally: Tally = field(default_factory=Tally)
     unfinished: int = 0
@@ -82,37 +63,32 @@ class Watch:
 
         Raises CembedError: the bundle cannot be used, the index is of another one or another process writes to it.
         """
-        embedder: Embedder | None = self._load()
+        model: Model | None = self._load()
         with self._hints:
             try:
-                while embedder is not None:
-                    embedder = self._watch_with(embedder)
+                while model is not None:
+                    model = self._watch_with(model)
             finally:
                 self._notifier.stopping()
 
     # The bundle -------------------------------------------------------------------------------------------------------
 
-    def _load(self) -> Embedder:
-        """Raises CembedError: no bundle, a damaged one, or one that computes other vectors here than it should."""
-        embedder = replace(self.told.loading, bundle=str(resolve(Path(self.told.loading.bundle)))).load()
-        embedder.check(embedder.manifest.document, self.told.budget)
-        checked(embedder)
-        embedder.prepare("document", self.told.budget)
-        return embedder
+    def _load(self) -> Model:
+        return self.host.load(resolve(Path(self.told.loading.bundle)))
 
-    def _next(self, embedder: Embedder) -> Embedder:
-        """The embedder of the bundle that is there now; or the old one, if that cannot be used."""
+    def _next(self, old: Model) -> Model:
+        """The model of the bundle that is there now; or the old one, if that cannot be used."""
         path = self.told.loading.bundle
         found = current_hash(Path(path)) or ""
         try:
+            self._check_index(found)
             new = self._load()
-            self._check_index(new.bundle.hash)
         except CembedError as error:
             self._refused, self._trouble = found, f"another bundle is at {path}, and cannot be used: {error}"
             self.say(f"{self._trouble}; the old one stays in use")
-            return embedder
+            return old
         self._refused = self._trouble = ""
-        self.say(f"another bundle is at {path}: {new.bundle.hash[:12]}, in place of {embedder.bundle.hash[:12]}")
+        self.say(f"another bundle is at {path}: {new.bundle[:12]}, in place of {old.bundle[:12]}")
         return new
 
     def _check_index(self, bundle: str) -> None:
@@ -126,40 +102,39 @@ class Watch:
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
-    def _watch_with(self, embedder: Embedder) -> Embedder | None:
-        """Gives the embedder to go on with, or None when it is over."""
-        self._bundle = embedder.bundle.hash
+    def _watch_with(self, model: Model) -> Model | None:
+        """Gives the model to go on with, or None when it is over."""
+        self._bundle = model.bundle
         try:
-            with self.told.loading.reader() as reader:
-                pages = LocalPages(embedder, reader, self.told.budget, self.told.skip_blank_pages)
-                self._check(pages)
-                while not self._try(pages):
+            with model.pages() as pages:
+                self._check(model)
+                while not self._try(model, pages):
                     self._sleep(self._pause)
                 return None
         except NewBundleError:
-            return self._next(embedder)
+            return self._next(model)
 
-    def _check(self, pages: LocalPages) -> None:
+    def _check(self, model: Model) -> None:
         """Raises CembedError: what is wrong with the index is for a person to mend."""
-        mend(self.told.index, pages.bundle)
-        self._check_index(pages.bundle)
-        old = self._is_old(pages)
-        (Index.open(self.told.index, write=True) if old else self._open(self.told.index, pages)).close()
+        mend(self.told.index, model.bundle)
+        self._check_index(model.bundle)
+        old = self._is_old(model)
+        (Index.open(self.told.index, write=True) if old else self._open(self.told.index, model)).close()
         self._notifier.ready()
 
-    def _is_old(self, pages: LocalPages) -> bool:
-        return bundle_of(self.told.index) not in (None, pages.bundle)
+    def _is_old(self, model: Model) -> bool:
+        return bundle_of(self.told.index) not in (None, model.bundle)
 
-    def _open(self, path: Path, pages: LocalPages) -> Index:
-        dim = self.told.budget.dim or pages.embedder.dim
-        return open_or_create(path, bundle=pages.bundle, dim=dim, storage=self.told.storage)
+    def _open(self, path: Path, model: Model) -> Index:
+        return open_or_create(path, bundle=model.bundle, dim=model.dim, storage=self.told.storage)
 
-    def _try(self, pages: LocalPages) -> bool:
+    def _try(self, model: Model, pages: Pages) -> bool:
         """Watches until it is over; gives False when something failed, and it is to be tried again."""
         try:
-            if self._is_old(pages):
-                self._make_anew(pages)
-            with self._writing(self.told.index, pages) as watcher:
+            if self._is_old(model):
+                self._make_anew(model, pages)
+            with self._writing(self.told.index, model, pages) as watcher:
+                self.host.use(model, watcher.index)
                 try:
                     self._pass_by_pass(watcher)
                 finally:
@@ -173,9 +148,9 @@ class Watch:
             return False
 
     @contextmanager
-    def _writing(self, path: Path, pages: LocalPages, before: Index | None = None) -> Iterator[Watcher]:
+    def _writing(self, path: Path, model: Model, pages: Pages, before: Index | None = None) -> Iterator[Watcher]:
         told = self.told
-        with self._open(path, pages) as index, Ledger.beside(path, write=True) as ledger:
+        with self._open(path, model) as index, Ledger.beside(path, write=True) as ledger:
             ledger.adopt(**reading_of(index, told.page_settings, told.skip_blank_pages, __version__))
             if self._retry:
                 ledger.forget_contents()
@@ -221,11 +196,11 @@ class Watch:
             self._between(None)
             time.sleep(min(left, LOOK_SECONDS))
 
-    def _make_anew(self, pages: LocalPages) -> None:
+    def _make_anew(self, model: Model, pages: Pages) -> None:
         """Makes the index anew with another bundle. Goes on where it was interrupted."""
         with Index.open(self.told.index, write=True) as old:
             renewal = Renewal(self.told.index, old, self.say)
-            with self._writing(next_path(self.told.index), pages, before=old) as watcher:
+            with self._writing(next_path(self.told.index), model, pages, before=old) as watcher:
                 renewal.fill(watcher)
         renewal.end()
 
@@ -234,6 +209,7 @@ class Watch:
     def _between(self, ledger: Ledger | None) -> None:
         """Between pages, and while there is nothing to do. Raises NewBundleError."""
         self._notifier.alive()
+        self.host.check()
         if ledger is not None and time.monotonic() > self._told_at + BEAT_SECONDS:
             self._tell(ledger)
         if time.monotonic() < self._looked + LOOK_SECONDS:

@@ -1,9 +1,9 @@
 """The process that embeds for the server: an Embedder, and the decoding process of its PageReader.
 
 A job is a frame with `kind`: `query` with `text`; `page` and `picture` with `path` and `number`, and `picture`, the
-longer side of a picture to give of it; `explain` with `path`, `number` and `text`. `budget` has a Budget's fields.
-Jobs are answered in order; while one is computed, the page of the next is decoded. What is wrong with a page or query
-is `error` in its answer.
+longer side of a picture to give of it, and `skip_blank` if a blank one is not to be embedded; `explain` with `path`,
+`number` and `text`. `budget` has a Budget's fields. Jobs are answered in order; while one is computed, the page of the
+next is decoded. What is wrong with a page or query is `error` in its answer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cembed.runtime.embed.blank import is_blank
 from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.embed.loading import Loading
 from cembed.runtime.errors import CembedError, one_line
@@ -31,6 +32,8 @@ from cembed.runtime.pages.documents import Page, PageError, PageReader
 from cembed.runtime.verify import self_test
 from cembed.serve.frames import PREFIX, Array, Header, pack, sizes, unpack
 
+COUNT = 0
+"""The number of a page that asks how many pages a file has; 0 if it cannot be read."""
 AHEAD = 1
 """Pages that are decoded before their turn."""
 READ_BYTES = 1 << 16
@@ -128,6 +131,8 @@ def decode_ahead(waiting: deque[tuple[Header, Future[Reading] | None]], reader: 
 def read_page(reader: PageReader, path: str, number: int) -> Reading:
     """A page, or the answer that says why there is none; and how many pages the file has."""
     try:
+        if number == COUNT:
+            return {"pages": reader.page_count(path) or 0}, 0
         page, pages = reader.page(path, number)
     except CembedError as error:  # the decoding process does not start
         return {"fault": str(error)}, 0
@@ -153,6 +158,8 @@ def query(embedder: Embedder, job: Header, page: Page | None) -> Answer:
 
 def document(embedder: Embedder, job: Header, page: Page | None) -> Answer:
     assert page is not None
+    if job.get("skip_blank") and is_blank(page.image):
+        return {"pages": job["pages"], "blank": True}, {}
     arrays = {"vectors": embedder.embed_image(page.image, Budget(*job["budget"]))}
     if job.get("picture"):
         arrays["picture"] = np.frombuffer(jpeg(page.image, job["picture"]), np.uint8)

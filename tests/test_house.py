@@ -42,7 +42,7 @@ FLOORS = {
 }
 """The packages of the runtime, and what each stands on beside the ground."""
 GROUND = {"errors", "finite", "disk", "plain_files", "compiled"}
-ROOF = {"writer", "verify", "evaluate", "page_vectors", "plotting", "tuning"}
+ROOF = {"updates", "writer", "verify", "evaluate", "page_vectors", "plotting", "tuning", "intake"}
 """Modules of the runtime by themselves: nothing below the roof imports it."""
 
 

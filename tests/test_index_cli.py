@@ -16,14 +16,15 @@ import pytest
 from test_cli import Outcome, cembed, cembed_process, picture
 from test_index import CASES
 
-from cembed import index_job
 from cembed.index_cli import open_to_add
-from cembed.index_job import Job
 from cembed.options import PageVectors, Reading, settings_of
 from cembed.runtime import Embedder, maxsim
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.index.index import Index
+from cembed.runtime.intake import job as index_job
+from cembed.runtime.intake.job import Job, LocalPages
+from cembed.runtime.intake.sources import Sources
 from cembed.runtime.pages import decoder
 from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents
 
@@ -58,10 +59,11 @@ class Shelf:
     def run(self, *paths: object, metadata: dict[str, Any] | None = None, reader: PageReader | None = None) -> Job:
         """Ended or interrupted."""
         with open_to_add(self.path, self.embedder, None, ["f16", "u8", "bits"]) as opened:
-            job = Job(index=opened, embedder=self.embedder, budget=Budget(), settings="[]", metadata=metadata)
+            pages = LocalPages(self.embedder, reader or self.reader, Budget())
+            job = Job(index=opened, pages=pages, settings="[]", metadata=metadata)
             with contextlib.suppress(KeyboardInterrupt):
-                job.plan(reader or self.reader, find_documents(map(str, paths)))
-                job.run(reader or self.reader, lambda: None)
+                job.plan(find_documents(map(str, paths)))
+                job.run(lambda: None)
         return job
 
     def pages(self) -> dict[str, tuple[bytes, dict[str, Any]]]:
@@ -427,7 +429,7 @@ def test_a_file_that_changes_while_it_is_read(shelf: Shelf, five: Path, monkeypa
     monkeypatch.setattr(PageReader, "read", instead)
     said = "was changed while it was being read: add it again; the index keeps it from an older version of the file"
     job = shelf.run(five, metadata={"year": 2025})
-    assert job.failures == [f"{five}, page {n}: {said}" for n in (2, 3)]
+    assert job.failures == [f"{five}, page 2: {said}"]  # once
     assert [name[-1] for name, page in shelf.pages().items() if page == before[name]] == ["2", "3", "4", "5"]
 
 
@@ -496,7 +498,7 @@ def test_an_old_index_has_ids_as_they_were_given(shelf: Shelf, scans: Path, monk
     """Relative ones count from the working directory, as they did."""
     monkeypatch.chdir(scans.parent)
     with monkeypatch.context() as patch:
-        patch.setattr(index_job.Sources, "name", lambda self, path: (path, None))
+        patch.setattr(Sources, "name", lambda self, path: (path, None))
         shelf.run("scans")
     assert counts(shelf.run(scans)) == (0, 4)
     assert counts(shelf.run(scans, metadata={"a": 1})) == (0, 4)

@@ -24,6 +24,7 @@ from cembed.runtime.plotting import picture
 
 VALUES: tuple[Any, ...] = (None, True, -1, 1.5, 1e400, "xyz", [], [1, "a", None], {}, {"a": {}})
 COMMANDS = ("export", "quantize", "inspect", "verify", "embed", "search", "eval", "build-engine", "bench maxsim")
+UPDATES = ("deploy", "rollback", "versions", "bundle diff", "bundle apply")
 INDEX = ("add", "remove", "compact", "verify", "stats")
 
 
@@ -56,7 +57,7 @@ def test_no_wrong_manifest_is_explained_in_python() -> None:
     assert [line for line in said if any(word in line for word in words)] == []
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *(f"index {name}" for name in INDEX)])
+@pytest.mark.parametrize("command", [*COMMANDS, *UPDATES, *(f"index {name}" for name in INDEX)])
 def test_no_help_shows_a_type_of_python(command: str) -> None:
     shown = cembed(*command.split(), "--help").out
     assert not [word for word in ("<class", "typing.", "Literal[", "NoneType", "Optional[") if word in shown]

@@ -35,7 +35,7 @@ FOLDERS = {
     "cembed/serve": "serve",
 }
 """Folders of the wheel, and where the tree has them."""
-ROOMS = ("bundle", "embed", "engines", "index", "pages", "pages/pdf", "pages/tiff", "scoring")
+ROOMS = ("bundle", "embed", "engines", "index", "intake", "pages", "pages/pdf", "pages/tiff", "scoring", "updates")
 SOURCES = (
     FOLDERS
     | {"cembed/scale/connectors": "scale/connectors"}

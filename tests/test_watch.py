@@ -407,13 +407,13 @@ def test_the_disk_is_full_and_then_is_not(place: Place) -> None:
     place.put("b.png")
     place.put("c.pdf", "one", "two")
     FullDisk.full = True
-    for _ in range(3):
-        place.step(0)
+    place.step(0)
+    for attempt in (place.step, place.step, place.start):
         with pytest.raises(CembedError, match=os.strerror(errno.ENOSPC)):
-            place.step()
-        place.start()
+            attempt()
     assert place.pages() == ["a.png#1"]
     FullDisk.full = False
+    place.start()
     place.settle()
     assert place.pages() == ["a.png#1", "b.png#1", "c.pdf#1", "c.pdf#2"]
 

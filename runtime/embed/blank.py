@@ -17,6 +17,8 @@ from cembed.runtime.bundle.image_processing import ImageProcessing
 
 Mask = NDArray[np.bool_]
 
+PARTS = 48  # of the shorter side of a page, where it is asked whether all of it is blank
+EDGE = 16  # a page is blank if all of it is but this part of each side: shadows, holes, staples
 FAINTEST = 6  # levels by which writing makes pixels deviate, beside what noise does in the page's calmest tenth
 NOISIEST = 16  # levels of deviation in the calmest tenth: over that, nothing tells noise from faint writing
 COLOUR = 24  # levels that the mean of a blank part may be away from the paper's colour
@@ -81,6 +83,21 @@ def parts_to_read(pixels: NDArray[np.uint8], image: ImageProcessing) -> Mask:
     rows, columns = found.shape[0] // side, found.shape[1] // side
     tiles = np.asarray(found.reshape(rows, side, columns, side).any(axis=(1, 3)), bool)
     return tiles if tiles.size > 1 else np.ones(tiles.shape, bool)
+
+
+def is_blank(page: NDArray[np.uint8]) -> bool:
+    """Whether there is nothing on a page [height, width, 3] but at its edges.
+
+    >>> is_blank(np.full((300, 200, 3), 240, np.uint8))
+    True
+    """
+    side = max(2, min(page.shape[:2]) // PARTS)
+    rows, columns = page.shape[0] // side, page.shape[1] // side
+    if min(rows, columns) < 2 * EDGE:  # a stamp, not a page
+        return False
+    blank = blank_parts(Sums.of(np.ascontiguousarray(page[: rows * side, : columns * side]), side))
+    top, left = rows // EDGE, columns // EDGE
+    return bool(blank[top : rows - top, left : columns - left].all())
 
 
 def with_neighbours(content: Mask) -> Mask:

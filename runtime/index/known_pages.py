@@ -72,6 +72,11 @@ class KnownPages:
         known, content = self._pages.get(page), _padded(content)
         return known is not None and known.content == content != _NO_CONTENT
 
+    def content(self, page: str) -> bytes | None:
+        """None if there is no such page."""
+        known = self._pages.get(page)
+        return None if known is None else known.content
+
     def vectors_of(self, content: bytes, *, alive: bool = False) -> int | None:
         """The serial of a page with the vectors of `content`, which may be a removed one unless one is `alive`."""
         content = _padded(content)

@@ -252,6 +252,11 @@ class IndexReader:
         with self._lock:
             return self._known_pages().has(page, content)
 
+    def content_of(self, page: str) -> bytes | None:
+        """The content hash, filled up with zeros, of the page with this id; None if there is none."""
+        with self._lock:
+            return self._known_pages().content(page)
+
     def has_content(self, content: bytes) -> bool:
         """Whether there are vectors of this content hash: `add` takes a page that has it without vectors."""
         with self._lock:

@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,7 @@ class Ledger:
 
     def __init__(self, path: Path, *, write: bool) -> None:
         """Raises CembedError: it cannot be opened; one that is damaged is made anew where it may be written."""
-        self.path, self._lock = path, threading.RLock()
+        self.path, self._write, self._lock = path, write, threading.RLock()
         try:
             self._database = self._open(write)
         except sqlite3.DatabaseError as error:
@@ -105,6 +105,8 @@ class Ledger:
                 database.execute("PRAGMA temp_store = MEMORY")
                 self._check_version(database)
                 database.executescript(_TABLES)
+                if (found := database.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
+                    raise sqlite3.DatabaseError(f"damaged: {found}")
             database.execute("SELECT folder FROM files LIMIT 1").fetchall()
         except BaseException:
             database.close()
@@ -150,14 +152,23 @@ class Ledger:
                         self._database.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
+                self._give_up_damaged(error)
                 raise CembedError(f"cannot write to {self.path}: {error}") from error
 
-    def _rows(self, query: str, *values: Any) -> list[Any]:
+    def _rows(self, query: str, *values: Any, of: Callable[[Any], Any] = lambda row: row) -> list[Any]:
+        """What `of` makes of each row that is found."""
         try:
             with self._lock:
-                return self._database.execute(query, values).fetchall()
-        except sqlite3.Error as error:
+                return [of(row) for row in self._database.execute(query, values)]
+        except (sqlite3.Error, ValueError, TypeError, LookupError) as error:  # or texts that are none of ours
+            self._give_up_damaged(error)
             raise CembedError(f"cannot read {self.path}: {error}") from error
+
+    def _give_up_damaged(self, error: Exception) -> None:
+        """The next one that opens it for writing shall find none."""
+        passing = isinstance(error, sqlite3.Error) and type(error) is not sqlite3.DatabaseError
+        if self._write and not passing:
+            self._set_aside()
 
     # Files ------------------------------------------------------------------------------------------------------------
 
@@ -176,23 +187,21 @@ class Ledger:
 
     def folder(self, folder: str) -> dict[str, tuple[tuple[int, ...], State]]:
         """Stamp and state of the files right in a folder, by their names."""
-        rows = self._rows("SELECT name, stamp, state FROM files WHERE folder = ?", os.fsencode(folder))
-        return {os.fsdecode(name): (_stamp_of(stamp), state) for name, stamp, state in rows}
+        query = "SELECT name, stamp, state FROM files WHERE folder = ?"
+        return dict(self._rows(query, os.fsencode(folder), of=lambda r: (os.fsdecode(r[0]), (_stamp_of(r[1]), r[2]))))
 
     def folders(self) -> list[str]:
         """Folders of which there are files."""
         return [os.fsdecode(folder) for (folder,) in self._rows("SELECT DISTINCT folder FROM files")]
 
     def get(self, path: str) -> Entry | None:
-        rows = self._rows("SELECT * FROM files WHERE folder = ? AND name = ?", *_split(path))
-        return _entry(rows[0]) if rows else None
+        rows = self._rows("SELECT * FROM files WHERE folder = ? AND name = ?", *_split(path), of=_entry)
+        return rows[0] if rows else None
 
     def entries(self, *states: State, limit: int = -1) -> list[Entry]:
         """Files in these states."""
         marks = ",".join("?" * len(states))
-        return [
-            _entry(row) for row in self._rows(f"SELECT * FROM files WHERE state IN ({marks}) LIMIT ?", *states, limit)
-        ]
+        return self._rows(f"SELECT * FROM files WHERE state IN ({marks}) LIMIT ?", *states, limit, of=_entry)
 
     def counts(self) -> dict[str, int]:
         """Files by state."""
@@ -211,11 +220,8 @@ class Ledger:
             self._database.execute("INSERT OR REPLACE INTO contents VALUES (?, ?)", (digest, json.dumps(told)))
 
     def content(self, digest: bytes) -> Content | None:
-        rows = self._rows("SELECT told FROM contents WHERE digest = ?", digest)
-        if not rows:
-            return None
-        told = json.loads(rows[0][0])
-        return Content(told["pages"], tuple(Missing(*missing) for missing in told["missing"]))
+        rows = self._rows("SELECT told FROM contents WHERE digest = ?", digest, of=_content)
+        return rows[0] if rows else None
 
     def forget_contents(self) -> None:
         """What could not be read, and all files that had it, shall be tried again."""
@@ -226,7 +232,7 @@ class Ledger:
     # Facts ------------------------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        return {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM facts")}
+        return dict(self._rows("SELECT name, value FROM facts", of=lambda row: (row[0], json.loads(row[1]))))
 
     def tell(self, **facts: Any) -> None:
         rows = [(name, json.dumps(value)) for name, value in facts.items()]
@@ -266,6 +272,11 @@ def _stamp_text(stamp: Sequence[int]) -> str:
 
 def _stamp_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split()))
+
+
+def _content(row: Sequence[Any]) -> Content:
+    told = json.loads(row[0])
+    return Content(told["pages"], tuple(Missing(*missing) for missing in told["missing"]))
 
 
 def _entry(row: Sequence[Any]) -> Entry:

@@ -20,13 +20,18 @@ def open_or_create(path: Path, *, bundle: str, dim: int, storage: Sequence[str] 
         return Index.create(path, dim=dim, bundle=bundle, storage=storage or DEFAULT_STORAGE)
     index = Index.open(path, write=True)
     try:
-        index.check_bundle(bundle)
-        if index.dim != dim:
-            raise CembedError(f"{path} has vectors of dim {index.dim}, these would have {dim}: give --dim {index.dim}")
+        check_fits(index, bundle, dim)
     except CembedError:
         index.close()
         raise
     return index
+
+
+def check_fits(index: Index, bundle: str, dim: int) -> None:
+    """Raises CembedError: the index has vectors of another bundle or dim."""
+    index.check_bundle(bundle)
+    if index.dim != dim:
+        raise CembedError(f"{index.folder} has vectors of dim {index.dim}, these would have {dim}: give --dim")
 
 
 def bundle_of(path: Path) -> str | None:
