@@ -543,6 +543,7 @@ def test_a_reply_that_makes_no_sense_is_a_lost_page(
     (tmp_path / "reply").write_bytes(framed({"shape": [0]}) + reply)
     script = f"import sys, time; sys.stdout.buffer.write(open({str(tmp_path / 'reply')!r}, 'rb').read())"
     monkeypatch.setattr(decoder, "BOOT", f"{script}; sys.stdout.flush(); time.sleep(60)")
+    Image.fromarray(NOISE).save(tmp_path / "a.png")
     with PageReader(max_pixels=200_000, timeout=20) as reader:
         (lost,) = reader.read([tmp_path / "a.png"])
         assert reader.count_pages([tmp_path / "a.png"]) == 1
@@ -555,6 +556,8 @@ def test_texts_of_a_reply_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "reply").write_bytes(framed({"shape": [0]}) + pixel + framed({"error": "a\nb"}))
     script = f"import sys, time; sys.stdout.buffer.write(open({str(tmp_path / 'reply')!r}, 'rb').read())"
     monkeypatch.setattr(decoder, "BOOT", f"{script}; sys.stdout.flush(); time.sleep(60)")
+    for name in ("a.png", "b.png"):
+        Image.fromarray(NOISE).save(tmp_path / name)
     with PageReader() as reader:
         warned, failed = reader.read([tmp_path / "a.png", tmp_path / "b.png"])
     assert isinstance(warned, Page)

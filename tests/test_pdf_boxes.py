@@ -13,6 +13,7 @@ import pytest
 from pdf_files import DRAWN, about, page, pictures, stream
 
 from cembed.runtime.pages.documents import Page, PageReader
+from cembed.runtime.pages.files import File
 from cembed.runtime.pages.images import RefusedError, Settings
 from cembed.runtime.pages.pdf.objects import Objects
 from cembed.runtime.pages.pdf.pages import Pdf
@@ -29,7 +30,7 @@ RESOURCES = b"/XObject << /P 5 0 R >> /Font << /T << /Type /Font /Subtype /Type1
 
 def opened(tmp_path: Path, content: bytes, dpi: float = 72, max_pixels: int = 10_000_000) -> Pdf:
     (tmp_path / "a.pdf").write_bytes(content)
-    return Pdf(str(tmp_path / "a.pdf"), Settings(dpi, max_pixels, None))
+    return Pdf(File.at(tmp_path / "a.pdf"), Settings(dpi, max_pixels, None))
 
 
 def size(tmp_path: Path, content: bytes, dpi: float = 72, max_pixels: int = 10_000_000) -> tuple[int, int]:

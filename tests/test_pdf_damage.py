@@ -12,6 +12,7 @@ import pdf_files
 import pytest
 from pdf_files import DRAWN, FRAMED, Coded, about, image, page, pictures, saved, stream
 
+from cembed.runtime.pages.files import File
 from cembed.runtime.pages.images import Drawn, RefusedError, Settings
 from cembed.runtime.pages.pdf import codes as pdf_codes
 from cembed.runtime.pages.pdf.pages import Pdf
@@ -26,7 +27,7 @@ needs_library = pytest.mark.skipif(pdf_codes.load() is None, reason="the library
 
 def read(tmp_path: Path, content: bytes, dpi: float = 72) -> Drawn:
     (tmp_path / "a.pdf").write_bytes(content)
-    return Pdf(str(tmp_path / "a.pdf"), Settings(dpi, 10_000_000, None)).page(1)
+    return Pdf(File.at(tmp_path / "a.pdf"), Settings(dpi, 10_000_000, None)).page(1)
 
 
 def told(tmp_path: Path, content: bytes, dpi: float = 72) -> str | None:
@@ -292,7 +293,7 @@ def test_pictures_that_every_page_draws_are_told_on_every_page(tmp_path: Path) -
         *pages,
     ]
     (tmp_path / "a.pdf").write_bytes(pdf_files.pdf(objects))
-    document = Pdf(str(tmp_path / "a.pdf"), Settings(72, 10_000_000, None))
+    document = Pdf(File.at(tmp_path / "a.pdf"), Settings(72, 10_000_000, None))
     assert all("early" in (document.page(number).warning or "") for number in (1, 2, 3))
 
 

@@ -1,32 +1,56 @@
 """The decoding process as the reading side sees it. It may be slow, exhaust memory or crash: then a page is lost.
 
-A request is a line of JSON, `[path, number]`, with number 0 when only the page count is needed. Replies are headers in
-JSON, each after its length: `{"pages": n}`, then `{"shape": [h, w, 3], "warning": text or null}` and the bytes;
-`{"error": text}` for either.
+A request is a message over a socket, in JSON: `[number, whether the file is named as a PDF]`, with number 0 when only
+the page count is needed; with it goes the open file. In the place of both it has null for the file that is there.
+Replies come through a pipe: headers in JSON, each after its length: `{"pages": n}`, then `{"shape": [h, w, 3],
+"warning": text or null}` and the bytes; `{"error": text}` for either. The first, `{"shape": [0], "warning": text}`,
+says that the process is in its cage, and what that lacks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from cembed.runtime.errors import CembedError, one_line
-from cembed.runtime.pages.images import Drawn, Settings
+from cembed.runtime.pages.files import File
+from cembed.runtime.pages.images import Drawn, RefusedError, Settings
 
 # Not `python -m`: that takes modules from the working directory and misses what a script has put on sys.path.
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.pages.worker import serve; serve(sys.argv[1])"
 
 _START_SECONDS = 120.0
 _HEADER_BYTES, _PAGES, _TEXT = 1 << 16, 1 << 31, 500  # what a reply may have, whatever befell the decoding process
+# Of the environment, which has secrets of programs at times: what Python, its libraries and the loader go by.
+_KEPT_NAMES = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_",
+    "TZ",
+    "TMPDIR",
+    "LD_",
+    "DYLD_",
+    "PYTHON",
+    "VIRTUAL_ENV",
+    "MALLOC_",
+    "GLIBC_",
+)
+_NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of numpy, started by it
 _PIPE = 1 << 20  # bytes: what Linux allows everybody
 
 
@@ -36,6 +60,16 @@ def _widen(pipe: Any) -> None:
         import fcntl
 
         fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_KEPT_NAMES)} | _NO_THREADS
+
+
+@cache
+def _say(lacking: str) -> None:
+    """Once."""
+    warnings.warn(f"files are decoded without the protection of {lacking}", RuntimeWarning, stacklevel=2)
 
 
 class LostError(Exception):
@@ -49,15 +83,25 @@ class _NonsenseError(Exception):
 class Decoder:
     """The decoding process as the reading side sees it; `pages` is what it said of the file last asked for."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, require_sandbox: bool = False) -> None:
         command = [sys.executable, "-c", BOOT, json.dumps(asdict(settings)), *map(str, sys.path)]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        self._requests, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=theirs.fileno(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+            )
+        self._requests.shutdown(socket.SHUT_RD)
         _widen(self._process.stdout)
-        self._requests: Any = self._process.stdin
         self._replies: Any = self._process.stdout
         self._ready, self.pages, self._max_pixels = False, 0, settings.max_pixels
-        self._owner = os.getpid()
+        self._require_sandbox, self._owner = require_sandbox, os.getpid()
+        self._place: str | None = None
+        self._refusal: str | None = None
+        self._addresses, self._last_size = resource.RLIM_INFINITY, 0
 
     @property
     def _ours(self) -> bool:
@@ -70,23 +114,69 @@ class Decoder:
 
     def await_ready(self) -> None:
         try:
-            self._ready = self._ready or self.receive(_START_SECONDS) is not None
+            if not self._ready:
+                self._started(self.receive(_START_SECONDS))
         except LostError as lost:
             hint = f"check that `{sys.executable} -c 'import PIL, pypdfium2'` works and memory_limit is not too small"
             raise CembedError(f"the process that reads documents did not start: {lost}; {hint}") from None
 
+    def _started(self, reply: Drawn | str) -> None:
+        """Raises CembedError for a cage that lacks something, if all of it is required; else that is a warning."""
+        lacking = None if isinstance(reply, str) else reply.warning
+        if lacking and self._require_sandbox:
+            self.end()
+            raise CembedError(f"the sandbox that was required cannot be had: this system lacks {lacking}")
+        if lacking:
+            _say(lacking)
+        with contextlib.suppress(AttributeError, OSError):  # not Linux
+            self._addresses = resource.prlimit(self._process.pid, resource.RLIMIT_AS)[0]
+        self._ready = True
+
     def send(self, path: str, number: int) -> None:
-        self.pages = 0
+        """Opens the file, unless it is the last one and a later page. What speaks against that is the next reply."""
+        self.pages, self._refusal = 0, None
         self._check_owner()
+        place = os.path.abspath(path)
+        known, self._place = place == self._place and number > 1, None
         try:
-            self._requests.write(json.dumps([os.path.abspath(path), number]).encode() + b"\n")
-            self._requests.flush()
+            if known:
+                self._ask(number)
+            else:
+                self._hand_over(place, number)
+            self._place = place
+        except RefusedError as refused:
+            self._refusal = str(refused)
+
+    def _hand_over(self, place: str, number: int) -> None:
+        try:
+            file = File.at(place)
+        except (OSError, ValueError) as error:
+            raise RefusedError(getattr(error, "strerror", None) or os.strerror(errno.ENOENT)) from None
+        with file:
+            self._make_room(file.size)
+            self._ask(number, file)
+
+    def _make_room(self, size: int) -> None:
+        """A mapped file takes addresses, which are limited, and no memory; the last one may be mapped still."""
+        if self._addresses != resource.RLIM_INFINITY:
+            soft = self._addresses + self._last_size + size
+            with contextlib.suppress(ValueError, OSError):  # it is gone, as will be noticed, or limited from outside
+                hard = resource.prlimit(self._process.pid, resource.RLIMIT_AS)[1]
+                resource.prlimit(self._process.pid, resource.RLIMIT_AS, (soft, hard))
+        self._last_size = size
+
+    def _ask(self, number: int, file: File | None = None) -> None:
+        request = json.dumps([number, None if file is None else file.named_pdf]).encode()
+        try:
+            socket.send_fds(self._requests, [request], [] if file is None else [file.descriptor])
         except OSError:
             raise LostError(self._ending()) from None
 
     def receive(self, seconds: float) -> Drawn | str:
         """The image asked for (empty if none was) or why there is none; ends the process when `seconds` have passed."""
         self._check_owner()
+        if self._refusal is not None:
+            return self._refusal
         expired = threading.Event()
 
         def expire() -> None:

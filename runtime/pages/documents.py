@@ -143,6 +143,8 @@ class PageReader:
     `dpi` is the resolution of PDF pages. A page of more than `max_pixels` is drawn smaller, or reduced while it is
     decoded (TIFF, JPEG); other pictures that have more are refused. `timeout` is in seconds, for each page.
     `memory_limit` is in bytes on top of what the idle process takes (None: no limit) and needs a system with RLIMIT_AS.
+    The process can open no file, and do little else than to decode those it is given (docs/security.md); what the
+    system lacks for that is a RuntimeWarning, or an error if `require_sandbox`.
     Raises CembedError for a setting that is not above 0, when the process does not start, and for calls that its one
     process cannot answer: outside of the block, or during a `read`.
     """
@@ -154,18 +156,20 @@ class PageReader:
         timeout: float = 60.0,
         max_pixels: int = 100_000_000,
         memory_limit: int | None = 2 << 30,
+        require_sandbox: bool = False,
     ) -> None:
         self._settings, self._timeout = Settings(dpi, max_pixels, memory_limit), min(timeout, threading.TIMEOUT_MAX)
         for name, value in {**asdict(self._settings), "timeout": timeout}.items():
             if value is not None and not 0 < value < math.inf:
                 raise CembedError(f"{name} is {value}: give a number above 0")
         self._worker: Decoder | None = None
+        self._require_sandbox = require_sandbox
         self._entered = self._reading = False
 
     def __enter__(self) -> PageReader:
         self._require(not self._entered, "is open already: give what its read() yields to embed_pages")
         pdf_codes.load()  # warns here where it is missing, as nobody sees what the other process says
-        self._entered, self._worker = True, Decoder(self._settings)
+        self._entered, self._worker = True, Decoder(self._settings, self._require_sandbox)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -259,7 +263,7 @@ class PageReader:
         self._require(self._entered, "is not open: use it in a with block")
         if self._worker is None or not self._worker.alive:
             self._end_worker()
-            self._worker = Decoder(self._settings)
+            self._worker = Decoder(self._settings, self._require_sandbox)
         self._worker.await_ready()
         return self._worker
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -82,7 +82,7 @@ def lacks_scans(data: bytes) -> bool:
     return any(bits.values())
 
 
-def opened(source: str | bytes, limit: int) -> Image.Image:
+def opened(source: BinaryIO | bytes, limit: int) -> Image.Image:
     """A JPEG, loaded; one of more than `limit` pixels is reduced while it is decoded, by up to 8."""
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=("JPEG",))
     width, height = image.size
@@ -90,11 +90,6 @@ def opened(source: str | bytes, limit: int) -> Image.Image:
     image.draft(image.mode, (max(1, width // scale), max(1, height // scale)))
     image.load()
     return image
-
-
-def doubt(image: Image.Image, path: str) -> str | None:
-    """Whether a progressive picture that could be read was coarser than it should be."""
-    return COARSE if "progressive" in image.info and lacks_scans(Path(path).read_bytes()) else None
 
 
 def _opened_bare(data: bytes, limit: int) -> Image.Image:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cembed.runtime.pages import jpegs, pngs
+from cembed.runtime.pages.files import File
 from cembed.runtime.pages.images import Drawn, RefusedError, Settings, to_rgb, too_many_pixels
 
 _ZEROS = bytes(64)
@@ -20,8 +20,8 @@ class Picture:
     pages = 1
     doubt: str | None = None
 
-    def __init__(self, path: str, settings: Settings, kind: str) -> None:
-        self._path, self._kind, self._limit = path, kind, settings.max_pixels
+    def __init__(self, file: File, settings: Settings, kind: str) -> None:
+        self._file, self._kind, self._limit = file, kind, settings.max_pixels
 
     def page(self, _: int) -> Drawn:
         """The picture, or its first frame. Raises RefusedError, and whatever Pillow raises for damage."""
@@ -33,14 +33,15 @@ class Picture:
             ) from None
 
     def _plain(self, data: bytes | None = None, warning: str | None = None) -> Drawn:
-        image = Image.open(self._path if data is None else io.BytesIO(data), formats=(self._kind,))
-        width, height = image.size
-        if width * height > self._limit:
-            raise too_many_pixels(width, height, self._limit, f"a {self._kind} file")
-        return Drawn(np.array(to_rgb(image), order="C"), warning)
+        with self._file.stream() if data is None else io.BytesIO(data) as source:
+            image = Image.open(source, formats=(self._kind,))
+            width, height = image.size
+            if width * height > self._limit:
+                raise too_many_pixels(width, height, self._limit, f"a {self._kind} file")
+            return Drawn(np.array(to_rgb(image), order="C"), warning)
 
     def _png(self) -> Drawn:
-        data = Path(self._path).read_bytes()
+        data = self._file.read()
         doubt = pngs.doubt(data)
         try:
             return self._plain(data, doubt)
@@ -51,17 +52,19 @@ class Picture:
 
     def _jpeg(self) -> Drawn:
         try:
-            image = jpegs.opened(self._path, self._limit)
+            with self._file.stream() as stream:
+                image = jpegs.opened(stream, self._limit)
         except MemoryError:
             raise
         except Exception:
-            return jpegs.read(Path(self._path).read_bytes(), self._limit)
+            return jpegs.read(self._file.read(), self._limit)
         if jpegs.grey_end(image):
-            return jpegs.read(Path(self._path).read_bytes(), self._limit)
-        return jpegs.finished(image, self._limit, jpegs.doubt(image, self._path))
+            return jpegs.read(self._file.read(), self._limit)
+        coarse = "progressive" in image.info and jpegs.lacks_scans(self._file.read())
+        return jpegs.finished(image, self._limit, jpegs.COARSE if coarse else None)
 
     def _webp(self) -> Drawn:
-        with open(self._path, "rb") as file:
+        with self._file.stream() as file:
             size = int.from_bytes(file.read(8)[4:], "little") + 8  # as RIFF says it
             file.seek(max(0, size - len(_ZEROS)))
             torn = file.read(len(_ZEROS)) == _ZEROS

@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import os
-import threading
 from collections.abc import Callable
-from functools import cache, lru_cache
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 
 import numpy as np
 import pypdfium2
 import pypdfium2.raw as pdfium
 
+from cembed.runtime.pages.files import File
 from cembed.runtime.pages.images import Drawn, Pixels, RefusedError, Settings
 from cembed.runtime.pages.pdf.drawn import count_undrawn, is_plain, scan_scale
 from cembed.runtime.pages.pdf.objects import Objects
 from cembed.runtime.pages.pdf.pictures import ANY, Found, Pictures, Verdict
-from cembed.runtime.pages.pdf.repair import Opened, mapped, open_pdf
+from cembed.runtime.pages.pdf.repair import Opened, open_pdf
 
 _SMALL = 500.0  # points: the longer side of a page that is too small for a scan of A5
 _MOST_REASONS = 3
@@ -37,13 +37,13 @@ class Pdf:
     what says how large the page is may be made up. Raises RefusedError.
     """
 
-    def __init__(self, path: str, settings: Settings) -> None:
+    def __init__(self, file: File, settings: Settings) -> None:
         self._settings = settings
-        opened = open_pdf(path)
+        opened = open_pdf(file)
         self._document = opened.document
         self._document.init_forms()  # without it, fields that have been filled in stay blank
         self.pages = len(self._document)
-        self._pictures = _pictures_of(path, opened)
+        self._pictures = _pictures_of(file, opened)
         self.doubt = f"the file was repaired: {opened.repair}" if opened.repair else None
         self._notes = [self.doubt] if self.doubt else []
         if self._pictures and "Collection" in self._pictures.objects.catalog:
@@ -83,18 +83,12 @@ class Pdf:
         except Exception:  # what is so damaged that only PDFium can follow it: PDFium is asked
             return _UNKNOWN
 
-    def _try_out_beside(self, found: Found) -> Callable[[], None]:
+    def _try_out_beside(self, found: Found) -> Callable[[], object]:
         """Tries the pictures in a thread; the function returned waits for it."""
         if self._pictures is None or not found.untried:
             return lambda: None
-        _share_heap()
-        thread = threading.Thread(target=self._pictures.try_out, args=(found,))
-        try:
-            thread.start()
-        except RuntimeError:  # no memory for a thread
-            self._pictures.try_out(found)
-            return lambda: None
-        return thread.join
+        tried = second_thread().submit(self._pictures.try_out, found)
+        return lambda: wait([tried])
 
     def _form_notes(self, page: pypdfium2.PdfPage) -> list[str]:
         kind = pdfium.FPDF_GetFormType(self._document)
@@ -106,26 +100,27 @@ class Pdf:
 
 
 @cache
-def _share_heap() -> None:
-    """glibc sets addresses aside for the heap of each thread, 64 MB, which count for memory_limit: one has to do."""
+def second_thread() -> ThreadPoolExecutor:
+    """Runs already, since the decoding process can start none when it reads files.
+
+    glibc sets addresses aside for the heap of each thread, 64 MB, which count for memory_limit: one has to do.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    executor = ThreadPoolExecutor(1)
+    executor.submit(int).result()
+    return executor
 
 
-def _pictures_of(path: str, opened: Opened) -> Pictures | None:
-    about = os.stat(path)
+def _pictures_of(file: File, opened: Opened) -> Pictures | None:
     try:
-        if opened.data is None:
-            return _pictures_in(path, about.st_mtime_ns, about.st_size)
-        return Pictures(Objects(opened.data))
+        if opened.data is not None:
+            return Pictures(Objects(opened.data))
+        file.found = file.found or Pictures(Objects(file.mapped))  # a long document is opened again and again
+        found: Pictures = file.found
+        return found
     except Exception:  # only PDFium can follow it
         return None
-
-
-@lru_cache(maxsize=1)
-def _pictures_in(path: str, changed: int, size: int) -> Pictures:
-    """Kept, as a long document is opened again and again."""
-    return Pictures(Objects(mapped(path)))
 
 
 def _faults(page: pypdfium2.PdfPage, image: Pixels, found: Found) -> list[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import mmap
-import os
-import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import pypdfium2
 import pypdfium2.raw as pdfium
 
+from cembed.runtime.pages.files import File
 from cembed.runtime.pages.images import RefusedError
 from cembed.runtime.pages.pdf.objects import Objects
 
@@ -35,51 +36,36 @@ class Opened:
     repair: str | None = None
 
 
-def open_pdf(path: str) -> Opened:
+def open_pdf(file: File) -> Opened:
     """Raises RefusedError for what cannot be opened."""
     try:
-        document = pypdfium2.PdfDocument(path)
+        document = pypdfium2.PdfDocument(_bytes_of(file.mapped))
     except pypdfium2.PdfiumError:
         if (code := pdfium.FPDF_GetLastError()) in _REASONS:
-            raise RefusedError(_REASONS[code].format(Objects(mapped(path)).encryption)) from None
-        return _repaired(path)
+            raise RefusedError(_REASONS[code].format(Objects(file.mapped).encryption)) from None
+        return _repaired(file.mapped)
     if pdfium.FPDF_GetSecurityHandlerRevision(document) < 0:
         return Opened(document)
-    return Opened(document, _decrypted(path, document))
+    return Opened(document, _decrypted(file, document))
 
 
-def mapped(path: str) -> mmap.mmap:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        allowed = _move_limit(size)
-        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if allowed:
-        weakref.finalize(found, _move_limit, -size)
+def _bytes_of(mapped: mmap.mmap) -> ctypes.Array[ctypes.c_ubyte]:
+    """A mapped file as PDFium's binding takes it, which keeps it as long as the document."""
+    view = np.frombuffer(mapped, np.uint8)
+    found = (ctypes.c_ubyte * view.size).from_address(view.ctypes.data)
+    found.view = view  # type: ignore[attr-defined]  # it keeps the file mapped
     return found
 
 
-def _move_limit(size: int) -> bool:
-    """Moves the limit of addresses, for a mapped file counts for it but takes no memory. False if there is none."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        if soft != resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_AS, (soft + size, hard))
-            return True
-    return False
-
-
-def _decrypted(path: str, document: pypdfium2.PdfDocument) -> bytes:
-    if os.path.getsize(path) > _REPAIRED:
+def _decrypted(file: File, document: pypdfium2.PdfDocument) -> bytes:
+    if file.size > _REPAIRED:
         return b""
     copy = io.BytesIO()
     document.save(copy, flags=pdfium.FPDF_REMOVE_SECURITY)
     return copy.getvalue()
 
 
-def _repaired(path: str) -> Opened:
-    data = mapped(path)
+def _repaired(data: mmap.mmap) -> Opened:
     start = data.find(b"%PDF-", 0, _JUNK)
     if len(data) > _REPAIRED:
         raise RefusedError("damaged, and too large to be repaired, or no PDF")

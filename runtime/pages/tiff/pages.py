@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
+from cembed.runtime.pages.files import File
 from cembed.runtime.pages.images import (
     Drawn,
     Pixels,
@@ -40,9 +41,9 @@ _TURNS = {2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1), 5: (True, 1,
 class Tiff:
     doubt: str | None = None
 
-    def __init__(self, path: str, settings: Settings) -> None:
+    def __init__(self, file: File, settings: Settings) -> None:
         self._limit = settings.max_pixels
-        self._frames = TiffFile(path).pages()
+        self._frames = TiffFile(file.stream()).pages()
         self.pages = len(self._frames)
         if not self.pages:
             raise RefusedError("damaged: a TIFF file without a frame")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -71,8 +70,8 @@ class Directory:
 class TiffFile:
     """An open TIFF or BigTIFF file. Raises RefusedError where it is neither."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 it is open as long as this object lives
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.size = self._file.seek(0, 2)
         head = self.read(0, 16)
         if head[:4] not in HEADERS:

@@ -1,0 +1,211 @@
+"""The cage of the decoding process: what it gives up once it runs, since the files it reads may take it over.
+
+Landlock takes the file system, TCP and signals to others away, and a seccomp filter every system call that decoding
+does not need. Both are Linux's; where one is missing the other is used, and what is missing is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+FONTS = (
+    "/usr/share/fonts",
+    "/usr/share/X11/fonts/Type1",
+    "/usr/share/X11/fonts/TTF",
+    "/usr/local/share/fonts",
+)
+"""Where PDFium looks for what a PDF leaves to the machine: it opens them when a page needs one."""
+
+_NO_NEW_PRIVS = 38  # of prctl.h
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_VERSION, _PATH_BENEATH, _READ_FILE = 1, 1, 1 << 2  # of landlock.h
+# All rights of the file system by the version that first knew them, of TCP by version 4, and of scopes by version 6.
+_FILE_RIGHTS = {5: (1 << 16) - 1, 3: (1 << 15) - 1, 2: (1 << 14) - 1, 1: (1 << 13) - 1}
+_TCP_RIGHTS, _SCOPES = 3, 3
+
+_DENY, _KILL, _ALLOW = 0x0005_0001, 0x8000_0000, 0x7FFF_0000  # of seccomp.h; the first is EPERM
+_SET_FILTER, _ALL_THREADS = 1, 1
+_LOAD, _AND, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # of bpf_common.h
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # where seccomp_data has them
+_X32 = 0x4000_0000
+_EVERY_BIT, _EXEC, _EMPTY_PATH = 0xFFFF_FFFF, 4, 0x1000
+_FCNTL = (0, 1, 2, 3, 1030)  # duplicates, and flags of descriptors: no signals, locks or leases
+
+# Numbers on x86-64 and on aarch64, None where there is no such call; the first are the most frequent.
+_CALLS: dict[str, tuple[int | None, int | None]] = {
+    "read": (0, 63),
+    "write": (1, 64),
+    "futex": (202, 98),
+    "lseek": (8, 62),
+    "munmap": (11, 215),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "brk": (12, 214),
+    "recvmsg": (47, 212),
+    "close": (3, 57),
+    "fstat": (5, 80),
+    "pread64": (17, 67),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "memfd_create": (319, 279),
+    "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123),
+    "nanosleep": (35, 101),
+    "clock_nanosleep": (230, 115),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "gettimeofday": (96, 169),
+    "getrusage": (98, 165),
+    "getrandom": (318, 278),
+    "getpid": (39, 172),
+    "getppid": (110, 173),
+    "gettid": (186, 178),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132),
+    "restart_syscall": (219, 128),
+    "set_robust_list": (273, 99),
+    "rseq": (334, 293),
+    "membarrier": (324, 283),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+}
+# No decoder ever has a use for these: whatever asks for one has been taken over, and its process ends.
+_DEADLY: dict[str, tuple[int | None, int | None]] = {
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "keyctl": (250, 219),
+}
+_MACHINES = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}
+"""By what Python calls a machine: its column above, and AUDIT_ARCH of audit.h."""
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """A call that is allowed where an argument, of which `mask` says what matters, is one of `values`."""
+
+    numbers: tuple[int, int]
+    argument: int
+    mask: int
+    values: tuple[int, ...]
+
+
+def lock_files() -> str | None:
+    """Takes the file system from this thread and from those that it starts later, but for reading fonts.
+
+    Returns what stands in the way of it, as a person may be told, or None.
+    """
+    version = _call(_CREATE_RULESET, None, 0, _VERSION) if sys.platform == "linux" else -1
+    if version < 1:
+        return "Landlock (Linux 5.13 has it, unless it was left out or switched off)"
+    rights = next(rights for since, rights in _FILE_RIGHTS.items() if version >= since)
+    tcp, scopes = _TCP_RIGHTS if version >= 4 else 0, _SCOPES if version >= 6 else 0
+    ruleset_attr = struct.pack("=QQQ", rights, tcp, scopes)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    ruleset = _call(_CREATE_RULESET, ruleset_attr, len(ruleset_attr), 0)
+    if ruleset < 0:
+        return f"Landlock ({os.strerror(ctypes.get_errno())})"
+    try:
+        for folder in FONTS:
+            _let_read(ruleset, folder)
+        if _give_up_privileges() < 0 or _call(_RESTRICT_SELF, ruleset, 0) < 0:
+            return f"Landlock ({os.strerror(ctypes.get_errno())})"
+    finally:
+        os.close(ruleset)
+    return None
+
+
+def _let_read(ruleset: int, folder: str) -> None:
+    with contextlib.suppress(OSError):  # it does not exist
+        below = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        _call(_ADD_RULE, ruleset, _PATH_BENEATH, struct.pack("=Qi", _READ_FILE, below), 0)
+        os.close(below)
+
+
+def filter_calls(fonts: bool) -> str | None:
+    """Leaves all threads only the system calls that decoding needs; files can be opened for reading if `fonts`.
+
+    Returns what stands in the way of it, as a person may be told, or None.
+    """
+    machine = _MACHINES.get(platform.machine()) if sys.platform == "linux" and sys.maxsize > 1 << 32 else None
+    if machine is None:
+        return "a filter of system calls (seccomp, here for Linux on x86-64 and aarch64)"
+    code = b"".join(_filter(*machine, fonts))
+    held = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(held))  # struct sock_fprog
+    number = (317, 277)[machine[0]]
+    if _give_up_privileges() < 0 or _call(number, _SET_FILTER, _ALL_THREADS, program) != 0:
+        return f"a filter of system calls (seccomp: {os.strerror(ctypes.get_errno())})"
+    return None
+
+
+def _guarded(fonts: bool) -> Iterator[_Guarded]:
+    yield _Guarded((9, 222), 2, _EXEC, (0,))  # mmap: no new code
+    yield _Guarded((10, 226), 2, _EXEC, (0,))  # mprotect
+    yield _Guarded((72, 25), 1, _EVERY_BIT, _FCNTL)
+    yield _Guarded((262, 79), 3, _EVERY_BIT, (_EMPTY_PATH,))  # newfstatat as glibc's fstat uses it
+    yield _Guarded((234, 131), 0, _EVERY_BIT, (os.getpid(),))  # tgkill as abort() uses it
+    yield _Guarded((62, 129), 0, _EVERY_BIT, (os.getpid(),))  # kill
+    if fonts:
+        yield _Guarded((257, 56), 2, _EVERY_BIT & ~os.O_CLOEXEC, (os.O_RDONLY,))  # openat
+
+
+def _filter(column: int, architecture: int, fonts: bool) -> Iterator[bytes]:
+    """A program of classic BPF. Jumps count instructions that are passed over."""
+    yield _step(_LOAD, _ARCHITECTURE)
+    yield _step(_EQUAL, architecture, 1, 0)
+    yield _step(_RETURN, _KILL)
+    yield _step(_LOAD, _NUMBER)
+    yield _step(_AT_LEAST, _X32, 0, 1)
+    yield _step(_RETURN, _KILL)
+    for calls, verdict in ((_CALLS, _ALLOW), (_DEADLY, _KILL)):
+        for number in (numbers[column] for numbers in calls.values()):
+            if number is not None:
+                yield _step(_EQUAL, number, 0, 1)
+                yield _step(_RETURN, verdict)
+    for call in _guarded(fonts):
+        yield _step(_EQUAL, call.numbers[column], 0, 3 + 2 * len(call.values))
+        yield _step(_LOAD, _ARGUMENTS + 8 * call.argument)  # the lower half: these arguments are ints
+        yield _step(_AND, call.mask)
+        for value in call.values:
+            yield _step(_EQUAL, value, 0, 1)
+            yield _step(_RETURN, _ALLOW)
+        yield _step(_RETURN, _DENY)
+    yield _step(_RETURN, _DENY)
+
+
+def _step(code: int, value: int, if_so: int = 0, if_not: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, if_so, if_not, value)
+
+
+def _give_up_privileges() -> int:
+    return int(ctypes.CDLL(None, use_errno=True).prctl(_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    system_call = ctypes.CDLL(None, use_errno=True).syscall
+    system_call.restype = ctypes.c_long
+    wide = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+    return int(system_call(ctypes.c_long(number), *wide))
