@@ -37,7 +37,7 @@ from cembed.runtime.updates.patch import RECIPES, apply
 from cembed.runtime.updates.versions import Shelf, current, resolve, versions
 
 sys.path.append(str(Path(__file__).parent / "crash"))
-from deploys import SAMPLE, make_all, small, variant
+from deploys import SAMPLE, look_at_no_graphs, make_all, small, variant
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -45,13 +45,16 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small bundles have no weights, and so no self-test."""
+    look_at_no_graphs(monkeypatch.setattr)
     monkeypatch.setattr(deploying, "try_bundle", lambda bundle, trial: 1.0)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small bundles a, b and c, which have most files in common, and a patch from a to b. Only to be read."""
-    return make_all(tmp_path_factory.mktemp("bundles"))
+    with pytest.MonkeyPatch.context() as patch:
+        look_at_no_graphs(patch.setattr)
+        return make_all(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
     manifest.json            `manifest.Manifest`, and every other file's size and sha256
     manifest.sha256          its own sha256, for `sha256sum -c`
+    manifest.sig             who signed it (`trust`), if anybody did
     vision.onnx, vision.data the image encoder and its weights
     text.onnx, text.data     the single pass and its weights
     text_step.onnx           the same over a static cache, for latent slots; it shares text.data
@@ -31,10 +32,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cembed.runtime.bundle.external_data import check_external_data
-from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, EmbeddingTable, FileRecord
-from cembed.runtime.bundle.manifest_file import read_manifest
+from cembed.runtime.bundle.graph_check import check_graph
+from cembed.runtime.bundle.manifest import (
+    DIGEST,
+    MANIFEST,
+    MAX_TOKENIZER,
+    SIGNATURES,
+    EmbeddingTable,
+    FileRecord,
+    Graph,
+)
+from cembed.runtime.bundle.manifest_file import read_bytes, read_manifest
+from cembed.runtime.bundle.tokenizer_check import check_tokenizer
+from cembed.runtime.bundle.trust import check_trust
 from cembed.runtime.errors import CembedError
+from cembed.runtime.plain_files import read_plain
 
+DOCUMENTS = {MANIFEST, DIGEST, SIGNATURES}
+"""What a manifest does not list."""
 _CHUNK = 1 << 22
 _HASHING = 4  # threads
 
@@ -73,23 +88,32 @@ class Bundle:
 
     Raises CembedError: no such directory, no or a newer manifest, one that does not match its digest or contradicts
     itself, a file that is missing, changed, a link, unlisted. A bundle of schema 1, whose manifest has no digest, is a
-    RuntimeWarning. Where `root` is a link, it is followed once: later it may lead to another bundle.
+    RuntimeWarning. Signatures come before all of that, where `trusted` (a public key, or a folder of them) or a policy
+    wants one: see `trust`; `signers` are the ids of the keys that are trusted and signed. Where `root` is a link, it is
+    followed once: later it may lead to another bundle.
     """
 
-    def __init__(self, root: str | Path, *, verify: bool = True) -> None:
+    def __init__(self, root: str | Path, *, verify: bool = True, trusted: str | Path | None = None) -> None:
         self.root = Path(os.path.realpath(root)) if os.path.islink(Path(root)) else Path(root)
-        self.manifest, self.hash = read_manifest(self.root)
+        self._trusted = None if trusted is None else Path(os.path.abspath(trusted))
+        self.content = read_bytes(self.root)  # once: what is trusted is what is read
+        self.signers = self._check_trust()
+        self.manifest, self.hash = read_manifest(self.root, self.content)
         self._lock = threading.Lock()
         self._hashes: dict[str, Future[str]] = {}
+        self._inspected: set[str] = set()
         self._verify = verify
         self._check_listing()
 
-    def __reduce__(self) -> tuple[Callable[..., Bundle], tuple[str, str, bool]]:
+    def __reduce__(self) -> tuple[Callable[..., Bundle], tuple[str, str, bool, Path | None]]:
         """Pickles as its path; it is opened again, and must be the same, where it is unpickled."""
-        return reopen, (os.path.abspath(self.root), self.hash, self._verify)
+        return reopen, (os.path.abspath(self.root), self.hash, self._verify, self._trusted)
+
+    def _check_trust(self) -> set[str]:
+        return check_trust(self.root, self.content, self._trusted)
 
     def _check_listing(self) -> None:
-        listed, found = set(self.manifest.files), listing(self.root) - {MANIFEST, DIGEST}
+        listed, found = set(self.manifest.files), listing(self.root) - DOCUMENTS
         if missing := sorted(listed - found):
             raise CembedError(f"{self.root}: missing {', '.join(missing)}: the bundle is incomplete, copy it again")
         if extra := sorted(found - listed):
@@ -105,14 +129,34 @@ class Bundle:
                 )
 
     def path(self, name: str) -> Path:
-        """The path of the file `name`, once its sha256 is the manifest's."""
+        """The path of the file `name`, once its sha256 is the manifest's, and of a graph or the tokenizer once it holds
+        nothing that no export has."""
         if name not in self.manifest.files:
             raise CembedError(f"{self.root}: the manifest does not list {name!r}")
         if self._verify:
             self.start([name])
             if self._hashes[name].result() != self.manifest.files[name].sha256:
                 raise CembedError(f"{self.root / name} does not match its sha256: it is damaged, copy it again")
+        self._inspect(name)
         return self.root / name
+
+    def _inspect(self, name: str) -> None:
+        """Looks through a file that an engine or the tokenizers library would read."""
+        path, graph = self.root / name, self._graphs.get(name)
+        if name in self._inspected:
+            return
+        if graph is not None:
+            sizes = {data: self.manifest.files[data].size for data in graph.data}
+            check_external_data(path, sizes)
+            check_graph(path, graph, sizes)
+        if name == self.manifest.tokenizer:
+            check_tokenizer(read_plain(path, MAX_TOKENIZER), str(path))
+        self._inspected.add(name)
+
+    @property
+    def _graphs(self) -> dict[str, Graph]:
+        """By the names of their files."""
+        return {graph.file: graph for graph in self.manifest.graphs.values()}
 
     def start(self, names: Iterable[str]) -> None:
         """Hashes files meanwhile, for `path` to compare, and those of them once that were asked for several times."""
@@ -136,10 +180,10 @@ class Bundle:
         graph = self.manifest.graphs.get(name)
         if graph is None:
             raise CembedError(f"{self.root} has no graph '{name}': it has {', '.join(self.manifest.graphs)}")
-        self.start([*graph.data, graph.file])
-        path = self.path(graph.file)
-        check_external_data(path, {data: self.manifest.files[data].size for data in graph.data})
-        return path, partial(self._verify_all, graph.data)
+        read = [*self._graphs, self.manifest.tokenizer]
+        self.start([*graph.data, *read])
+        self._verify_all(read)  # all of them before any engine runs
+        return self.root / graph.file, partial(self._verify_all, graph.data)
 
     def table(self, spec: EmbeddingTable) -> Table:
         """A table [rows, hidden_size], memory-mapped and read-only. Its files are being hashed when this returns."""
@@ -160,6 +204,13 @@ class Bundle:
         return np.memmap(self.root / name, dtype=dtype, mode="r", shape=shape)
 
 
+class OwnBundle(Bundle):
+    """A bundle that is made or signed here, so that nobody else can vouch for it yet: no policy is asked."""
+
+    def _check_trust(self) -> set[str]:
+        return set()
+
+
 def listing(root: Path) -> set[str]:
     try:
         return {entry.name for entry in os.scandir(root)}
@@ -167,9 +218,9 @@ def listing(root: Path) -> set[str]:
         raise CembedError(f"cannot list {root}: {error.strerror}") from error
 
 
-def reopen(root: str, expected: str, verify: bool) -> Bundle:
+def reopen(root: str, expected: str, verify: bool, trusted: Path | None) -> Bundle:
     """The bundle at `root`, if its hash is `expected`; else CembedError."""
-    bundle = Bundle(root, verify=verify)
+    bundle = Bundle(root, verify=verify, trusted=trusted)
     if bundle.hash != expected:
         raise CembedError(f"{root} is not the bundle that was pickled: its hash is {bundle.hash[:16]}…, load it anew")
     return bundle
@@ -177,5 +228,5 @@ def reopen(root: str, expected: str, verify: bool) -> Bundle:
 
 def record_files(root: Path) -> dict[str, FileRecord]:
     """Size and sha256 of every file of a bundle that is being made."""
-    names = sorted(listing(root) - {MANIFEST, DIGEST})
+    names = sorted(listing(root) - DOCUMENTS)
     return {name: FileRecord((root / name).stat().st_size, sha256(root / name)) for name in names}

@@ -12,10 +12,12 @@ from itertools import groupby
 from math import isqrt
 from operator import attrgetter
 
+from cembed.runtime.bundle.graph_rules import MAX_GRAPH
 from cembed.runtime.bundle.graph_tensors import grows, is_past, is_present, past_of
 from cembed.runtime.bundle.image_processing import MAX_TILES, ImageProcessing, Tiles
 from cembed.runtime.bundle.manifest import (
     MAX_DEEPSTACK,
+    MAX_PICTURE,
     MAX_TOKENIZER,
     MAX_VECTOR,
     EmbeddingTable,
@@ -101,8 +103,16 @@ def check_files(manifest: Manifest) -> None:
     named |= {name for graph in m.graphs.values() for name in (graph.file, *graph.data)}
     if different := sorted(named ^ m.files.keys()):
         raise CembedError(f"the manifest lists {', '.join(different)} but does not use it, or the reverse")
-    if (size := m.files[m.tokenizer].size) > MAX_TOKENIZER:
-        raise CembedError(f"{m.tokenizer} has {size} bytes, more than any tokenizer: {MAX_TOKENIZER}")
+    check_limit(m, m.tokenizer, "tokenizer", MAX_TOKENIZER)
+    check_limit(m, m.self_test.image, "picture", MAX_PICTURE)
+    for graph in m.graphs.values():
+        check_limit(m, graph.file, "graph", MAX_GRAPH)
+
+
+def check_limit(manifest: Manifest, name: str, what: str, limit: int) -> None:
+    """Before a file is hashed, or read at all."""
+    if (size := manifest.files[name].size) > limit:
+        raise CembedError(f"{name} has {size} bytes, more than any {what}: {limit}")
 
 
 def tables_of(manifest: Manifest) -> dict[str, EmbeddingTable]:

@@ -18,17 +18,19 @@ from cembed.runtime.errors import CembedError
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
+SIGNATURES = "manifest.sig"
 SCHEMA_VERSION = 2
 OLDEST_SCHEMA = 1  # it has no digest of the manifest
 MAX_MANIFEST = 1 << 24  # bytes; it is some kilobytes, with hundreds of quantised layers some hundreds
-MAX_TOKENIZER = 1 << 28
+MAX_PICTURE = 1 << 26  # bytes of the page of the self-test
+MAX_TOKENIZER = 1 << 26  # bytes; that of Gemma 3 has 33 million
 MAX_VECTOR = (1 << 31) - 1  # components, of states that are put side by side too
 MAX_DEEPSTACK = 64  # layers of a decoder that take features of images; Qwen3-VL has 3
 LEAST_ROOM = 64  # vectors that a cache has room for at least, unless the caller says how many
 
 SideName = Literal["document", "query"]
 FileName = Annotated[
-    str, Text("file", "a plain file name", r"(?!(\.{1,2}|manifest\.(json|sha256))\Z)[ -.0-\[\]-~]{1,255}")
+    str, Text("file", "a plain file name", r"(?!(\.{1,2}|manifest\.(json|sha256|sig))\Z)[ -.0-\[\]-~]{1,255}")
 ]
 Sha256 = Annotated[str, Text("sha256", "64 hexadecimal digits", "[0-9a-f]{64}")]
 

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from cembed.runtime.bundle.contract import check_contract
-from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, MAX_MANIFEST, OLDEST_SCHEMA, Manifest
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, MAX_MANIFEST, OLDEST_SCHEMA, SIGNATURES, Manifest
 from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
 from cembed.runtime.plain_files import read_plain
@@ -19,13 +19,13 @@ _VERSION = rb'"schema_version"\s*:\s*'
 _BEFORE, _AFTER = re.compile(rb"(?<!\\)" + _VERSION + rb"1(?![0-9.eE])"), re.compile(_VERSION + rb"2")
 
 
-def read_manifest(root: Path) -> tuple[Manifest, str]:
-    """The manifest of a bundle and the bundle's hash.
+def read_manifest(root: Path, content: bytes) -> tuple[Manifest, str]:
+    """The manifest of a bundle, of the bytes that were read of it, and the bundle's hash.
 
-    Raises CembedError: none that can be read, one that does not match its digest or contradicts itself. Schema 1, which
+    Raises CembedError: no manifest, one that does not match its digest or contradicts itself. Schema 1, which
     has no digest, is a RuntimeWarning.
     """
-    manifest, name = check_manifest(root, read_bytes(root))
+    manifest, name = check_manifest(root, content)
     if manifest.schema_version == OLDEST_SCHEMA:
         told = f"{root} has schema {OLDEST_SCHEMA}, in which nothing checks the manifest"
         warnings.warn(f"{told}: `cembed verify --upgrade` mends that", RuntimeWarning, stacklevel=3)
@@ -33,7 +33,7 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
 
 
 def check_manifest(root: Path, content: bytes) -> tuple[Manifest, str]:
-    """`read_manifest` of bytes that were read, without the warning."""
+    """`read_manifest` without the warning."""
     has_digest = check_digest(root, content)
     try:
         manifest = parse_manifest(content)
@@ -127,8 +127,9 @@ def upgraded(content: bytes) -> bytes:
 
 
 def write_manifest(root: Path, text: str) -> None:
-    """Writes a manifest and its digest into a bundle that is being made."""
+    """Writes a manifest and its digest into a bundle that is being made; a signature of what was there goes."""
     content = text.encode("utf-8")
+    (root / SIGNATURES).unlink(missing_ok=True)
     (root / MANIFEST).write_bytes(content)
     (root / DIGEST).write_bytes(digest_line(content))
 
@@ -147,17 +148,19 @@ def upgrade(root: Path, disk: Disk | None = None) -> str:
         return f"nothing to do, schema {manifest.schema_version}"
     if hash_of(new, parse_manifest(new)) != name:
         raise CembedError(f"{root} cannot be upgraded, as its hash would change: export it again")
+    if new != content and os.path.lexists(root / SIGNATURES):
+        raise CembedError(f"{root} is signed as it is: remove {SIGNATURES}, and sign it again after the upgrade")
     try:
         if new != content:
-            _replace(disk, root, DIGEST, digest_line(content) + digest_line(new))
-            _replace(disk, root, MANIFEST, new)
-        _replace(disk, root, DIGEST, digest_line(new))
+            replace_document(disk, root, DIGEST, digest_line(content) + digest_line(new))
+            replace_document(disk, root, MANIFEST, new)
+        replace_document(disk, root, DIGEST, digest_line(new))
     except OSError as error:
         raise CembedError(f"cannot upgrade {root}: {error.strerror or error}") from error
     return f"schema {OLDEST_SCHEMA} to {parse_manifest(new).schema_version}, the hash stays {name[:12]}"
 
 
-def _replace(disk: Disk, root: Path, name: str, content: bytes) -> None:
+def replace_document(disk: Disk, root: Path, name: str, content: bytes) -> None:
     """Writes a file beside the bundle, where it is no stranger, and puts it in place."""
     root = root.resolve()
     temporary = root.parent / f".{root.name}.{name}"

@@ -116,6 +116,7 @@ class Embedder:
         skip_blank: bool | None = None,
         state_memory: int = DEFAULT_STATE_MEMORY,
         verify: bool = True,
+        trusted: str | Path | None = None,
     ) -> Embedder:
         """Open a bundle.
 
@@ -128,12 +129,13 @@ class Embedder:
         process of a few queries; `max_visual_tokens` lowers the bundle's own limit, for speed; `skip_blank` leaves
         blank paper out before the vision graph, also for speed (see `kept` and docs/numbers.md; None is as the bundle
         says); `state_memory` bounds, in bytes, what the states of `start` hold together; `verify=False` skips the
-        sha256 of files.
+        sha256 of files, and then a signature says nothing about them; `trusted` is a public key (a PEM file), or a
+        folder of them: one of these must have signed the bundle, beside what the device wants (docs/security.md).
         An Embedder can be pickled: it is opened again where it is unpickled.
-        Raises CembedError: no bundle, a damaged one, a provider that is not available, `skip_blank` where the vision
-        graph takes whole pages only.
+        Raises CembedError: no bundle, a damaged one, one whose signature will not do, a provider that is not available,
+        `skip_blank` where the vision graph takes whole pages only.
         """
-        bundle = Bundle(path, verify=verify)
+        bundle = Bundle(path, verify=verify, trusted=trusted)
         found = tuned.read(bundle.root, bundle.hash) if providers is None else None
         chosen, known = (found.providers, found.threads) if found else (tuple(providers or CPU), None)
         engine = EngineSettings(chosen, threads or known, prepack)

@@ -18,9 +18,11 @@ class Loading:
     prepack: bool | None = True
     max_visual_tokens: int | None = None
     skip_blank: bool | None = None
+    trusted: str | None = None
     dpi: float = 144.0
     timeout: float = 60.0
     max_pixels: int = 100_000_000
+    require_sandbox: bool = False
 
     def load(self) -> Embedder:
         """Raises CembedError as `Embedder.load`."""
@@ -31,8 +33,14 @@ class Loading:
             prepack=self.prepack,
             max_visual_tokens=self.max_visual_tokens,
             skip_blank=self.skip_blank,
+            trusted=self.trusted,
         )
 
     def reader(self) -> PageReader:
         """Not open yet."""
-        return PageReader(dpi=self.dpi, timeout=self.timeout, max_pixels=self.max_pixels)
+        return PageReader(
+            dpi=self.dpi,
+            timeout=self.timeout,
+            max_pixels=self.max_pixels,
+            require_sandbox=self.require_sandbox,
+        )

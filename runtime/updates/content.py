@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Protocol
 
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, Manifest
-from cembed.runtime.bundle.manifest_file import check_manifest, read_bytes
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, SIGNATURES, Manifest
+from cembed.runtime.bundle.trust import MAX_SIGNATURES
 from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
 from cembed.runtime.plain_files import open_plain, read_plain
 
 CHUNK = 1 << 20
-MAX_DIGEST = 1 << 10
+LIMITS = {DIGEST: 1 << 10, SIGNATURES: MAX_SIGNATURES}
+"""Bytes of the documents that a bundle may be without."""
 _SLACK = 1 << 20  # bytes that names and folders may take
 _MIB = 1 << 20
 
 
 class Content(Protocol):
-    """What a bundle is made of. `documents` are the manifest and, unless it is an old one, its digest."""
+    """What a bundle is made of. `documents` are the manifest, its digest unless it is an old one, and its
+    signatures if it has any."""
 
     @property
     def where(self) -> Path: ...
@@ -53,13 +55,12 @@ class Folder:
     documents: dict[str, bytes]
 
     @classmethod
-    def open(cls, path: Path) -> Folder:
+    def open(cls, path: Path, trusted: str | Path | None = None) -> Folder:
         """Raises CembedError as `Bundle`."""
-        root = Bundle(path, verify=False).root
-        content = read_bytes(root)
-        manifest, name = check_manifest(path, content)
-        digest = {DIGEST: read_plain(root / DIGEST, MAX_DIGEST)} if (root / DIGEST).exists() else {}
-        return cls(root, name, manifest, {MANIFEST: content} | digest)
+        bundle = Bundle(path, verify=False, trusted=trusted)
+        there = [name for name in LIMITS if os.path.lexists(bundle.root / name)]
+        others = {name: read_plain(bundle.root / name, LIMITS[name]) for name in there}
+        return cls(bundle.root, bundle.hash, bundle.manifest, {MANIFEST: bundle.content, **others})
 
     def chunks(self, name: str) -> Iterator[bytes]:
         return read_chunks(self.where / name, 0, self.manifest.files[name].size)
@@ -77,10 +78,10 @@ def read_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:
             raise CembedError(f"cannot read {path}: {error.strerror}") from error
 
 
-def verify_bundle(root: Path, expected: str | None = None) -> Bundle:
-    """The one door to a version: every file has its sha256, nothing else is there, and the hash of the bundle is the
-    `expected` one. Raises CembedError: it is not so."""
-    bundle = Bundle(root)
+def verify_bundle(root: Path, expected: str | None = None, trusted: str | Path | None = None) -> Bundle:
+    """The one door to a version: it is signed by one who is trusted, if that is asked for, every file has its sha256,
+    nothing else is there, and the hash of the bundle is the `expected` one. Raises CembedError: it is not so."""
+    bundle = Bundle(root, trusted=trusted)
     bundle.start(bundle.manifest.files)
     for name in bundle.manifest.files:
         bundle.path(name)

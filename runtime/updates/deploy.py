@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cembed.runtime.bundle.bundle import Bundle, sha256
-from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, FileRecord
+from cembed.runtime.bundle.bundle import DOCUMENTS, Bundle, sha256
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, SIGNATURES, FileRecord
 from cembed.runtime.bundle.manifest_file import check_manifest, read_bytes
+from cembed.runtime.bundle.trust import MAX_SIGNATURES
 from cembed.runtime.disk import Disk
 from cembed.runtime.embed.embedder import Embedder
 from cembed.runtime.errors import CembedError
+from cembed.runtime.plain_files import read_plain
 from cembed.runtime.updates.content import Content, Folder, require_room, verify_bundle, write_file
 from cembed.runtime.updates.patch import PatchContent
 from cembed.runtime.updates.versions import DIGITS, PART, Shelf
@@ -30,12 +32,14 @@ class Trial:
     """How a bundle is tried: the arguments of `Embedder.load`, and how near its vectors must be.
 
     The self-test passes within the tolerance that the bundle brings, or if no vector has a cosine below `min_cosine`
-    with the stored one: another engine or processor rounds differently.
+    with the stored one: another engine or processor rounds differently. `trusted` have to have signed it, before a byte
+    of it is copied or computed.
     """
 
     providers: tuple[str, ...] | None = None
     threads: int | None = None
     min_cosine: float = 0.95
+    trusted: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,22 +88,23 @@ def deploy(
     built beside it; the next deploy of it does the rest. `disk` is for tests.
 
     Cut off anywhere, the version before is still the current one, and the next deploy goes on or cleans up. Raises
-    CembedError: `source` is damaged or no bundle, it fails its self-test, there is no room, another deploy is running.
+    CembedError: `source` is damaged or no bundle, its signature will not do, it fails its self-test, there is no room,
+    another deploy is running.
     """
     if keep < LEAST_KEPT:
         raise CembedError(f"keep is {keep}: at least {LEAST_KEPT}, the current version and the one before it")
-    shelf = Shelf(Path(to), disk or Disk())
+    shelf, trial = Shelf(Path(to), disk or Disk()), trial or Trial()
     shelf.make()
-    with shelf.locked(), _opened(Path(source), shelf) as content:
-        return _deploy(shelf, content, trial or Trial(), keep, stage)
+    with shelf.locked(), _opened(Path(source), shelf, trial.trusted) as content:
+        return _deploy(shelf, content, trial, keep, stage)
 
 
 @contextlib.contextmanager
-def _opened(source: Path, shelf: Shelf) -> Iterator[Content]:
+def _opened(source: Path, shelf: Shelf, trusted: str | Path | None) -> Iterator[Content]:
     if not source.is_file():
-        yield Folder.open(source)
+        yield Folder.open(source, trusted)
         return
-    with PatchContent.open(source, _files(shelf)) as content:
+    with PatchContent.open(source, _files(shelf), trusted) as content:
         yield content
 
 
@@ -109,7 +114,7 @@ def _deploy(shelf: Shelf, content: Content, trial: Trial, keep: int, stage: bool
     path, was_current, was_there = shelf.path(name), name == shelf.current, (shelf.path(name) / MANIFEST).exists()
     try:
         filled = _fill(shelf, name, content)
-        bundle = verify_bundle(path, content.hash)
+        bundle = verify_bundle(path, content.hash, trial.trusted)
         cosine = None if stage else try_bundle(bundle, trial)
     except BaseException:
         if not was_there:
@@ -155,9 +160,11 @@ def _fill(shelf: Shelf, name: str, content: Content) -> _Filled:
     require_room(shelf.root, sum(record.size for record in copied.values()), content.where)
     for file, record in wrong.items():
         _put(shelf, path / file, content, shared.get(record.sha256))
-    changed = _remove_strangers(disk, path, {*files, MANIFEST, DIGEST})
+    changed = _remove_strangers(disk, path, DOCUMENTS | files.keys())
     disk.sync_folder(path)
     changed = _put_documents(shelf, path, content) or changed
+    for folder in (path, shelf.folder):  # what is right may be the work of a process that was killed before this
+        disk.sync_folder(folder)
     total, new = (sum(record.size for record in chosen.values()) for chosen in (wrong, copied))
     return _Filled(new, total - new, changed or bool(wrong))
 
@@ -212,16 +219,28 @@ def _remove_strangers(disk: Disk, path: Path, known: set[str]) -> bool:
 
 
 def _put_documents(shelf: Shelf, path: Path, content: Content) -> bool:
-    """The digest, then the manifest, unless those that are there will do: an upgraded manifest is as good."""
+    """The digest and the signatures, then the manifest, unless those that are there will do: an upgraded manifest is as
+    good, but signatures are those of the content."""
     with contextlib.suppress(CembedError):
-        if check_manifest(path, read_bytes(path))[1] == content.hash:
+        if _will_do(path, content):
             return False
-    for name in (DIGEST, MANIFEST):
+    for name in (DIGEST, SIGNATURES, MANIFEST):
         if name in content.documents:
             _put_bytes(shelf, path / name, content.documents[name])
         elif os.path.lexists(path / name):
             shelf.disk.remove(path / name)
     return True
+
+
+def _will_do(path: Path, content: Content) -> bool:
+    """Raises CembedError: what is there is no manifest of a bundle."""
+    there, wanted = read_bytes(path), content.documents.get(SIGNATURES)
+    same, signed = there == content.documents[MANIFEST], os.path.lexists(path / SIGNATURES)
+    if check_manifest(path, there)[1] != content.hash:
+        return False
+    if wanted is None:
+        return not (same and signed)
+    return same and signed and read_plain(path / SIGNATURES, MAX_SIGNATURES) == wanted
 
 
 def _put_bytes(shelf: Shelf, target: Path, data: bytes) -> None:
@@ -245,7 +264,8 @@ def rollback(to: str | Path, *, trial: Trial | None = None, disk: Disk | None = 
         name = shelf.previous
         if name is None:
             raise CembedError(f"{shelf.root} has no previous version: there is nothing to go back to")
-        bundle = verify_bundle(shelf.path(name))
-        cosine = try_bundle(bundle, trial or Trial())
+        trial = trial or Trial()
+        bundle = verify_bundle(shelf.path(name), trusted=trial.trusted)
+        cosine = try_bundle(bundle, trial)
         shelf.switch(name)
         return Deployed("deployed", bundle.root, bundle.hash, 0, 0, cosine)

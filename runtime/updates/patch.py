@@ -1,8 +1,9 @@
 """A patch: what a new bundle has that an old one has not, in one zip file that any tool can look into.
 
 patch.json        `Recipes`: the hashes of both bundles, and how each file is made that the old one does not have
-manifest.json     those of the new bundle; an old-style bundle has no manifest.sha256
+manifest.json     those of the new bundle; an old-style bundle has no manifest.sha256, only a signed one manifest.sig
 manifest.sha256
+manifest.sig
 blobs/SHA256      bytes of the new file with this sha256 that are not in the old one, one after the other
 """
 
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Literal
 
 from cembed.runtime.bundle.bundle import Bundle
-from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, MAX_MANIFEST, Bytes, Manifest, Sha256
+from cembed.runtime.bundle.manifest import DIGEST, MANIFEST, MAX_MANIFEST, SIGNATURES, Bytes, Manifest, Sha256
 from cembed.runtime.bundle.manifest_file import digest_line, hash_of, parse_manifest
 from cembed.runtime.bundle.schema import decode, parse
+from cembed.runtime.bundle.trust import check_signatures
 from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.files import writing_to
 from cembed.runtime.updates.content import (
     CHUNK,
-    MAX_DIGEST,
+    LIMITS,
     read_chunks,
     require_room,
     verify_bundle,
@@ -86,20 +88,24 @@ class PatchContent:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, known: Mapping[str, Path]) -> Iterator[PatchContent]:
-        """Raises CembedError: no patch, a damaged or a hostile one, one for files that are not known."""
+    def open(cls, path: Path, known: Mapping[str, Path], trusted: str | Path | None = None) -> Iterator[PatchContent]:
+        """Raises CembedError: no patch, a damaged or a hostile one, one for files that are not known, one for a bundle
+        whose signature does not do."""
         with contextlib.ExitStack() as stack:
             with _reading(path):
                 archive = stack.enter_context(zipfile.ZipFile(path))
-                found = cls._of(path, archive, known)
+                found = cls._of(path, archive, known, trusted)
             yield found
 
     @classmethod
-    def _of(cls, path: Path, archive: zipfile.ZipFile, known: Mapping[str, Path]) -> PatchContent:
+    def _of(
+        cls, path: Path, archive: zipfile.ZipFile, known: Mapping[str, Path], trusted: str | Path | None
+    ) -> PatchContent:
         entries = _entries(archive)
-        recipes: Recipes = decode(Recipes, parse(_text(archive, entries, RECIPES, MAX_RECIPES), RECIPES), RECIPES)
-        limits = {MANIFEST: MAX_MANIFEST, **({DIGEST: MAX_DIGEST} if DIGEST in entries else {})}
+        limits = {MANIFEST: MAX_MANIFEST, **{name: most for name, most in LIMITS.items() if name in entries}}
         documents = {name: _bytes(archive, entries, name, most) for name, most in limits.items()}
+        check_signatures(path, documents[MANIFEST], documents.get(SIGNATURES), trusted)
+        recipes: Recipes = decode(Recipes, parse(_text(archive, entries, RECIPES, MAX_RECIPES), RECIPES), RECIPES)
         manifest = parse_manifest(documents[MANIFEST])
         found = cls(path, recipes.new, manifest, documents, recipes.recipes, known, archive)
         found._check(entries, recipes.old)
@@ -126,7 +132,7 @@ class PatchContent:
             if sizes.get(name) != recipe.size:
                 raise CembedError(f"{RECIPES} makes {recipe.size} bytes of a file {name}, which {MANIFEST} has not")
         blobs = {BLOBS + name: recipe.blob for name, recipe in self.recipes.items() if recipe.blob}
-        if strangers := entries.keys() - {RECIPES, MANIFEST, DIGEST} - blobs.keys():
+        if strangers := entries.keys() - {RECIPES, MANIFEST, *LIMITS} - blobs.keys():
             raise CembedError(f"{sorted(strangers)[0]!r:.80} is in it, which {RECIPES} does not have")
         for name, size in blobs.items():
             if name not in entries or entries[name].file_size != size:
@@ -195,17 +201,18 @@ def _text(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], name
         raise CembedError(f"{name} is not UTF-8") from error
 
 
-def apply(old: Path, patch: Path, out: Path, *, force: bool = False) -> str:
+def apply(old: Path, patch: Path, out: Path, *, force: bool = False, trusted: str | Path | None = None) -> str:
     """Makes the new bundle at `out`, whole or not at all, and returns its hash. Raises CembedError: `patch` is damaged,
-    hostile or for another bundle, there is no room, something is at `out` that `force` does not replace."""
+    hostile or for another bundle, `trusted` has not signed the new bundle, there is no room, something is at `out` that
+    `force` does not replace."""
     check_replaceable(out, force)
     bundle = Bundle(old)
     known = {record.sha256: bundle.root / name for name, record in bundle.manifest.files.items()}
-    with PatchContent.open(patch, known) as content, writing_to(out), directory(out) as made:
+    with PatchContent.open(patch, known, trusted) as content, writing_to(out), directory(out) as made:
         require_room(made, sum(record.size for record in content.manifest.files.values()), patch)
         for name in content.manifest.files:
             write_file(Disk(), made / name, content, name, 0o644)
         for name, data in content.documents.items():
             (made / name).write_bytes(data)
-        verify_bundle(made)
+        verify_bundle(made, trusted=trusted)
     return content.hash

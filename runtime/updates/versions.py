@@ -166,11 +166,7 @@ class Shelf:
         return "current" if name == self.current else "previous" if name == self.previous else "kept"
 
     def switch(self, name: str) -> None:
-        """Makes a version the current one: all at once, and durably. Raises OSError.
-
-        Also what is as it should be may be the work of a process that was killed before it was on disk.
-        """
-        self.disk.sync_folder(self.path(name))
+        """Makes a version, which is on disk, the current one: all at once, and durably. Raises OSError."""
         before = self.current
         if before not in (None, name):
             self._put_link(self.folder, name + BEFORE, str(before))
@@ -187,6 +183,7 @@ class Shelf:
         """Removes what a deploy that was cut off has left, but for a copy of the version that is wanted now."""
         if not self.folder.is_dir():
             self.disk.make_folder(self.folder)
+        self.disk.sync_folder(self.root)
         for path in (self.root / NEXT, self.folder / NEXT, self.folder / PART):
             if os.path.lexists(path):
                 self.disk.remove(path)

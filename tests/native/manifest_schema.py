@@ -16,10 +16,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, fields, is_dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from cembed.runtime.bundle import contract, external_data, graph_tensors, image_processing, manifest
+from cembed.runtime.bundle import (
+    contract,
+    external_data,
+    graph_rules,
+    graph_tensors,
+    image_processing,
+    manifest,
+    tokenizer_check,
+)
 from cembed.runtime.bundle.schema import Range, Text, kinds_of, plain, required_fields
 
-NUMBERS = ("MAX_MANIFEST", "MAX_TOKENIZER", "MAX_VECTOR", "MAX_DEEPSTACK")
+NUMBERS = ("MAX_MANIFEST", "MAX_PICTURE", "MAX_TOKENIZER", "MAX_VECTOR", "MAX_DEEPSTACK")
+
+
+GRAPH_NUMBERS = ("MAX_GRAPH", "MAX_NODES", "MAX_TENSORS", "MAX_BODIES", "MAX_ATTRIBUTE", "MAX_AXES", "MAX_AXIS",
+                 "MAX_SIZED", "MAX_NUMBERS", "UNKNOWN_AXIS", "FOLDED_SHARE", "FOLDED_MORE")  # fmt: skip
+TOKENIZER_NUMBERS = ("MAX_ENTRIES", "MAX_VALUES", "MAX_ADDED", "MAX_TOKEN", "MAX_GROWTH")
 
 
 def kind_text(kind: Any) -> str:
@@ -87,17 +100,34 @@ def table(kind: str, name: str, rows: Iterable[str]) -> str:
     return f"constexpr {kind} {name}[] = {{\n" + "".join(f"    {row},\n" for row in rows) + "};\n"
 
 
+def print_graph_rules() -> None:
+    """What graphs and tokenizers may hold: graph_rules.py, tokenizer_check.py."""
+    for module, names in ((graph_rules, GRAPH_NUMBERS), (tokenizer_check, TOKENIZER_NUMBERS)):
+        for name in names:
+            print(f"constexpr int64_t {name} = {vars(module)[name]};")
+    print("\nstruct Bits {\n    int64_t type, bits;\n};\n")
+    print("struct Type {\n    const char *name;\n    int64_t number;\n};\n")
+    print("struct Growth {\n    const char *name, *how;\n};\n")
+    for name in ("DOMAINS", "OPERATORS", "KEEPS"):
+        print(table("const char *const", name, map(json.dumps, vars(graph_rules)[name])))
+    messages = graph_rules.FIELDS.items()
+    rows = (f'{{"{name}", {field}, "{kind}"}}' for name, known in messages for field, kind in known.items())
+    print(table("Inner", "GRAPH_FIELDS", rows))
+    print(table("Bits", "GRAPH_BITS", (f"{{{kind}, {bits}}}" for kind, bits in graph_rules.BITS.items())))
+    print(table("Type", "GRAPH_TYPES", (f'{{"{name}", {kind}}}' for name, kind in graph_rules.TYPES.items())))
+    print(table("Growth", "GROWTH", (f'{{"{name}", "{how}"}}' for name, how in graph_rules.GROWTH.items())))
+
+
 def main() -> None:
-    print(
-        "// Written by tests/native/manifest_schema.py from manifest.py, contract.py and external_data.py: do not edit."
-    )
+    print("// Written by tests/native/manifest_schema.py from runtime/bundle: do not edit.")
     print("#pragma once\n\n#include <cstdint>\n\nnamespace cembed::schema {\n")
     print("// What a kind is: tests/native/manifest_schema.py. TENSORS and MESSAGES: where they come from.")
     print("struct Field {\n    const char *owner, *name, *kind;\n    bool required;\n    double least, most;\n};\n")
     print("struct Inner {\n    const char *message;\n    uint32_t field;\n    const char *inner;\n};\n")
     print("struct State {\n    const char *past, *present;\n    bool grows;\n};\n")
     print(f"constexpr int VERSION = {manifest.SCHEMA_VERSION}, OLDEST = {manifest.OLDEST_SCHEMA};")
-    print(f'constexpr const char *MANIFEST = "{manifest.MANIFEST}", *DIGEST = "{manifest.DIGEST}";')
+    print(f'constexpr const char *MANIFEST = "{manifest.MANIFEST}", *DIGEST = "{manifest.DIGEST}",')
+    print(f'                     *SIGNATURES = "{manifest.SIGNATURES}";')
     for name in NUMBERS:
         print(f"constexpr int64_t {name} = {getattr(manifest, name)};")
     print(f"constexpr int64_t MAX_TILES = {image_processing.MAX_TILES};")
@@ -114,6 +144,7 @@ def main() -> None:
     rows = (f'{{"{name}", {field}, "{inner}"}}' for name, known in messages for field, inner in known.items())
     print(table("Inner", "MESSAGES", rows))
     print(table("const char *const", "DATA_KEYS", map(json.dumps, external_data.KEYS)))
+    print_graph_rules()
     print("}  // namespace cembed::schema")
 
 

@@ -11,7 +11,7 @@
  *
  * What only Python can do:
  *   files      pages come as RGB pixels, upright: no PDF, TIFF, JPEG or PNG is read, no vector file read or written
- *   bundles    none is exported, quantised, upgraded or run through its self-test; the digests of files are compared
+ *   bundles    none is exported, quantised, signed, upgraded or run through its self-test; the digests of files are compared
  *   states     none is saved or resumed
  *   vectors    none are merged (pool_factor), no list of pages is embedded in one call
  *   engines    OpenVINO is not opened by itself, but as a provider of ONNX Runtime; no engine of TensorRT is built
@@ -42,7 +42,7 @@ extern "C" {
 typedef enum cembed_status {
     CEMBED_OK = 0,
     CEMBED_ARGUMENT = 1, /* null, a number out of range, another ABI version, a page or query that cannot be embedded */
-    CEMBED_BUNDLE = 2,   /* no bundle, or a damaged one */
+    CEMBED_BUNDLE = 2,   /* no bundle, a damaged one, or one whose signature will not do */
     CEMBED_ENGINE = 3,   /* ONNX Runtime is missing or failed, or the model gave no finite numbers */
     CEMBED_INDEX = 4,    /* no index, or a damaged one */
     CEMBED_MEMORY = 5,   /* there is none, or a state goes beyond state_memory */
@@ -104,6 +104,10 @@ typedef struct cembed_vectors {
 } cembed_vectors;
 
 CEMBED_API cembed_status cembed_open(const char *path, const cembed_options *options, cembed_bundle **bundle);
+/* The same, if one of the keys `trusted` has signed the bundle: a public key in PEM, or a folder of them. What the
+ * device itself wants, in /etc/cembed/trust.toml, counts in either case (docs/security.md). */
+CEMBED_API cembed_status cembed_open_trusted(const char *path, const char *trusted, const cembed_options *options,
+                                             cembed_bundle **bundle);
 CEMBED_API void cembed_close(cembed_bundle *bundle);
 CEMBED_API cembed_status cembed_get_info(const cembed_bundle *bundle, cembed_info *info);
 

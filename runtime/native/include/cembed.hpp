@@ -140,6 +140,12 @@ class Bundle {
             [&](cembed_bundle **to) { return cembed_open(path.c_str(), &options, to); });
     }
 
+    static Result<Bundle> open_trusted(const std::string &path, const std::string &trusted,
+                                       const cembed_options &options = CEMBED_OPTIONS) {
+        return detail::opened<Bundle, cembed_bundle>(
+            [&](cembed_bundle **to) { return cembed_open_trusted(path.c_str(), trusted.c_str(), &options, to); });
+    }
+
     cembed_info info() const {
         cembed_info info{};
         cembed_get_info(handle_.get(), &info);

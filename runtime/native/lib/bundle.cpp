@@ -12,7 +12,9 @@
 #include "contract.h"
 #include "error.h"
 #include "external_data.h"
+#include "graph_check.h"
 #include "manifest_schema.h"
+#include "trust.h"
 
 namespace cembed {
 namespace {
@@ -48,7 +50,7 @@ std::set<std::string> entries(const std::string &folder) {
     if (open == nullptr) throw Error(BUNDLE, "cannot list " + folder + ": " + std::strerror(errno));
     while (const dirent *entry = readdir(open)) names.insert(entry->d_name);
     closedir(open);
-    for (const char *name : {".", "..", schema::MANIFEST, schema::DIGEST}) names.erase(name);
+    for (const char *name : {".", "..", schema::MANIFEST, schema::DIGEST, schema::SIGNATURES}) names.erase(name);
     return names;
 }
 
@@ -64,6 +66,13 @@ std::string read_manifest(const std::string &root) {
     } catch (const Error &error) {
         throw Error(BUNDLE, root + " is not a bundle: " + error.what());
     }
+}
+
+// Read once: what is trusted is what is parsed.
+std::string trusted_manifest(const std::string &root, const std::string &trusted) {
+    std::string text = read_manifest(root);
+    check_trust(root, text, trusted);
+    return text;
 }
 
 bool exists(const std::string &path) {
@@ -152,12 +161,13 @@ void Table::read(int64_t row, float *to) const {
     }
 }
 
-Bundle::Bundle(std::string root) : Bundle(root, read_manifest(root)) {}
+Bundle::Bundle(const std::string &root, const std::string &trusted)
+    : Bundle(Read{root, trusted_manifest(root, trusted)}) {}
 
-Bundle::Bundle(std::string root, const std::string &text)
-    : manifest(parse(root, text)),
-      root_(std::move(root)),
-      hash_(hash_of(root_, text, manifest)) {
+Bundle::Bundle(const Read &read)
+    : manifest(parse(read.root, read.text)),
+      root_(read.root),
+      hash_(hash_of(root_, read.text, manifest)) {
     check_listing();
 }
 
@@ -199,11 +209,19 @@ const Graph &Bundle::graph(const std::string &name) const {
 
 std::string Bundle::graph_path(const std::string &name) {
     const Graph &found = graph(name);
-    std::map<std::string, int64_t> sizes;
-    for (const std::string &data : found.data) sizes[data] = manifest.files.at(data).size;
-    const std::string file = path(found.file);
-    check_external_data(file, sizes);
-    return file;
+    std::call_once(inspected_, [this] { inspect(); });
+    return path(found.file);
+}
+
+// All graphs, before an engine runs one of them.
+void Bundle::inspect() {
+    for (const auto &[name, graph] : manifest.graphs) {
+        std::map<std::string, int64_t> sizes;
+        for (const std::string &data : graph.data) sizes[data] = manifest.files.at(data).size;
+        const std::string file = path(graph.file);
+        check_external_data(file, sizes);
+        check_graph(file, graph, sizes);
+    }
 }
 
 void Bundle::verify_weights(const std::string &name) {

@@ -30,9 +30,9 @@ class Table {
 
 class Bundle {
   public:
-    // Throws Error(BUNDLE): no bundle, a manifest that is none, does not match its digest or contradicts itself, files
+    // Throws Error(BUNDLE): no bundle, a signature that will not do (trust.h), a manifest that is none, does not match its digest or contradicts itself, files
     // that are missing, unlisted, links, of another size.
-    explicit Bundle(std::string root);
+    Bundle(const std::string &root, const std::string &trusted);
 
     const Manifest manifest;
     const std::string &root() const { return root_; }
@@ -40,8 +40,8 @@ class Bundle {
 
     // The path of a file, once its sha256 is the manifest's.
     std::string path(const std::string &name);
-    // The path of a graph's ONNX file, whose tensors are in its data files and nowhere else; `verify_weights` has to be
-    // called before anything is computed from these.
+    // The path of a graph's ONNX file. All graphs hold what an export has, and their tensors are in their data files and
+    // nowhere else; `verify_weights` has to be called before anything is computed from these.
     std::string graph_path(const std::string &name);
     void verify_weights(const std::string &name);
     const Graph &graph(const std::string &name) const;
@@ -49,13 +49,18 @@ class Bundle {
     Table table(const EmbeddingTable &spec);
 
   private:
-    explicit Bundle(std::string root, const std::string &text);
+    struct Read {
+        std::string root, text;
+    };
+    explicit Bundle(const Read &read);
     void check_listing() const;
+    void inspect();
     Mapping map(const std::string &name, int64_t size);
 
     std::string root_, hash_;
     std::mutex lock_;
     std::set<std::string> verified_;
+    std::once_flag inspected_;
 };
 
 }  // namespace cembed

@@ -117,6 +117,15 @@ Settings settings_of(const cembed_options &options) {
     return settings;
 }
 
+void open_bundle(const char *path, const char *trusted, const cembed_options *options, cembed_bundle **bundle) {
+    require(path != nullptr && options != nullptr && bundle != nullptr,
+            "null where path, options or bundle are needed");
+    *bundle = nullptr;
+    Settings settings = settings_of(*options);
+    settings.trusted = trusted;
+    *bundle = new cembed_bundle{std::make_shared<Embedder>(path, settings)};
+}
+
 Rgb rgb_of(const cembed_image *image) {
     require(image != nullptr && image->pixels != nullptr, "there is no image");
     return {image->pixels, image->width, image->height, image->stride};
@@ -206,11 +215,14 @@ void score(const float *query, int32_t rows, int32_t dim, const float *pages, co
 }  // namespace
 
 cembed_status cembed_open(const char *path, const cembed_options *options, cembed_bundle **bundle) {
+    return guarded([&] { open_bundle(path, "", options, bundle); });
+}
+
+cembed_status cembed_open_trusted(const char *path, const char *trusted, const cembed_options *options,
+                                  cembed_bundle **bundle) {
     return guarded([&] {
-        require(path != nullptr && options != nullptr && bundle != nullptr,
-                "null where path, options or bundle are needed");
-        *bundle = nullptr;
-        *bundle = new cembed_bundle{std::make_shared<Embedder>(path, settings_of(*options))};
+        require(trusted != nullptr && *trusted, "there is no key to trust");
+        open_bundle(path, trusted, options, bundle);
     });
 }
 

@@ -69,14 +69,21 @@ Names named(const Manifest &m) {
     return names;
 }
 
+// Before a file is hashed, or read at all.
+void check_limit(const Manifest &m, const std::string &name, const std::string &what, int64_t limit) {
+    if (const int64_t size = m.files.at(name).size; size > limit)
+        refuse(name + " has " + std::to_string(size) + " bytes, more than any " + what + ": " + std::to_string(limit));
+}
+
 void check_files(const Manifest &m) {
     const Names listed = keys(m.files);
     Names different = without(named(m), listed);
     different.merge(without(listed, named(m)));
     if (!different.empty())
         refuse("the manifest lists " + list(different) + " but does not use it, or the reverse");
-    if (m.files.at(m.tokenizer).size > schema::MAX_TOKENIZER)
-        refuse(m.tokenizer + " has more bytes than any tokenizer: " + std::to_string(schema::MAX_TOKENIZER));
+    check_limit(m, m.tokenizer, "tokenizer", schema::MAX_TOKENIZER);
+    check_limit(m, m.self_test_image, "picture", schema::MAX_PICTURE);
+    for (const auto &graph : m.graphs) check_limit(m, graph.second.file, "graph", schema::MAX_GRAPH);
 }
 
 void check_size(const Manifest &m, const std::string &file, const std::string &rows, int64_t expected) {

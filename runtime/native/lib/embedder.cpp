@@ -111,7 +111,7 @@ std::optional<Table> slot_table(Bundle &bundle) {
 int64_t Prompt::last_position() const { return *std::max_element(positions.begin(), positions.end()); }
 
 Embedder::Embedder(const std::string &path, const Settings &settings)
-    : bundle(path),
+    : bundle(path, settings.trusted),
       manifest(bundle.manifest),
       image(limited(manifest, skipping(manifest, settings.skip_blank), settings.max_visual_tokens)),
       deepstack_width(cembed::deepstack_width(manifest)),

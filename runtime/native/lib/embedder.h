@@ -24,6 +24,7 @@ namespace cembed {
 
 struct Settings {
     EngineSettings engine;
+    std::string trusted;             // a public key or a folder of them; empty: what the device wants is enough
     int64_t max_visual_tokens = 0;   // 0: the bundle's
     std::optional<bool> skip_blank;  // of paper; by default the bundle's
     int64_t state_memory = shared::DEFAULT_STATE_MEMORY;

@@ -1,4 +1,4 @@
-// Written by tests/native/manifest_schema.py from manifest.py, contract.py and external_data.py: do not edit.
+// Written by tests/native/manifest_schema.py from runtime/bundle: do not edit.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,11 @@ struct State {
 };
 
 constexpr int VERSION = 2, OLDEST = 1;
-constexpr const char *MANIFEST = "manifest.json", *DIGEST = "manifest.sha256";
+constexpr const char *MANIFEST = "manifest.json", *DIGEST = "manifest.sha256",
+                     *SIGNATURES = "manifest.sig";
 constexpr int64_t MAX_MANIFEST = 16777216;
-constexpr int64_t MAX_TOKENIZER = 268435456;
+constexpr int64_t MAX_PICTURE = 67108864;
+constexpr int64_t MAX_TOKENIZER = 67108864;
 constexpr int64_t MAX_VECTOR = 2147483647;
 constexpr int64_t MAX_DEEPSTACK = 64;
 constexpr int64_t MAX_TILES = 1024;
@@ -210,6 +212,301 @@ constexpr const char *const DATA_KEYS[] = {
     "offset",
     "length",
     "checksum",
+};
+
+constexpr int64_t MAX_GRAPH = 67108864;
+constexpr int64_t MAX_NODES = 262144;
+constexpr int64_t MAX_TENSORS = 262144;
+constexpr int64_t MAX_BODIES = 2;
+constexpr int64_t MAX_ATTRIBUTE = 16384;
+constexpr int64_t MAX_AXES = 8;
+constexpr int64_t MAX_AXIS = 268435456;
+constexpr int64_t MAX_SIZED = 16777216;
+constexpr int64_t MAX_NUMBERS = 64;
+constexpr int64_t UNKNOWN_AXIS = 65536;
+constexpr int64_t FOLDED_SHARE = 4;
+constexpr int64_t FOLDED_MORE = 1048576;
+constexpr int64_t MAX_ENTRIES = 2097152;
+constexpr int64_t MAX_VALUES = 524288;
+constexpr int64_t MAX_ADDED = 16384;
+constexpr int64_t MAX_TOKEN = 1024;
+constexpr int64_t MAX_GROWTH = 8;
+
+struct Bits {
+    int64_t type, bits;
+};
+
+struct Type {
+    const char *name;
+    int64_t number;
+};
+
+struct Growth {
+    const char *name, *how;
+};
+
+constexpr const char *const DOMAINS[] = {
+    "",
+    "com.microsoft",
+};
+
+constexpr const char *const OPERATORS[] = {
+    "Abs",
+    "Add",
+    "And",
+    "Attention",
+    "AveragePool",
+    "Cast",
+    "Ceil",
+    "Clip",
+    "Concat",
+    "Constant",
+    "ConstantOfShape",
+    "Conv",
+    "Cos",
+    "CumSum",
+    "DequantizeLinear",
+    "Div",
+    "Equal",
+    "Erf",
+    "Exp",
+    "Expand",
+    "Flatten",
+    "Floor",
+    "Gather",
+    "GatherElements",
+    "GatherND",
+    "Gelu",
+    "Gemm",
+    "Greater",
+    "GreaterOrEqual",
+    "Identity",
+    "IsInf",
+    "IsNaN",
+    "LayerNormalization",
+    "Less",
+    "LessOrEqual",
+    "Log",
+    "MatMul",
+    "MatMulInteger",
+    "Max",
+    "Mean",
+    "Min",
+    "Mod",
+    "Mul",
+    "Neg",
+    "Not",
+    "Or",
+    "Pad",
+    "Pow",
+    "QuantizeLinear",
+    "RMSNormalization",
+    "Range",
+    "Reciprocal",
+    "ReduceL2",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSum",
+    "Relu",
+    "Reshape",
+    "Resize",
+    "RotaryEmbedding",
+    "Round",
+    "Scan",
+    "ScatterElements",
+    "Shape",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Size",
+    "Slice",
+    "Softmax",
+    "Softplus",
+    "Split",
+    "Sqrt",
+    "Squeeze",
+    "Sub",
+    "Sum",
+    "Tanh",
+    "TensorScatter",
+    "Tile",
+    "Transpose",
+    "Trilu",
+    "Unsqueeze",
+    "Where",
+    "com.microsoft:GroupQueryAttention",
+    "com.microsoft:LinearAttention",
+    "com.microsoft:MatMulIntegerToFloat",
+    "com.microsoft:MultiHeadAttention",
+};
+
+constexpr const char *const KEEPS[] = {
+    "Cast",
+    "Concat",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Unsqueeze",
+    "Max",
+    "Min",
+};
+
+constexpr Inner GRAPH_FIELDS[] = {
+    {"Model", 1, "n"},
+    {"Model", 2, "t"},
+    {"Model", 3, "t"},
+    {"Model", 4, "t"},
+    {"Model", 5, "n"},
+    {"Model", 6, "t"},
+    {"Model", 7, "Graph"},
+    {"Model", 8, "Opset*"},
+    {"Model", 14, "t*"},
+    {"Graph", 1, "Node*"},
+    {"Graph", 2, "t"},
+    {"Graph", 5, "Tensor*"},
+    {"Graph", 10, "t"},
+    {"Graph", 11, "Value*"},
+    {"Graph", 12, "Value*"},
+    {"Graph", 13, "Value*"},
+    {"Graph", 16, "t*"},
+    {"Node", 1, "t*"},
+    {"Node", 2, "t*"},
+    {"Node", 3, "t"},
+    {"Node", 4, "t"},
+    {"Node", 5, "Attribute*"},
+    {"Node", 6, "t"},
+    {"Node", 7, "t"},
+    {"Node", 9, "t*"},
+    {"Attribute", 1, "t"},
+    {"Attribute", 2, "f"},
+    {"Attribute", 3, "n"},
+    {"Attribute", 4, "t"},
+    {"Attribute", 5, "Tensor"},
+    {"Attribute", 6, "Graph"},
+    {"Attribute", 7, "a*"},
+    {"Attribute", 8, "a*"},
+    {"Attribute", 13, "t"},
+    {"Attribute", 20, "n"},
+    {"Tensor", 1, "a*"},
+    {"Tensor", 2, "n"},
+    {"Tensor", 4, "a*"},
+    {"Tensor", 5, "a*"},
+    {"Tensor", 7, "a*"},
+    {"Tensor", 8, "t"},
+    {"Tensor", 9, "t"},
+    {"Tensor", 12, "t"},
+    {"Tensor", 13, "Entry*"},
+    {"Tensor", 14, "n"},
+    {"Entry", 1, "t"},
+    {"Entry", 2, "t"},
+    {"Opset", 1, "t"},
+    {"Opset", 2, "n"},
+    {"Value", 1, "t"},
+    {"Value", 2, "Type"},
+    {"Value", 3, "t"},
+    {"Type", 1, "TensorType"},
+    {"TensorType", 1, "n"},
+    {"TensorType", 2, "Shape"},
+    {"Shape", 1, "Dim*"},
+    {"Dim", 1, "n"},
+    {"Dim", 2, "t"},
+};
+
+constexpr Bits GRAPH_BITS[] = {
+    {1, 32},
+    {2, 8},
+    {3, 8},
+    {6, 32},
+    {7, 64},
+    {9, 8},
+    {10, 16},
+    {11, 64},
+    {16, 16},
+    {21, 4},
+    {22, 4},
+};
+
+constexpr Type GRAPH_TYPES[] = {
+    {"float32", 1},
+    {"int32", 6},
+    {"int64", 7},
+    {"bool", 9},
+    {"float16", 10},
+};
+
+constexpr Growth GROWTH[] = {
+    {"Abs", "same"},
+    {"Cast", "same"},
+    {"Ceil", "same"},
+    {"Clip", "same"},
+    {"Cos", "same"},
+    {"DequantizeLinear", "same"},
+    {"Erf", "same"},
+    {"Exp", "same"},
+    {"Flatten", "same"},
+    {"Floor", "same"},
+    {"Identity", "same"},
+    {"IsInf", "same"},
+    {"IsNaN", "same"},
+    {"Log", "same"},
+    {"Neg", "same"},
+    {"Not", "same"},
+    {"QuantizeLinear", "same"},
+    {"Reciprocal", "same"},
+    {"ReduceL2", "same"},
+    {"ReduceMax", "same"},
+    {"ReduceMean", "same"},
+    {"ReduceMin", "same"},
+    {"ReduceProd", "same"},
+    {"ReduceSum", "same"},
+    {"Relu", "same"},
+    {"Reshape", "same"},
+    {"Round", "same"},
+    {"Sigmoid", "same"},
+    {"Sign", "same"},
+    {"Sin", "same"},
+    {"Size", "same"},
+    {"Slice", "same"},
+    {"Softmax", "same"},
+    {"Split", "same"},
+    {"Sqrt", "same"},
+    {"Squeeze", "same"},
+    {"Tanh", "same"},
+    {"Transpose", "same"},
+    {"Trilu", "same"},
+    {"Unsqueeze", "same"},
+    {"Add", "product"},
+    {"And", "product"},
+    {"Div", "product"},
+    {"Equal", "product"},
+    {"Gather", "product"},
+    {"GatherElements", "product"},
+    {"Greater", "product"},
+    {"GreaterOrEqual", "product"},
+    {"Less", "product"},
+    {"LessOrEqual", "product"},
+    {"MatMul", "product"},
+    {"MatMulInteger", "product"},
+    {"Max", "product"},
+    {"Mean", "product"},
+    {"Min", "product"},
+    {"Mod", "product"},
+    {"Mul", "product"},
+    {"Or", "product"},
+    {"Pow", "product"},
+    {"Sub", "product"},
+    {"Sum", "product"},
+    {"Where", "product"},
+    {"Concat", "sum"},
+    {"ConstantOfShape", "sized"},
+    {"Expand", "sized"},
+    {"Range", "sized"},
+    {"Tile", "sized"},
 };
 
 }  // namespace cembed::schema

@@ -151,7 +151,7 @@ void check_order(const Json &manifest, const std::string &rule) {
 bool is_file_name(std::string_view name) {
     const auto plain = [](char c) { return c >= ' ' && c <= '~' && c != '/' && c != '\\'; };
     if (name.empty() || name.size() > 255 || !std::all_of(name.begin(), name.end(), plain)) return false;
-    return name != "." && name != ".." && name != MANIFEST && name != DIGEST;
+    return name != "." && name != ".." && name != MANIFEST && name != DIGEST && name != SIGNATURES;
 }
 
 Json parse(std::string_view text) {

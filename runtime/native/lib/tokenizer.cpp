@@ -6,6 +6,7 @@
 
 #include "bpe.h"
 #include "error.h"
+#include "manifest_schema.h"
 #include "matcher.h"
 #include "unicode.h"
 #include "words.h"
@@ -51,6 +52,7 @@ class Reader : public nlohmann::json_sax<json> {
 
     bool number_unsigned(number_unsigned_t value) override {
         if (part_ != VOCABULARY || value > INT32_MAX) return add(value);
+        check_entries();
         tokens.add(token_);
         ids.push_back(uint32_t(value));
         return true;
@@ -58,6 +60,7 @@ class Reader : public nlohmann::json_sax<json> {
 
     bool string(string_t &value) override {
         if (part_ != MERGES) return add(value);
+        check_entries();
         pair_ == NO_PAIR ? add_merge(value) : merges.add(value);
         return true;
     }
@@ -103,11 +106,19 @@ class Reader : public nlohmann::json_sax<json> {
         return true;
     }
 
+    void check_entries() const {
+        if (int64_t(tokens.size() + merges.size()) >= schema::MAX_ENTRIES)
+            throw Error(BUNDLE, "the tokenizer has more than " + std::to_string(schema::MAX_ENTRIES) + " tokens and merges");
+    }
+
     json *place(json value) {
         if (part_ == VOCABULARY) throw Error(BUNDLE, "the tokenizer's token '" + token_ + "' has no id");
         if (part_ == MERGES) throw Error(BUNDLE, "the tokenizer has a merge that is no text");
+        if (++values_ > schema::MAX_VALUES) throw Error(BUNDLE, "the tokenizer has too many fields");
         if (open_.empty()) return &(rest = std::move(value));
         json &outer = *open_.back().value;
+        if (outer.size() >= size_t(schema::MAX_ADDED) && open_.size() == 2 && open_[0].key == "added_tokens")
+            throw Error(BUNDLE, "the tokenizer has more than " + std::to_string(schema::MAX_ADDED) + " added tokens");
         if (outer.is_object()) return &(outer[open_.back().key] = std::move(value));
         outer.push_back(std::move(value));
         return &outer.back();
@@ -137,6 +148,7 @@ class Reader : public nlohmann::json_sax<json> {
 
     std::vector<Level> open_;
     Part part_ = OTHER;
+    int64_t values_ = 0;  // in `rest`
     size_t pair_ = NO_PAIR;  // merges before the pair that has not ended
     std::string token_;
 };
@@ -164,6 +176,8 @@ struct Normalizer {
         from = get(component.at("pattern"), "String", std::string());
         to = component.at("content").get<std::string>();
         if (from.empty()) refuse("a Replace normalizer without a String");
+        if (unicode::decode(to).size() > size_t(schema::MAX_GROWTH) * unicode::decode(from).size())
+            refuse("a normalizer that makes more than " + std::to_string(schema::MAX_GROWTH) + " characters of one");
     }
 
     std::string operator()(std::string_view text) const {
@@ -242,6 +256,7 @@ struct AddedToken {
         : content(token.at("content").get<std::string>()), normalized(get(token, "normalized", true)),
           special(get(token, "special", false)) {
         if (get(token, "single_word", false)) refuse("the token '" + content + "' with single_word");
+        if (content.size() > 4 * size_t(schema::MAX_TOKEN)) refuse("an added token that is too long");
         for (const char *flag : {"lstrip", "rstrip"}) {
             strips = strips || get(token, flag, false);
             if (strips && !special) refuse("the token '" + content + "' with " + flag);
