@@ -1,9 +1,9 @@
-# Needs Python 3.10 or later with venv, and make. Each target does all of its own set-up in .venv.
+# Needs Python 3.11 or later with venv, and make. Each target does all of its own set-up in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-crash lint docs test-native test-library test-arm fuzz wheels deb clean
+.PHONY: demo test test-oldest test-crash lint docs test-native test-library test-arm fuzz fuzz-native fuzz-python wheels deb locks sbom clean
 
 demo: $(VENV)/ready
 	$(BIN)/python samples/demo.py
@@ -64,7 +64,7 @@ build/watched/bundle: $(VENV)/ready
 build/watched/index: build/watched/bundle
 	$(BIN)/cembed index add $@ tests/golden/*/*.png --bundle $<
 
-# libFuzzer over everything in libcembed and libpictures that reads what others wrote: needs clang.
+# Everything that reads what others wrote, for FUZZ_SECONDS each. libFuzzer over libcembed and libpictures: needs clang.
 CLANG ?= clang++
 FUZZ_SECONDS ?= 600
 FUZZERS := $(patsubst tests/native/fuzz_%.cpp,build/fuzz/%,$(wildcard tests/native/fuzz_*.cpp))
@@ -72,10 +72,18 @@ ENGINE := $(addprefix runtime/native/lib/,engine.cpp embedder.cpp state.cpp capi
 PICTURES := $(wildcard runtime/native/pictures/*.cpp)
 FUZZED := $(patsubst %.cpp,build/fuzz/%.o,$(filter-out $(ENGINE),$(filter %.cpp,$(LIBRARY))) $(PICTURES))
 
-fuzz: $(FUZZERS)
+fuzz: fuzz-python fuzz-native
+
+fuzz-native: $(FUZZERS)
 	for name in $(notdir $^); do mkdir -p build/fuzz/$${name}_corpus; \
 	    build/fuzz/$$name -artifact_prefix=build/fuzz/ -max_total_time=$(FUZZ_SECONDS) \
 	    build/fuzz/$${name}_corpus tests/native/seeds/$$name || exit 1; done
+
+# The same in Python, by coverage where atheris is installed in $(VENV).
+fuzz-python: $(VENV)/ready
+	$(BIN)/python tests/fuzz_index.py --seconds $(FUZZ_SECONDS)
+	for name in $(notdir $(wildcard tests/fuzz/corpus/*)); do \
+	    $(BIN)/python tests/fuzz/run.py $$name --seconds $(FUZZ_SECONDS) || exit 1; done
 
 build/fuzz/%: build/fuzz/tests/native/fuzz_%.o $(FUZZED)
 	$(CLANG) -fsanitize=fuzzer,address,undefined $^ -lcrypto -lz -o $@
@@ -109,9 +117,17 @@ wheels: $(TOOLS)/ready
 deb: $(TOOLS)/ready
 	$(TOOLS)/bin/python packaging/deb.py
 
-$(TOOLS)/ready: packaging/requirements.txt
+# requirements/*.txt, as pyproject.toml asks now; UPGRADE=--upgrade for the newest versions.
+locks: $(TOOLS)/ready
+	$(TOOLS)/bin/python packaging/lock.py $(UPGRADE)
+
+# One CycloneDX file beside each wheel and package in dist/.
+sbom: $(TOOLS)/ready
+	$(TOOLS)/bin/python packaging/sbom.py
+
+$(TOOLS)/ready: requirements/build.txt
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/pip install --quiet --requirement $<
+	$(TOOLS)/bin/pip install --quiet --only-binary :all: --require-hashes --requirement $<
 	touch $@
 
 # Writes the help texts into docs/cli.md, and the site into build/site; a test checks that both are right.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Embeds one page with the aarch64 wheel, under qemu-user, and with this machine's cembed, and compares the vectors.
-# Needs dist/ of `make wheels`, qemu-user and debootstrap, a Python 3.11 for pip, and on the way Debian's packages.
+# Needs dist/ of `make wheels`, qemu-user and debootstrap, and downloads Debian's packages and wheels.
 #
 #     packaging/check_aarch64.sh [PYTHON]      # a Python with cembed in it; default .venv/bin/python
 set -euo pipefail

@@ -66,14 +66,16 @@ def write_debian(tree: Path, maintainer: str, date: str) -> None:
 
 
 def download(wheels: Path) -> None:
-    """The wheel of cembed with all that it needs to serve, for the system's Python."""
+    """The wheel of cembed, and what it needs to serve for the system's Python: the files of the lock and no others."""
     made = list((ROOT / "dist").glob(f"cembed-{version()}-py3-none-*_{platform.machine()}.whl"))
     if len(made) != 1:
         sys.exit(f"dist has {len(made)} wheels of cembed {version()} for {platform.machine()}: run `make wheels`")
     python = WORK / "python"
     run(SYSTEM_PYTHON, "-m", "venv", "--without-pip", python)
     pip = sys.executable, "-m", "pip", "--python", python / "bin" / "python"
-    run(*pip, "download", "--quiet", "--only-binary=:all:", "--dest", wheels, f"{made[0]}[serve]")
+    locked = "--require-hashes", "--requirement", ROOT / "requirements" / "serve.txt"
+    run(*pip, "download", "--quiet", "--only-binary=:all:", "--no-deps", "--dest", wheels, *locked)
+    shutil.copy(made[0], wheels)
 
 
 def build(tree: Path, wheels: Path, date: str) -> list[Path]:
