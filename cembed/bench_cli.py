@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cembed.display import say, show_json, show_table
-from cembed.options import AsJson, BundlePath, SkipBlank, Threads, split
+from cembed.options import AsJson, BundlePath, SkipBlank, Threads, Trusted, split
 from cembed.runtime.errors import CembedError
 from cembed.streams import held_stderr
 
@@ -71,6 +71,7 @@ def page(
     skip_blank: SkipBlank = None,
     provider: Annotated[list[str] | None, typer.Option(metavar="NAME,…", help="Engines, as for embed.")] = None,
     threads: Threads = None,
+    trusted: Trusted = None,
     as_json: AsJson = False,
 ) -> None:
     """Time a bundle's pages by stage: pixels, vision, text, and a slot of the loop; and the memory that it takes."""
@@ -78,7 +79,7 @@ def page(
     from cembed.runtime.tuning import Way, attempt
     from cembed.tune_cli import read_pages
 
-    images = read_pages(Bundle(bundle), paths, pages)
+    images = read_pages(Bundle(bundle, trusted=trusted), paths, pages)
     with held_stderr():
         way = Way(bundle, tuple(split(provider)) or None, threads, max_visual_tokens, skip_blank)
         found = attempt(way, images, rounds)

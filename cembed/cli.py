@@ -24,6 +24,7 @@ from cembed.inspect_cli import inspect, verify
 from cembed.scale_cli import scale_app
 from cembed.search_cli import search
 from cembed.serve_cli import export_triton, serve
+from cembed.sign_cli import sign
 from cembed.signals import Stopped
 from cembed.streams import allow_any_text, flush_output
 from cembed.tune_cli import tune
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "inspect": inspect,
     "verify": verify,
+    "sign": sign,
     "embed": embed,
     "search": search,
     "eval": evaluate,

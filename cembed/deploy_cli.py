@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cembed.display import complain, say, show_json, show_table
-from cembed.options import AsJson, Engine, Force, split, spread
+from cembed.options import AsJson, Engine, Force, Trusted, split, spread
 from cembed.streams import held_stderr
 
 if TYPE_CHECKING:
@@ -109,17 +109,18 @@ def apply_patch(
     patch: Annotated[Path, typer.Argument(metavar="PATCH", help="File made by `cembed bundle diff`.")],
     out: Annotated[Path, typer.Option("--out", metavar="NEW", help="Directory to write the new bundle to.")],
     force: Force = False,
+    trusted: Trusted = None,
 ) -> None:
     """Make the new bundle of the old one and a patch. Every file is compared with its sha256."""
     from cembed.runtime.updates.patch import apply
 
-    say(f"{out}: {apply(old, patch, out, force=force)}")
+    say(f"{out}: {apply(old, patch, out, force=force, trusted=trusted)}")
 
 
 def trial_of(engine: Engine, min_cosine: float) -> Trial:
     from cembed.runtime.updates.deploy import Trial
 
-    return Trial(tuple(split(engine.provider)) or None, engine.threads, min_cosine)
+    return Trial(tuple(split(engine.provider)) or None, engine.threads, min_cosine, engine.trusted)
 
 
 def report(to: Path, done: Deployed, as_json: bool) -> None:

@@ -79,7 +79,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, C
         StrictConsole().print(table)
 
 
-def show_manifest(path: Path, manifest: Manifest) -> None:
+def show_manifest(path: Path, manifest: Manifest, signed_by: Mapping[str, bool] | None = None) -> None:
+    """`signed_by` says of each key that has a signature whether that was checked, as the key is trusted."""
     from importlib.metadata import version as installed
 
     files = [f"{name}  {record.size:,} bytes" for name, record in manifest.files.items()]
@@ -87,6 +88,7 @@ def show_manifest(path: Path, manifest: Manifest) -> None:
         f"{p.graph}: off by {p.max_error:.1e} (allowed {p.tolerance:.0e}), cosine {p.min_cosine:.6f}"
         for p in manifest.parity
     ]
+    signers = [name if checked else f"{name}, not checked" for name, checked in (signed_by or {}).items()]
     fields: dict[str, Cell] = {
         "backbone": f"{manifest.backbone}, {manifest.head} head",
         "source": ", ".join(manifest.source.values()),
@@ -99,6 +101,7 @@ def show_manifest(path: Path, manifest: Manifest) -> None:
         "parity with torch": parity,
         **(describe_quantisation(manifest.quantisation) if manifest.quantisation else {}),
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.made_with.items()),
+        "signed by": signers or "nobody",
         "this runtime": f"onnxruntime {installed('onnxruntime')}",
         "files": files,
         "size": f"{sum(record.size for record in manifest.files.values()):,} bytes",

@@ -8,7 +8,7 @@ import typer
 
 from cembed.display import say, show_table
 from cembed.export.choices import require_choice
-from cembed.options import BundlePath, one_of
+from cembed.options import BundlePath, Trusted, one_of
 from cembed.runtime.errors import CembedError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def build_engine(
     loop: Annotated[
         bool, typer.Option("--loop", help="Also the engine of the loop, with a copy of the weights of its own.")
     ] = False,
+    trusted: Trusted = None,
     force: Annotated[
         bool, typer.Option("--force", help="Build even if memory does not suffice, and what is there already.")
     ] = False,
@@ -47,7 +48,7 @@ def build_engine(
     from cembed.runtime.engines.build import BuildOptions, EngineCache, Library, build_engines, needed_graphs
     from cembed.runtime.engines.memory import EngineLimits, Fit, Model
 
-    opened, library = Bundle(bundle), Library.load()
+    opened, library = Bundle(bundle, trusted=trusted), Library.load()
     library.check(opened.manifest)
     options = BuildOptions(
         EngineLimits.of(opened, max_batch, max_visual_tokens), workspace, is_tf32(opened.manifest, precision)

@@ -18,6 +18,7 @@ from cembed.runtime.errors import missing_extra
 from cembed.streams import held_stderr
 
 if TYPE_CHECKING:
+    from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.embed.embedder import Budget, Decode, Embedder
     from cembed.runtime.pages.documents import PageReader
 
@@ -31,6 +32,14 @@ MadeBy = Annotated[Path, typer.Option("--bundle", metavar="BUNDLE", help="The bu
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="PDF and image files, or folders of them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Trusted = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted",
+        metavar="KEYS",
+        help="Take a bundle only if one of these keys has signed it: a public key in PEM, or a folder of them.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads per operator; by default all cores.")]
 DecodeOption = Annotated[
     str | None,
@@ -116,11 +125,19 @@ class Reading:
             min=1, help="Pixels a page may have. Larger PDF, TIFF and JPEG pages are reduced, others refused."
         ),
     ] = MAX_PIXELS
+    require_sandbox: Annotated[
+        bool, typer.Option("--require-sandbox", help="Stop where this system cannot confine what decodes files.")
+    ] = False
 
     def reader(self) -> PageReader:
         from cembed.runtime.pages.documents import PageReader
 
-        return PageReader(dpi=self.dpi, timeout=self.timeout, max_pixels=self.max_pixels)
+        return PageReader(
+            dpi=self.dpi,
+            timeout=self.timeout,
+            max_pixels=self.max_pixels,
+            require_sandbox=self.require_sandbox,
+        )
 
 
 def settings_of(page_vectors: PageVectors, reading: Reading, skip_blank: bool = False) -> str:
@@ -132,13 +149,6 @@ def settings_of(page_vectors: PageVectors, reading: Reading, skip_blank: bool = 
     settings = [made.num_vectors, made.dim, made.pool_factor, made.max_visual_tokens, reading.dpi]
     later = [reading.max_pixels] if reading.max_pixels != MAX_PIXELS else []
     return json.dumps([*settings, *later, *(["skip_blank"] if skip_blank else [])])
-
-
-def skips_blank(bundle: Path, chosen: bool | None) -> bool:
-    """Whether blank paper is left unread, by what was chosen, or what the bundle says."""
-    from cembed.runtime.bundle.bundle import Bundle
-
-    return Bundle(bundle, verify=False).manifest.image.skip_blank if chosen is None else chosen
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,17 @@ class Engine:
         ),
     ] = None
     threads: Threads = None
+    trusted: Trusted = None
+
+    def open(self, bundle: Path) -> Bundle:
+        """Raises CembedError: no bundle, a damaged one, one whose signature will not do."""
+        from cembed.runtime.bundle.bundle import Bundle
+
+        return Bundle(bundle, trusted=self.trusted)
+
+    def skips_blank(self, bundle: Path, chosen: bool | None) -> bool:
+        """Whether blank paper is left unread, by what was chosen, or what the bundle says."""
+        return self.open(bundle).manifest.image.skip_blank if chosen is None else chosen
 
     def load(
         self,
@@ -163,7 +184,7 @@ class Engine:
         prepack: bool | None = True,
         skip_blank: bool | None = None,
     ) -> Embedder:
-        """Raises CembedError: no bundle, a damaged one, an engine that is not there, what the bundle cannot do."""
+        """Raises CembedError as `open`, and: an engine that is not there, what the bundle cannot do."""
         from cembed.runtime.embed.embedder import Embedder
 
         with held_stderr():
@@ -174,6 +195,7 @@ class Engine:
                 prepack=prepack,
                 max_visual_tokens=max_visual_tokens,
                 skip_blank=skip_blank,
+                trusted=self.trusted,
             )
 
 
@@ -184,9 +206,11 @@ def loading_fields(bundle: Path, page_vectors: PageVectors, reading: Reading, en
         "providers": tuple(split(engine.provider)),
         "max_visual_tokens": page_vectors.max_visual_tokens,
         "skip_blank": page_vectors.skip_blank,
+        "trusted": None if engine.trusted is None else str(engine.trusted.absolute()),
         "dpi": reading.dpi,
         "timeout": reading.timeout,
         "max_pixels": reading.max_pixels,
+        "require_sandbox": reading.require_sandbox,
     }
 
 

@@ -96,13 +96,12 @@ def embed_parts(work: Work, out: str, storage: str) -> None:
 def embed_on_cluster(work: Work, out: str, storage: str, address: str, actors: int | None) -> None:
     """`embed_parts` by a Ray cluster. Raises CembedError: there is none at this address."""
     require_packages("ray", "ray", "pyarrow")
-    from cembed.runtime.bundle.bundle import Bundle
     from cembed.scale.cluster import connect, embed_documents
     from cembed.scale.embed import find_sources
     from cembed.scale.parts import Parts, open_store
 
     paths = find_sources(work.paths)
-    schema = work.schema(Bundle(work.bundle), storage)
+    schema = work.schema(work.engine.open(work.bundle), storage)
     options = work.options(schema)
     with StopSignals() as signals, Parts(open_store(out), schema) as parts, progress_bar() as progress:
         there, ray = len(parts.done), connect(address)

@@ -47,7 +47,6 @@ def plan(
     """
     require_packages("scale", "pyarrow")
     from cembed.parts_run import Work
-    from cembed.runtime.bundle.bundle import Bundle
     from cembed.runtime.index.index import DEFAULT_STORAGE
     from cembed.runtime.pages.documents import find_documents
     from cembed.scale.plan import Plan, measure_together
@@ -56,7 +55,7 @@ def plan(
     counts = [whole(text) for text in split(nodes) or ["1", "4", "16", "64"]]
     files = spread_over(find_documents(paths), 2 * sample)
     work = Work(bundle, list(map(str, paths)), page_vectors, reading, engine)
-    options = work.options(work.schema(Bundle(bundle), "f32"))
+    options = work.options(work.schema(engine.open(bundle), "f32"))
     processes = max(1, len(os.sched_getaffinity(0)) // (engine.threads or 1))
     found = Plan(measure_together(options, files, sample, processes), pages, cores, threads=engine.threads or 1)
     kept = split(storage) or list(DEFAULT_STORAGE)

@@ -13,10 +13,10 @@ from cembed.options import (
     Engine,
     PageVectors,
     Reading,
+    Trusted,
     loading_fields,
     require_packages,
     settings_of,
-    skips_blank,
     split,
     spread,
 )
@@ -94,7 +94,7 @@ def serve(
         allow_hosts=tuple(split(allow_host)),
         url_hosts=tuple(split(allow_url_hosts)),
         budget=page_vectors.budget(),
-        page_settings=settings_of(page_vectors, reading, skips_blank(bundle, page_vectors.skip_blank)),
+        page_settings=settings_of(page_vectors, reading, engine.skips_blank(bundle, page_vectors.skip_blank)),
         limits=Limits(queue=queue),
         watch=watched(watch or [], index, read_only, bundle, how, (page_vectors, reading, engine)),
     )
@@ -141,10 +141,11 @@ def export_triton(
     repository: Annotated[Path, typer.Argument(metavar="REPO", help="Triton's model repository.")],
     name: Annotated[str, typer.Option(help="The model's name; by default that of the bundle's folder.")] = "",
     instances: Annotated[int, typer.Option(min=1, help="Processes of the model in Triton.")] = 1,
+    trusted: Trusted = None,
 ) -> None:
     """Write a bundle as a model for NVIDIA's Triton, whose Python backend runs it with cembed installed."""
     from cembed.display import say
     from cembed.serve.triton import write_repository
 
-    model = write_repository(bundle, repository, name or bundle.resolve().name, instances)
+    model = write_repository(bundle, repository, name or bundle.resolve().name, instances, trusted)
     say(f"{model}: tritonserver --model-repository={repository}")

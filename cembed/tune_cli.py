@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cembed.display import complain, say, show_json, show_table
-from cembed.options import AsJson, BundlePath, Threads
+from cembed.options import AsJson, BundlePath, Threads, Trusted
 from cembed.runtime.errors import CembedError
 from cembed.streams import held_stderr
 
@@ -33,6 +33,7 @@ def tune(
         float, typer.Option(min=0, max=1, help="The lowest cosine of a vector with ONNX Runtime's that is accepted.")
     ] = 0.999,
     threads: Threads = None,
+    trusted: Trusted = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Choose, and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +42,7 @@ def tune(
     from cembed.runtime.engines import tuned
     from cembed.runtime.tuning import Way, attempt, best, mixture, try_all
 
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, trusted=trusted)
     images = read_pages(opened, paths, pages)
     if opened.manifest.target == "onnxruntime":
         complain(STANDARD)

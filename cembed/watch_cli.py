@@ -22,7 +22,6 @@ from cembed.options import (
     SkipBlankPages,
     loading_fields,
     settings_of,
-    skips_blank,
     split,
     spread,
 )
@@ -90,7 +89,7 @@ def watching(
         folders=Folders.of(folders, [index, ledger_path(index), bundle, *beside, *moved]),
         rules=Rules(how.stable_for, how.every, how.mirror, how.move_done, how.move_failed, once),
         budget=page_vectors.budget(),
-        page_settings=settings_of(page_vectors, reading, skips_blank(bundle, page_vectors.skip_blank)),
+        page_settings=settings_of(page_vectors, reading, engine.skips_blank(bundle, page_vectors.skip_blank)),
         storage=storage,
         metadata=metadata,
         skip_blank_pages=how.skip_blank_pages,
@@ -123,7 +122,7 @@ def watch(
     tried again; one that cannot be read is remembered by its content. A moved file keeps its vectors, and nothing else
     leaves the index without --mirror. Links, and hidden and temporary files, are passed over. If BUNDLE is a link that
     is replaced, as by `cembed deploy`, the new bundle is taken. With --once, exits with 3 if some files could not be
-    read now.
+    read now, or a folder could not be listed.
     """
     from cembed.runtime.index.metadata import check_metadata, parse_pairs
     from cembed.serve.hosts import LocalHost
@@ -142,7 +141,7 @@ def run(watch: Watch, once: bool) -> None:
             watch.run()
     finally:
         say(f"{watch.told.index}: {summary(watch)}")
-    if once and (watch.tally.failed or watch.unfinished):
+    if once and (watch.tally.failed or watch.unfinished or watch.troubles):
         raise typer.Exit(EXIT_INCOMPLETE)
 
 

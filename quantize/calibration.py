@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from cembed.quantize.activations import Watcher
-from cembed.runtime.bundle.bundle import Bundle
+from cembed.runtime.bundle.bundle import Bundle, OwnBundle
 from cembed.runtime.bundle.manifest import Comparison
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import FULL, Budget, Embedder
@@ -102,7 +102,7 @@ class Embedded:
     @classmethod
     def by(cls, root: Path, calibration: CalibrationSet, engine: EngineSettings, progress: Progress) -> Embedded:
         """With the bundle at `root`, whose files were verified when they were read before."""
-        embedder = Embedder(Bundle(root, verify=False), engine)
+        embedder = Embedder(OwnBundle(root, verify=False), engine)
         name = root.name.lstrip(".").split(".")[0]
         found = cls.of(embedder, calibration, lambda n: progress(f"page {n} of {len(calibration.pages)} with {name}"))
         for graph in embedder.manifest.graphs:

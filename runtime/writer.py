@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from safetensors.numpy import save
 
-from cembed.runtime.bundle.bundle import Bundle, record_files
+from cembed.runtime.bundle.bundle import OwnBundle, record_files
 from cembed.runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Embedder
@@ -38,7 +38,7 @@ def write_self_test(root: Path, manifest: Manifest) -> Manifest:
     page.save(root / manifest.self_test.image)
     (root / manifest.self_test.vectors).touch()
     write_manifest(root, replace(manifest, files=record_files(root)).to_json())
-    embedder = Embedder(Bundle(root, verify=False), EngineSettings(prepack=False))
+    embedder = Embedder(OwnBundle(root, verify=False), EngineSettings(prepack=False))
     vectors = {"document": embedder.embed_image(page), "query": embedder.embed_query(manifest.self_test.text)}
     (root / manifest.self_test.vectors).write_bytes(save(vectors))
     complete = replace(manifest, files=record_files(root))

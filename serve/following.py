@@ -51,7 +51,7 @@ def may_change(service: Service, bundle: str) -> bool:
 
 async def load(service: Service, bundle: Path) -> tuple[Bundle, Pool]:
     """A bundle and workers that have passed its self-test. Raises CembedError: there are none."""
-    settings, opened = service.settings, Bundle(bundle, verify=False)
+    settings, opened = service.settings, Bundle(bundle, verify=False, trusted=service.settings.worker.trusted)
     check_budget(opened.manifest, opened.manifest.document, settings.budget)
     pool = Pool(replace(settings.worker, bundle=str(bundle)), settings.workers, settings.limits)
     await pool.start()

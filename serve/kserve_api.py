@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from cembed.serve.service import Service
 
 HEADER = "inference-header-content-length"
 router = APIRouter(prefix="/v2", tags=["kserve"], responses=refusals(KServeError))
+Side = Annotated[int, Field(ge=-1, le=1 << 40)]
+"""Of a shape. A product of longer numbers takes long."""
 INPUTS = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in ("text", "image")]
 
 
@@ -35,7 +38,7 @@ class Parameters(BaseModel):
 
 class InferInput(BaseModel):
     name: str
-    shape: list[int]
+    shape: list[Side] = Field(max_length=8)
     datatype: str
     parameters: Parameters = Parameters()
     data: list[Any] | None = None
@@ -173,7 +176,7 @@ async def infer(request: Request, name: str, version: str = "1") -> Response:
 
 def parse(body: bytes, header: str | None) -> tuple[InferRequest, bytes]:
     """The JSON of a request and the bytes after it. Raises RefusalError."""
-    if header is not None and not (header.isascii() and header.isdigit() and int(header) <= len(body)):
+    if header is not None and not (re.fullmatch(r"[0-9]{1,12}", header) and int(header) <= len(body)):
         raise RefusalError(400, "Inference-Header-Content-Length: give the bytes of the JSON at the body's start")
     size = len(body) if header is None else int(header)
     try:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from cembed.runtime.index.index import Index
 from cembed.runtime.intake.sources import Sources
-from cembed.runtime.intake.swap import before_path, swap
+from cembed.runtime.intake.swap import swap
 from cembed.serve.watcher import BATCH, Watcher
+
+LONGEST_WAIT = 60.0
+"""Seconds, for files that are being written: they are read when the index is there."""
 
 
 class Renewal:
@@ -23,7 +26,8 @@ class Renewal:
         """Embeds what is in the folders, then the other files of the old index."""
         self._say(f"{self._path} is made anew: {len(self._old)} pages")
         watcher.step()
-        while watcher.busy:
+        end = time.monotonic() + LONGEST_WAIT
+        while watcher.busy and time.monotonic() < end:
             time.sleep(watcher.due(1.0))
             watcher.step()
         old = Sources(self._old)
@@ -35,10 +39,10 @@ class Renewal:
 
     def end(self) -> None:
         """Puts the new index in the place of the old one, which is kept if it has pages that the new one lacks."""
-        swap(self._path, keep=bool(self._lost))
+        kept = swap(self._path, keep=bool(self._lost))
         self._say(f"{self._path} is made anew")
         if self._lost:
             self._say(
                 f"{len(self._lost)} pages of the old index are not in it, such as {self._lost[0]}: their files are "
-                f"gone, blank or cannot be read; the old index is at {before_path(self._path)}"
+                f"gone, blank or cannot be read; the old index is at {kept}"
             )

@@ -55,7 +55,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         root = resolve(Path(settings.worker.bundle))  # what is read later shall be of this one, too
-        self.bundle = Bundle(root, verify=False)  # workers verify what they load
+        self.bundle = Bundle(root, verify=False, trusted=settings.worker.trusted)  # workers verify what they load
         self.name = settings.name or name_of(Path(settings.worker.bundle))
         check_budget(self.manifest, self.manifest.document, settings.budget)
         self.pool = Pool(replace(settings.worker, bundle=str(root)), settings.workers, settings.limits)

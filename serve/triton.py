@@ -42,12 +42,12 @@ instance_group [ {{ count: {instances} kind: KIND_CPU }} ]
 """
 
 
-def write_repository(bundle: Path, out: Path, name: str, instances: int) -> Path:
+def write_repository(bundle: Path, out: Path, name: str, instances: int, trusted: Path | None = None) -> Path:
     """A model repository with one model, the bundle copied into it. Gives the model's folder.
 
     Raises CembedError: no bundle, a damaged one, or the model is there already.
     """
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, trusted=trusted)
     for file in opened.manifest.files:
         opened.path(file)  # compares its hash
     model = out / name

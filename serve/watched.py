@@ -147,7 +147,7 @@ class ServerHost:
         return self.result(self.submit(work))
 
     def load(self, bundle: Path) -> ServerModel:
-        opened = Bundle(bundle, verify=False)
+        opened = Bundle(bundle, verify=False, trusted=self.service.settings.worker.trusted)
         if opened.hash == self.service.bundle.hash:
             return ServerModel(self, self.service.bundle, self.service.pool)
         return ServerModel(self, *self.wait(load(self.service, bundle)))

@@ -11,8 +11,10 @@ from __future__ import annotations
 import heapq
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.intake.folders import Folders, Stamp
 from cembed.runtime.intake.job import Job, Pages, Result, remove_pages
-from cembed.runtime.intake.ledger import Entry, Ledger, Missing
+from cembed.runtime.intake.ledger import Entry, Ledger, Missing, State
 from cembed.runtime.intake.moving import free_path, move_file
 from cembed.runtime.intake.sources import Sources
 from cembed.runtime.intake.survey import SETTLED, Survey, survey
 from cembed.runtime.pages.documents import place_of
+from cembed.runtime.plain_files import stamp_of
 
 BATCH = 64
 """Files that are taken at a time."""
+LEAST_REMOVED = 1000
+"""Pages that were removed, before their bytes are worth a compaction."""
 PATIENCE = 5
 """Times `stable_for` that a file has to be still until what is wrong with it counts: its writer may have paused."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 600.0
@@ -109,6 +114,7 @@ class Watcher:
     def __post_init__(self) -> None:
         self._sources = Sources(self.index, Sources(self.before) if self.before is not None else None)
         self._missed: dict[str, float] = {}
+        self._looked_at = Tally()
         for entry in self.ledger.entries("moving"):
             if not os.path.lexists(entry.path) and os.path.lexists(entry.to):
                 self._note_moved(entry)
@@ -132,6 +138,22 @@ class Watcher:
         while batch := self._ready():
             self._take(batch)
         self._let_go(found)
+        self._compact()
+
+    def _compact(self) -> None:
+        """What was removed takes disk and memory until then; only where that is half of all, and there is room."""
+        if self.tally == self._looked_at:
+            return
+        self._looked_at, stats = replace(self.tally), self.index.stats()
+        room = shutil.disk_usage(self.index.folder).free > sum(stats.bytes.values())
+        if stats.removed <= max(stats.pages, LEAST_REMOVED) or not room:
+            return
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(self.index.compact)
+            while not done.done():
+                self.between()  # that it is alive
+                wait([done], 0.5)
+            done.result()
 
     @property
     def busy(self) -> bool:
@@ -179,6 +201,7 @@ class Watcher:
             before=self.before,
         )
         job.plan(paths, self._name)
+        job.awaited = {entry.to for entry in self.ledger.entries("moving")}
         job.run(self.between)
         self.tally.count(job)
         moves = list[Entry]()
@@ -194,7 +217,11 @@ class Watcher:
     def _settle(self, path: str, job: Job) -> list[Entry]:
         """Notes what became of a file; gives it, if it is to be moved."""
         if path in job.unreadable:
-            self._put_off(path, str(job.unreadable[path]))
+            error = job.unreadable[path]
+            if isinstance(error.__cause__, FileNotFoundError):
+                del self.pending[path]  # the next pass tells whether it is gone
+            else:
+                self._put_off(path, str(error))
             return []
         result, pending = job.results[path], self.pending[path]
         if result.retry:
@@ -244,11 +271,13 @@ class Watcher:
         self.between()
         if self.rules.done is None or self.folders.root_of(path) is None:
             return path
-        before = self.ledger.get(path)
-        if before is None or not before.to:
-            to = free_path(self._place(self.rules.done, path), digest, {e.to for e in self.ledger.entries("moving")})
-            self.ledger.put(before := Entry(path, (), "moving", to=to, when=time.time()))
-        return before.to
+        before, done = self.ledger.get(path), os.path.join(os.path.realpath(self.rules.done), "")
+        planned = before.to if before is not None and before.to.startswith(done) else ""
+        taken = {entry.to for entry in self.ledger.entries("moving") if entry.path != path}
+        to = free_path(planned or self._place(self.rules.done, path), digest, taken)
+        if to != planned:
+            self.ledger.put(Entry(path, (), "moving", to=to, when=time.time()))
+        return to
 
     def _place(self, folder: Path, path: str) -> str:
         """Where in `folder` a file goes: as deep as it is in the watched one."""
@@ -265,6 +294,8 @@ class Watcher:
 
     def _move(self, entry: Entry) -> None:
         try:
+            if stamp_of(os.stat(entry.path)) != entry.stamp:
+                return  # it was changed since it was read: the next pass takes what it is now
             move_file(entry.path, entry.to)
         except OSError as error:
             reason = f"cannot be moved to {entry.to}: {error.strerror or error}"
@@ -274,10 +305,11 @@ class Watcher:
         self._note_moved(entry)
 
     def _note_moved(self, entry: Entry) -> None:
-        state = entry.state if entry.state != "moving" else "indexed"
+        known: State = "failed" if entry.reasons else "blank" if entry.blank and not entry.pages else "indexed"
         with self.ledger.changing():
             self.ledger.forget([entry.path])
-            self.ledger.put(replace(entry, path=entry.to, to="", state=state))
+            if entry.digest:  # it was not only planned
+                self.ledger.put(replace(entry, path=entry.to, to="", state=known))
 
     # Files that are gone ----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from cembed.serve.watcher import Tally, Watcher
 
 LONGEST_PAUSE = 60.0
 """Seconds until the index is tried again, when it could not be written."""
+M_ARENA_MAX = -8  # of malloc.h
 BEAT_SECONDS, CHANGE_SECONDS = 60.0, 5.0
 """How often the ledger is told that the watcher is alive, and at most how often what it does: flash wears out."""
 LOOK_SECONDS = 1.0
@@ -50,9 +52,12 @@ class Watch:
     tally: Tally = field(default_factory=Tally)
     unfinished: int = 0
     """Files that wait when it ends."""
+    troubles: dict[str, str] = field(default_factory=dict)
+    """What is wrong with folders."""
 
     def __post_init__(self) -> None:
         self._notifier, self._hints = Notifier(), Hints(self.told.folders.roots)
+        use_one_arena()
         self._bundle = self._refused = ""  # hashes: of the bundle in use, and of one that cannot be
         self._looked = self._told_at = 0.0
         self._last_facts: dict[str, Any] = {}
@@ -109,7 +114,7 @@ class Watch:
             with model.pages() as pages:
                 self._check(model)
                 while not self._try(model, pages):
-                    self._sleep(self._pause)
+                    self._sleep_longer()
                 return None
         except NewBundleError:
             return self._next(model)
@@ -125,8 +130,10 @@ class Watch:
     def _is_old(self, model: Model) -> bool:
         return bundle_of(self.told.index) not in (None, model.bundle)
 
-    def _open(self, path: Path, model: Model) -> Index:
-        return open_or_create(path, bundle=model.bundle, dim=model.dim, storage=self.told.storage)
+    def _open(self, path: Path, model: Model, before: Index | None = None) -> Index:
+        """A new one has the storage types that were asked for, or those of the one before."""
+        storage = self.told.storage or (before.tiers if before is not None else ())
+        return open_or_create(path, bundle=model.bundle, dim=model.dim, storage=storage)
 
     def _try(self, model: Model, pages: Pages) -> bool:
         """Watches until it is over; gives False when something failed, and it is to be tried again."""
@@ -150,7 +157,7 @@ class Watch:
     @contextmanager
     def _writing(self, path: Path, model: Model, pages: Pages, before: Index | None = None) -> Iterator[Watcher]:
         told = self.told
-        with self._open(path, model) as index, Ledger.beside(path, write=True) as ledger:
+        with self._open(path, model, before) as index, Ledger.beside(path, write=True) as ledger:
             ledger.adopt(**reading_of(index, told.page_settings, told.skip_blank_pages, __version__))
             if self._retry:
                 ledger.forget_contents()
@@ -176,11 +183,13 @@ class Watch:
             watcher.step()
             self._pause, self.unfinished = 1.0, len(watcher.pending)
             self._trouble = self._trouble if self._refused else ""
+            self._tell_troubles(watcher.troubles)
             self._tell(watcher.ledger, watcher)
             if self.told.rules.once and (not watcher.busy or time.monotonic() > end):
                 return
             took = time.monotonic() - start
-            self._wait(watcher, start + max(took, watcher.due(self.told.rules.every)))
+            self._sleep_between(watcher.ledger, min(took, self.told.rules.every))  # hints may never end
+            self._wait(watcher, time.monotonic() + watcher.due(self.told.rules.every))
 
     def _wait(self, watcher: Watcher, until: float) -> None:
         """For the next pass, or a hint."""
@@ -189,11 +198,14 @@ class Watch:
             if self._hints.wait(min(left, LOOK_SECONDS)):
                 return
 
-    def _sleep(self, seconds: float) -> None:
+    def _sleep_longer(self) -> None:
+        self._sleep_between(None, self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _sleep_between(self, ledger: Ledger | None, seconds: float) -> None:
         until = time.monotonic() + seconds
-        self._pause = min(2 * seconds, LONGEST_PAUSE)
         while (left := until - time.monotonic()) > 0:
-            self._between(None)
+            self._between(ledger)
             time.sleep(min(left, LOOK_SECONDS))
 
     def _make_anew(self, model: Model, pages: Pages) -> None:
@@ -230,6 +242,13 @@ class Watch:
                 f"{facts.get('queue', 0)} files wait" + (f"; {self._trouble}" if self._trouble else "")
             )
 
+    def _tell_troubles(self, troubles: dict[str, str]) -> None:
+        """Once, each time that there is another one."""
+        for folder, reason in troubles.items():
+            if self.troubles.get(folder) != reason:
+                self.say(f"{folder}: {reason}")
+        self.troubles = troubles
+
     def _tell_end(self, watcher: Watcher) -> None:
         with suppress(CembedError):
             watcher.ledger.tell(watcher={**self._facts(watcher), "ended": True})
@@ -243,3 +262,9 @@ class Watch:
             "troubles": watcher.troubles,
             "version": __version__,
         }
+
+
+def use_one_arena() -> None:
+    """glibc gives threads heaps of their own, each of which grows to what the largest batch ever took."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)

@@ -152,8 +152,8 @@ class Library:
         fields = {"abi_version": ABI_VERSION, "onnxruntime": str(self.onnxruntime).encode()}
         return Options(**{**fields, **changed})
 
-    def open(self, path: Path, **options: Any) -> Bundle:
-        return Bundle(self, path, self.options(**options))
+    def open(self, path: Path, trusted: Path | None = None, **options: Any) -> Bundle:
+        return Bundle(self, path, self.options(**options), trusted)
 
     def vectors(self, fill: Callable[[Any], None]) -> Vectors:
         """Vectors that the library allocates, copied."""
@@ -184,9 +184,11 @@ def budget(chosen: dict[str, int]) -> Any:
 
 
 class Bundle:
-    def __init__(self, library: Library, path: Path, options: Options) -> None:
+    def __init__(self, library: Library, path: Path, options: Options, trusted: Path | None = None) -> None:
         self.library, self.handle = library, ctypes.c_void_p()
-        library.call("cembed_open", str(path).encode(), ctypes.byref(options), ctypes.byref(self.handle))
+        name = "cembed_open" if trusted is None else "cembed_open_trusted"
+        keys = [] if trusted is None else [str(trusted).encode()]
+        library.call(name, str(path).encode(), *keys, ctypes.byref(options), ctypes.byref(self.handle))
 
     def close(self) -> None:
         self.library.dll.cembed_close(self.handle)

@@ -24,12 +24,18 @@ def mutations(value: Any) -> Iterator[tuple[str, str]]:
     """The name of each change, and the JSON it makes."""
     for place in places(value):
         for kind in KINDS:
-            changed = copy.deepcopy(value)
-            owner = changed
-            for key in place[:-1]:
-                owner = owner[key]
-            if kind is DROPPED:
-                del owner[place[-1]]
-            else:
-                owner[place[-1]] = kind
-            yield f"{'.'.join(map(str, place))} {'dropped' if kind is DROPPED else kind!r}", json.dumps(changed)
+            name = f"{'.'.join(map(str, place))} {'dropped' if kind is DROPPED else kind!r}"
+            yield name, json.dumps(changed(value, place, kind))
+
+
+def changed(value: Any, place: Place, kind: Any) -> Any:
+    """A copy with another value in one place."""
+    made = copy.deepcopy(value)
+    owner = made
+    for key in place[:-1]:
+        owner = owner[key]
+    if kind is DROPPED:
+        del owner[place[-1]]
+    else:
+        owner[place[-1]] = kind
+    return made

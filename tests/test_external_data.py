@@ -150,8 +150,13 @@ def made(model: bytes, place: Place, entries: Entries, size: int) -> bytes:
     return bytes(proto.SerializeToString())
 
 
+def about_data(message: str | None) -> str | None:
+    """None where the data of tensors was let be: what else a graph holds is looked at after that, and is refused."""
+    return None if message and "is no graph of a bundle" in message else message
+
+
 def refused_by_python(root: Path) -> str | None:
-    return told(lambda: Bundle(root).graph_path("text"))
+    return about_data(told(lambda: Bundle(root).graph_path("text")))
 
 
 def refused_by_c(library: Library, root: Path) -> str | None:
@@ -160,7 +165,7 @@ def refused_by_c(library: Library, root: Path) -> str | None:
     try:
         opened.embed_query("total")
     except CallError as error:
-        return error.message if error.status == libcembed.BUNDLE else None
+        return about_data(error.message) if error.status == libcembed.BUNDLE else None
     finally:
         opened.close()
     return None

@@ -23,7 +23,18 @@ from cembed.runtime.evaluate import require_ir_measures
 from cembed.runtime.plotting import picture
 
 VALUES: tuple[Any, ...] = (None, True, -1, 1.5, 1e400, "xyz", [], [1, "a", None], {}, {"a": {}})
-COMMANDS = ("export", "quantize", "inspect", "verify", "embed", "search", "eval", "build-engine", "bench maxsim")
+COMMANDS = (
+    "export",
+    "quantize",
+    "inspect",
+    "verify",
+    "sign",
+    "embed",
+    "search",
+    "eval",
+    "build-engine",
+    "bench maxsim",
+)
 UPDATES = ("deploy", "rollback", "versions", "bundle diff", "bundle apply")
 INDEX = ("add", "remove", "compact", "verify", "stats")
 

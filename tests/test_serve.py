@@ -322,6 +322,7 @@ INFER = "/v2/models/sample/infer"
         (INFER, {"inputs": []}, 400, "inputs"),
         ("/v2/models/other/infer", {"inputs": []}, 404, "no model"),
         (INFER, {"inputs": [{"name": "text", "shape": [2], "datatype": "BYTES", "data": ["x"]}]}, 400, "shape"),
+        (INFER, {"inputs": [{"name": "text", "shape": [10**99], "datatype": "BYTES", "data": ["x"]}]}, 400, "less"),
         (INFER, {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32"}]}, 400, "text and image"),
         ("/embed", b"", 400, "empty"),
         ("/embed", b"not a picture", 422, "PNG"),

@@ -150,6 +150,14 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     assert "is no folder" in watch_once(tmp_path / "file", tmp_path / "index", SAMPLE).error.replace("\n", "")
 
 
+def test_a_folder_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    outcome = cembed(
+        "watch", folder, tmp_path / "none", "--index", tmp_path / "i", "--bundle", SAMPLE, "--once", *QUICK
+    )
+    assert (outcome.status, outcome.err) == (3, f"{tmp_path}/none: No such file or directory\n")
+    assert outcome.out.endswith("3 pages added\n")
+
+
 def test_another_process_writes(folder: Path, tmp_path: Path) -> None:
     with Index.create(tmp_path / "index", dim=Embedder.load(SAMPLE).dim, bundle=Bundle(SAMPLE).hash):
         assert "another process is writing" in watch_once(folder, tmp_path / "index", SAMPLE).err

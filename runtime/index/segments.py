@@ -34,6 +34,7 @@ from cembed.runtime.index.records import (
 from cembed.runtime.index.texts import MalformedError
 
 MAX_ROWS = 1 << 20
+MOST_PARTS = 256
 RETRY_SECONDS = 0.05
 Numbers = NDArray[np.int64]
 
@@ -151,7 +152,7 @@ class Segment:
         for record in records:
             try:
                 self._add([record])
-            except MalformedError as error:  # noqa: PERF203 only where there is damage
+            except MalformedError as error:
                 self.damage.append(f"{self.path}: the record at byte {record.offset} makes no sense: {error}")
 
     def _add(self, records: Sequence[Record]) -> None:
@@ -183,6 +184,15 @@ class Segment:
                 )
             )
             self._lasts.append(self.last_serial)
+        if len(self._chunks) > MOST_PARTS:
+            self._join()
+        if len(self.removed) > MOST_PARTS:
+            self.removed = [np.concatenate(self.removed)]
+
+    def _join(self) -> Columns:
+        """All pages together: those of many small records take less memory so."""
+        self._chunks, self._lasts = [Columns.join(self._chunks)], [self.last_serial]
+        return self._chunks[0]
 
     def _place(self, commit: Commit, counts: Numbers, placed: bool) -> tuple[Numbers, dict[str, int]]:
         """Where the pages are in each tier, int64 [T, n], and where the tiers end then. Raises MalformedError."""
@@ -210,8 +220,7 @@ class Segment:
 
         Raises CembedError: no memory.
         """
-        columns = Columns.join(self._chunks)
-        self._chunks, self._lasts = [columns], [self.last_serial]
+        columns = self._join()
         n = len(columns.serials)
         maps = {tier: self._map(tier) for tier in self.ends}
         self._checked = {

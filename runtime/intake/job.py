@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -151,10 +151,11 @@ class Job:
     """One run. A page's content is its file's bytes, its number, and the settings it is embedded with.
 
     `metadata` goes with every page; None leaves it as it is, and empty for new ones. `known` says what is known of a
-    file's bytes by their sha256, `before` is an older index whose pages had metadata. Then counts of pages: `shared` of
-    the `added` ones took vectors that were there, of `changed` ones the metadata is another, `blank` ones and those
-    that `failed_before` were passed over, `removed` ones left the index, and so did those of `moved` files at the paths
-    that these `left`. Lines for a person: `failures`, new `warnings`, and `notes`.
+    file's bytes by their sha256, `before` is an older index whose pages had metadata, `awaited` are paths where files
+    will be. Then counts of pages: `shared` of the `added` ones took vectors that were there, of `changed` ones the
+    metadata is another, `blank` ones and those that `failed_before` were passed over, `removed` ones left the index,
+    and so did those of `moved` files at the paths that these `left`. Lines for a person: `failures`, new `warnings`,
+    and `notes`.
     """
 
     index: Index
@@ -164,6 +165,7 @@ class Job:
     known: Callable[[bytes], Content | None] = know_nothing
     sources: Sources | None = None
     before: IndexReader | None = None
+    awaited: Collection[str] = ()
     added: int = 0
     shared: int = 0
     skipped: int = 0
@@ -271,7 +273,7 @@ class Job:
         new = {content: document for document in documents for content in self._new_contents(document)}
         for source in self._sources if new else ():
             content = self.index.content_of(f"{source}#{self._sources.numbers(source)[0]}")
-            if content in new and self._sources.is_gone(source):
+            if content in new and self._sources.is_gone(source) and self._sources.place(source) not in self.awaited:
                 self._from.setdefault(new[content].path, []).append(source)
 
     def _new_contents(self, document: Document) -> Iterator[bytes]:

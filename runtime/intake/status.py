@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.intake import heartbeat
 from cembed.runtime.intake.ledger import Entry, Ledger, ledger_path
@@ -83,9 +84,12 @@ def status_of(index: Path, stale_after: float) -> Status:
 def _told(index: Path) -> tuple[dict[str, Any], dict[str, int], list[Entry], list[Entry]]:
     if not ledger_path(index).exists():
         return {}, {}, [], []
-    with Ledger.beside(index, write=False) as ledger:
-        lists = ledger.entries("waiting", limit=LISTED), ledger.entries("failed", limit=LISTED)
-        return ledger.facts(), ledger.counts(), *lists
+    try:
+        with Ledger.beside(index, write=False) as ledger:
+            lists = ledger.entries("waiting", limit=LISTED), ledger.entries("failed", limit=LISTED)
+            return ledger.facts(), ledger.counts(), *lists
+    except CembedError as error:  # it is being made, or damaged: the next that writes mends it
+        return {"watcher": {"trouble": str(error)}}, {}, [], []
 
 
 def _trouble(watcher: Mapping[str, Any], beat: Mapping[str, Any], free: int, stale_after: float) -> Iterator[str]:

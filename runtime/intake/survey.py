@@ -73,7 +73,8 @@ def _check_places(found: Survey, ledger: Ledger) -> None:
     places: dict[str, list[int]] = ledger.facts().get("places", {})
     now = {root: _place_of(root) for root in found.documents if root not in found.troubles}
     for root, place in now.items():
-        if not found.documents[root] and places.get(root, place) != place:
+        unknown = root not in places and not any(_is_below(path, root) for path in found.gone)
+        if not found.documents[root] and not unknown and places.get(root) != place:
             found.troubles[root] = "is empty, and not the folder that it was: is its disk mounted?"
     filled = {root: place for root, place in now.items() if found.documents[root] and place is not None}
     if places | filled != places:
