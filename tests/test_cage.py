@@ -22,6 +22,7 @@ from test_documents import NOISE, encrypted_pdf, pages_pdf, worker_of_this_test
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages import cage, decoder
 from cembed.runtime.pages.documents import Page, PageError, PageReader
+from cembed.runtime.pages.files import _MOST_HELD
 
 CASES = Path(__file__).with_name("cases")
 PATH = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.pages import cage, worker as w; "
@@ -241,12 +242,12 @@ def test_many_files_leave_no_descriptors(tmp_path: Path) -> None:
         list(reader.read(files[:3]))
         mine, worker = psutil.Process(), worker_of_this_test()
         before = mine.num_fds(), worker.num_fds()
-        for _ in range(5):
+        for _ in range(10):
             list(reader.read([*files[3:], files[0]]))
             reader.page_count(tmp_path / "absent.pdf")
         assert worker.is_running()
         assert mine.num_fds() == before[0]
-        assert worker.num_fds() <= before[1] + 2
+        assert worker.num_fds() <= before[1] + 2 + _MOST_HELD
 
 
 def test_a_pipe_is_never_waited_for_though_it_took_the_place_of_a_file(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_without_debug_there_is_none(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_ours_is_one_line_too(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **more: object) -> None:
         raise ZeroDivisionError("of all things")
 
     monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", fail)
@@ -322,7 +322,7 @@ def test_a_fault_of_ours_is_one_line_too(causal_bundle: Path, monkeypatch: pytes
 
 
 def test_an_interrupt(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", interrupt)
@@ -385,7 +385,7 @@ def test_few_files_may_be_open(command: str, limit: int, causal_bundle: Path, ve
 
 
 def test_memory_that_does_not_suffice(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **more: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", fail)
@@ -556,7 +556,7 @@ def test_a_panic_anywhere_else_is_one_line(causal_bundle: Path, monkeypatch: pyt
     class PanicException(BaseException):
         pass
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **more: object) -> None:
         raise PanicException("of all things")
 
     monkeypatch.setattr("cembed.runtime.bundle.bundle.Bundle.__init__", fail)
@@ -611,6 +611,7 @@ def test_inspect_as_json(causal_bundle: Path) -> None:
     assert outcome.status == 0
     shown = json.loads(outcome.out)
     assert shown.pop("hash") == Bundle(causal_bundle).hash
+    assert shown.pop("signed_by") == {}
     assert shown == json.loads((causal_bundle / MANIFEST).read_text())
 
 
