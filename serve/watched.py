@@ -18,7 +18,7 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.intake.job import BlankPage, Outcome, Pages, Wanted
 from cembed.runtime.page_vectors import EmbeddedPage
-from cembed.runtime.pages.documents import PageError
+from cembed.runtime.pages.documents import STRIKES, PageError, given_up
 from cembed.serve.errors import RefusalError
 from cembed.serve.following import load
 from cembed.serve.hosts import Model, Watching
@@ -29,8 +29,6 @@ from cembed.serve.worker import COUNT
 
 AHEAD = 2
 """Pages that workers have beside the one that is waited for."""
-STRIKES = 30
-"""Pages of a file in a row that failed, and it is given up: it may claim a million pages."""
 BUSY_SECONDS = 0.5
 log = logging.getLogger("cembed.serve")
 T = TypeVar("T")
@@ -85,7 +83,7 @@ class PoolPages:
             if strikes >= STRIKES and number < pages:
                 for _, reply in under_way:
                     reply.cancel()
-                yield PageError(path, None, f"pages {number + 1} to {pages} left out, as too many in a row failed")
+                yield given_up(path, number + 1, pages)
                 return
 
     def _outcome(self, path: str, number: int, reply: Future[Reply]) -> Outcome:

@@ -23,7 +23,7 @@ from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.intake.folders import Folders, Stamp
 from cembed.runtime.intake.job import Job, Pages, Result, remove_pages
-from cembed.runtime.intake.ledger import Entry, Ledger, Missing, State
+from cembed.runtime.intake.ledger import Entry, Ledger, State
 from cembed.runtime.intake.moving import free_path, move_file
 from cembed.runtime.intake.sources import Sources
 from cembed.runtime.intake.survey import SETTLED, Survey, survey
@@ -251,18 +251,15 @@ class Watcher:
 
     def _note(self, result: Result, pages: int) -> list[Entry]:
         document, entry = result.document, result.entry(pages, time.time())
+        known = self.ledger.content(document.digest)
         for missing in result.missing.values():
-            if missing not in self._known(document.digest) and not missing.blank:
+            if not missing.blank and (known is None or missing not in known.missing):
                 self.tally.failed += 1
                 self.say(f"not embedded: {place_of(document.path, missing.number)}: {missing.reason}")
         self.ledger.learn(document.digest, result.content)
         to = self._destination(entry)
         self.ledger.put(replace(entry, state="moving", to=to) if to else entry)
         return [replace(entry, to=to)] if to else []
-
-    def _known(self, digest: bytes) -> Sequence[Missing]:
-        content = self.ledger.content(digest)
-        return content.missing if content else ()
 
     # Files that are moved ---------------------------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ import errno
 import os
 import shutil
 from collections.abc import Collection
+from pathlib import Path
 
+from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
 from cembed.runtime.plain_files import hash_file
 
@@ -40,7 +42,7 @@ def move_file(path: str, to: str) -> None:
             raise
         _copy(path, to)
         os.unlink(path)
-    _sync_folder(os.path.dirname(to))
+    Disk().sync_folder(Path(to).parent)
 
 
 def _copy(path: str, to: str) -> None:
@@ -55,11 +57,3 @@ def _copy(path: str, to: str) -> None:
         if os.path.lexists(partial):
             os.unlink(partial)
         raise
-
-
-def _sync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

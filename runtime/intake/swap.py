@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from cembed.runtime.disk import Disk
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.files import CURRENT
 from cembed.runtime.index.index import Index
@@ -76,7 +77,7 @@ def swap(index: Path, keep: bool) -> Path | None:
         _rename(next_path(index), index)
     if os.path.lexists(ledger_path(next_path(index))):
         os.replace(ledger_path(next_path(index)), ledger_path(index))
-    _sync_folder(index)
+    Disk().sync_folder(index.absolute().parent)
     if not keep:
         remove(old)
         return None
@@ -107,11 +108,3 @@ def _rename(path: Path, to: Path) -> None:
         os.rename(path, to)
     except OSError as error:
         raise CembedError(f"cannot rename {path} to {to}: {error.strerror or error}") from error
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

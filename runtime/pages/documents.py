@@ -20,7 +20,7 @@ from cembed.runtime.pages.pdf import codes as pdf_codes
 
 SUFFIXES = (".pdf", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 
-_STRIKES = 30  # in a row, and a file is given up: it may claim a million pages
+STRIKES = 30  # pages in a row that failed, and a file is given up: it may claim a million pages
 _LOSS_STRIKES = 10
 
 
@@ -65,6 +65,11 @@ class PageError:
     def place(self) -> str:
         """As messages name it."""
         return place_of(self.path, self.number)
+
+
+def given_up(path: str, number: int, pages: int) -> PageError:
+    """For the pages of a file from `number` on, after STRIKES."""
+    return PageError(path, None, f"pages {number} to {pages} left out, as too many in a row failed")
 
 
 def require_pages(pages: Iterable[Page | PageError]) -> Iterator[Page]:
@@ -255,8 +260,8 @@ class PageReader:
             yield _outcome(path, number, pages, reply)
             del reply  # it may be the largest thing in memory, and the next one is about to come
             number += 1
-            if strikes >= _STRIKES and number <= pages:
-                yield PageError(path, None, f"pages {number} to {pages} left out, as too many in a row failed")
+            if strikes >= STRIKES and number <= pages:
+                yield given_up(path, number, pages)
                 return
 
     def _live_worker(self) -> Decoder:
