@@ -41,6 +41,7 @@ API = [
     "load",
     "maxsim",
     "open",
+    "open_trusted",
     "schema_version",
     "start_image",
     "start_query",

@@ -35,8 +35,10 @@ from cembed.quantize.weights import SCHEMES, ByteRange, pack_nibbles
 from cembed.runtime import Bundle, Embedder
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Budget
+from cembed.runtime.engines import processor
 from cembed.runtime.engines.session import EngineSettings, OrtSession
 from cembed.runtime.errors import CembedError
+from cembed.runtime.verify import verify
 
 PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
 
@@ -189,6 +191,35 @@ def test_products_by_row_are_those_of_whole_numbers(overflows: bool, top: int) -
     np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
     assert not given[0, 1].any()
     assert 2 * (NARROW + 1 + NARROW) * 127 < 2**15
+    assert processor.adds_bytes_in_16_bits() == row_products.overflows()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "worst", "cosine", "passes"),
+    [
+        ("int8", 1e-3, 0.5, {False, True}),
+        ("int8", 0.05, 0.96, {True}),
+        ("int8", 0.05, 0.94, set()),
+        ("int8", float("nan"), float("nan"), set()),
+        ("w8a8", 0.05, 0.96, set()),
+    ],
+)
+def test_verify_knows_which_digits_differ(
+    quantised: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+    worst: float,
+    cosine: float,
+    passes: set[bool],
+    narrow: bool,
+) -> None:
+    """Beyond the tolerance passes nothing but integers by row, where two products are added in 16 bits."""
+    monkeypatch.setattr("cembed.runtime.verify.self_test", lambda *_: (worst, cosine))
+    monkeypatch.setattr(processor, "adds_bytes_in_16_bits", lambda: narrow)
+    *_, check = verify(Bundle(quantised[scheme]))
+    assert (check.name, check.passed) == ("self-test", narrow in passes)
+    assert ("seven bits" in check.detail) == (check.passed and worst > 0.02)
 
 
 @pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-user")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from cembed.runtime.bundle.schema import decode, parse
 from cembed.runtime.bundle.vectors import write_whole
+from cembed.runtime.engines import processor
 from cembed.runtime.errors import CembedError
 from cembed.runtime.plain_files import read_plain
 
@@ -36,12 +36,7 @@ def path_of(root: Path) -> Path:
 
 def machine() -> str:
     """The processor, and the engines that are installed."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return "; ".join([next(names, platform.machine()), *filter(None, map(_installed, ENGINES))])
+    return "; ".join([processor.name(), *filter(None, map(_installed, ENGINES))])
 
 
 def _installed(name: str) -> str | None:

@@ -21,7 +21,7 @@ from cembed.runtime.plain_files import read_plain
 from cembed.runtime.updates.content import Content, Folder, require_room, verify_bundle, write_file
 from cembed.runtime.updates.patch import PatchContent
 from cembed.runtime.updates.versions import DIGITS, PART, Shelf
-from cembed.runtime.verify import self_test
+from cembed.runtime.verify import MIN_COSINE, self_test
 
 LEAST_KEPT = 2
 Outcome = Literal["deployed", "repaired", "unchanged", "staged"]
@@ -38,7 +38,7 @@ class Trial:
 
     providers: tuple[str, ...] | None = None
     threads: int | None = None
-    min_cosine: float = 0.95
+    min_cosine: float = MIN_COSINE
     trusted: str | Path | None = None
 
 
