@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from test_documents import NOISE, encrypted_pdf, pages_pdf, worker_of_this_test
 
+from cembed.runtime import landlock
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages import cage, decoder
 from cembed.runtime.pages.documents import Page, PageError, PageReader
@@ -36,13 +37,13 @@ OTHER_REFUSALS = {
 }
 KILLED = "the decoding process died (Bad system call)"
 LACKING = {
-    "Landlock": "cage._CREATE_RULESET = 999; ",
+    "Landlock": "cage.landlock._CREATE_RULESET = 999; ",
     "a filter of system calls": "cage._MACHINES = {}; ",
-    "Landlock .* and a filter of system calls": "cage._CREATE_RULESET = 999; cage._MACHINES = {}; ",
+    "Landlock .* and a filter of system calls": "cage.landlock._CREATE_RULESET = 999; cage._MACHINES = {}; ",
 }
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or cage._call(cage._CREATE_RULESET, None, 0, cage._VERSION) < 1,
+    sys.platform != "linux" or landlock.call(444, None, 0, 1) < 1,
     reason="Landlock",
 )
 

@@ -6,7 +6,6 @@ does not need. Both are Linux's; where one is missing the other is used, and wha
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -15,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cembed.runtime import landlock
+
 FONTS = (
     "/usr/share/fonts",
     "/usr/share/X11/fonts/Type1",
@@ -22,13 +23,6 @@ FONTS = (
     "/usr/local/share/fonts",
 )
 """Where PDFium looks for what a PDF leaves to the machine: it opens them when a page needs one."""
-
-_NO_NEW_PRIVS = 38  # of prctl.h
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-_VERSION, _PATH_BENEATH, _READ_FILE = 1, 1, 1 << 2  # of landlock.h
-# All rights of the file system by the version that first knew them, of TCP by version 4, and of scopes by version 6.
-_FILE_RIGHTS = {5: (1 << 16) - 1, 3: (1 << 15) - 1, 2: (1 << 14) - 1, 1: (1 << 13) - 1}
-_TCP_RIGHTS, _SCOPES = 3, 3
 
 _DENY, _KILL, _ALLOW = 0x0005_0001, 0x8000_0000, 0x7FFF_0000  # of seccomp.h; the first is EPERM
 _SET_FILTER, _ALL_THREADS = 1, 1
@@ -118,30 +112,7 @@ def lock_files() -> str | None:
 
     Returns what stands in the way of it, as a person may be told, or None.
     """
-    version = _call(_CREATE_RULESET, None, 0, _VERSION) if sys.platform == "linux" else -1
-    if version < 1:
-        return "Landlock (Linux 5.13 has it, unless it was left out or switched off)"
-    rights = next(rights for since, rights in _FILE_RIGHTS.items() if version >= since)
-    tcp, scopes = _TCP_RIGHTS if version >= 4 else 0, _SCOPES if version >= 6 else 0
-    ruleset_attr = struct.pack("=QQQ", rights, tcp, scopes)[: 24 if version >= 6 else 16 if version >= 4 else 8]
-    ruleset = _call(_CREATE_RULESET, ruleset_attr, len(ruleset_attr), 0)
-    if ruleset < 0:
-        return f"Landlock ({os.strerror(ctypes.get_errno())})"
-    try:
-        for folder in FONTS:
-            _let_read(ruleset, folder)
-        if _give_up_privileges() < 0 or _call(_RESTRICT_SELF, ruleset, 0) < 0:
-            return f"Landlock ({os.strerror(ctypes.get_errno())})"
-    finally:
-        os.close(ruleset)
-    return None
-
-
-def _let_read(ruleset: int, folder: str) -> None:
-    with contextlib.suppress(OSError):  # it does not exist
-        below = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        _call(_ADD_RULE, ruleset, _PATH_BENEATH, struct.pack("=Qi", _READ_FILE, below), 0)
-        os.close(below)
+    return landlock.restrict((folder, landlock.READ) for folder in FONTS)
 
 
 def filter_calls(fonts: bool) -> str | None:
@@ -156,7 +127,7 @@ def filter_calls(fonts: bool) -> str | None:
     held = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(held))  # struct sock_fprog
     number = (317, 277)[machine[0]]
-    if _give_up_privileges() < 0 or _call(number, _SET_FILTER, _ALL_THREADS, program) != 0:
+    if landlock.give_up_privileges() < 0 or landlock.call(number, _SET_FILTER, _ALL_THREADS, program) != 0:
         return f"a filter of system calls (seccomp: {os.strerror(ctypes.get_errno())})"
     return None
 
@@ -198,14 +169,3 @@ def _filter(column: int, architecture: int, fonts: bool) -> Iterator[bytes]:
 
 def _step(code: int, value: int, if_so: int = 0, if_not: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_so, if_not, value)
-
-
-def _give_up_privileges() -> int:
-    return int(ctypes.CDLL(None, use_errno=True).prctl(_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
-
-
-def _call(number: int, *arguments: int | bytes | None) -> int:
-    system_call = ctypes.CDLL(None, use_errno=True).syscall
-    system_call.restype = ctypes.c_long
-    wide = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
-    return int(system_call(ctypes.c_long(number), *wide))
