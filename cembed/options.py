@@ -140,6 +140,28 @@ class Reading:
         )
 
 
+@dataclass(frozen=True)
+class Confined:
+    """What a process that stays gives up of itself."""
+
+    confine: Annotated[
+        bool,
+        typer.Option(
+            "--confine",
+            help="Open nothing but what is named here and the system's libraries, and write only beside the index. "
+            "Needs Linux 5.13 with Landlock.",
+        ),
+    ] = False
+    max_memory: Annotated[
+        int | None,
+        typer.Option(min=64, metavar="MIB", help="Memory that embedding may take, beside weights that are mapped."),
+    ] = None
+
+    @property
+    def max_bytes(self) -> int | None:
+        return None if self.max_memory is None else self.max_memory << 20
+
+
 def settings_of(page_vectors: PageVectors, reading: Reading, skip_blank: bool = False) -> str:
     """What a page's vectors depend on beside its file's bytes; `skip_blank` is what was chosen, or the bundle's.
 

@@ -10,6 +10,7 @@ import typer
 
 from cembed.options import (
     BundlePath,
+    Confined,
     Engine,
     PageVectors,
     Reading,
@@ -65,6 +66,7 @@ def serve(
         typer.Option(metavar="FOLDER", help="Add the files of this folder to INDEX, and what comes into it."),
     ] = None,
     how: Watched,
+    confined: Confined,
     page_vectors: PageVectors,
     reading: Reading,
     engine: Engine,
@@ -75,13 +77,28 @@ def serve(
     If BUNDLE is a link that is replaced, as by `cembed deploy`, the new bundle is taken between two requests. With
     --watch, folders are watched as by `cembed watch`, whose options count here too.
     """
+    from cembed.runtime.landlock import CONNECT
+    from cembed.serve.confinement import confine, give_up_little, readable, written
+
     require_packages("serve", *PACKAGES)
+    folders = watch or []
+    give_up_little()
+    if confined.confine:
+        reads = readable(bundle, token_file, engine.trusted, *folders)
+        confine(reads, written(index, how.changes(folders)), 0 if allow_url_hosts else CONNECT)
     from cembed.runtime.embed.loading import Loading
     from cembed.serve.app import serve as run
     from cembed.serve.settings import Limits, Settings
 
     fields = loading_fields(bundle, page_vectors, reading, engine)
-    worker = Loading(**fields, threads=engine.threads, prepack=True if workers == 1 else None)
+    worker = Loading(
+        **fields,
+        threads=engine.threads,
+        prepack=True if workers == 1 else None,
+        confined=confined.confine,
+        reads=tuple(str(folder.absolute()) for folder in folders),
+        max_memory=confined.max_bytes,
+    )
     settings = Settings(
         worker=worker,
         index=index,
@@ -96,7 +113,7 @@ def serve(
         budget=page_vectors.budget(),
         page_settings=settings_of(page_vectors, reading, engine.skips_blank(bundle, page_vectors.skip_blank)),
         limits=Limits(queue=queue),
-        watch=watched(watch or [], index, read_only, bundle, how, (page_vectors, reading, engine)),
+        watch=watched(folders, index, read_only, bundle, how, (page_vectors, reading, engine)),
     )
     if read_only and index is None:
         raise CembedError("--read-only is for an --index: name one")

@@ -14,6 +14,7 @@ from cembed.options import (
     EXIT_FAILED,
     EXIT_INCOMPLETE,
     AsJson,
+    Confined,
     Engine,
     MadeBy,
     PageVectors,
@@ -61,6 +62,16 @@ class Watched:
         bool, typer.Option("--reembed", help="Make the index anew from the files if BUNDLE is another one.")
     ] = False
 
+    @property
+    def moved(self) -> list[Path]:
+        return [folder for folder in (self.move_done, self.move_failed) if folder is not None]
+
+    def changes(self, folders: Sequence[Path]) -> list[Path]:
+        """Where files are moved from and to. The latter are made, if they are not there."""
+        for folder in self.moved:
+            folder.mkdir(parents=True, exist_ok=True)
+        return [*self.moved, *folders] if self.moved else []
+
 
 def watching(
     folders: Sequence[Path],
@@ -82,11 +93,10 @@ def watching(
 
     page_vectors, reading, engine = made
     beside = [index.with_name(f"{index.name}.{suffix}") for suffix in ("next", "before", "pictures")]
-    moved = [folder for folder in (how.move_done, how.move_failed) if folder is not None]
     return Watching(
         loading=Loading(**loading_fields(bundle, page_vectors, reading, engine), threads=engine.threads),
         index=index,
-        folders=Folders.of(folders, [index, ledger_path(index), bundle, *beside, *moved]),
+        folders=Folders.of(folders, [index, ledger_path(index), bundle, *beside, *how.moved]),
         rules=Rules(how.stable_for, how.every, how.mirror, how.move_done, how.move_failed, once),
         budget=page_vectors.budget(),
         page_settings=settings_of(page_vectors, reading, engine.skips_blank(bundle, page_vectors.skip_blank)),
@@ -112,6 +122,7 @@ def watch(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Goes with every page, for filters; may be repeated.")
     ] = None,
+    confined: Confined,
     page_vectors: PageVectors,
     reading: Reading,
     engine: Engine,
@@ -124,6 +135,11 @@ def watch(
     is replaced, as by `cembed deploy`, the new bundle is taken. With --once, exits with 3 if some files could not be
     read now, or a folder could not be listed.
     """
+    from cembed.serve.confinement import confine, give_up_little, readable, written
+
+    give_up_little(confined.max_bytes)
+    if confined.confine:
+        confine(readable(bundle, engine.trusted, *folders), written(index, how.changes(folders)))
     from cembed.runtime.index.metadata import check_metadata, parse_pairs
     from cembed.serve.hosts import LocalHost
     from cembed.serve.watching import Watch

@@ -13,6 +13,7 @@ from cembed.runtime.engines.session import return_freed
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages.documents import Page, PageError, PageReader, find_documents, place_of
 
+NO_MEMORY = "needs more memory than there is, or than this process may have"
 RETURNED_AFTER = 64
 """Pages: memory that is free then goes back. 1,000 pages of as many sizes took 45 MiB more without it."""
 
@@ -76,4 +77,6 @@ def _embed(embedder: Embedder, page: Page, budget: Budget) -> EmbeddedPage | Pag
         vectors = embedder.embed_image(page.image, budget)
     except CembedError as error:
         return PageError(page.path, page.number, str(error))
+    except MemoryError:
+        return PageError(page.path, page.number, NO_MEMORY)
     return EmbeddedPage(page.path, page.number, vectors, page.warning)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from cembed.runtime.bundle.bundle import Bundle
@@ -53,7 +52,7 @@ async def load(service: Service, bundle: Path) -> tuple[Bundle, Pool]:
     """A bundle and workers that have passed its self-test. Raises CembedError: there are none."""
     settings, opened = service.settings, Bundle(bundle, verify=False, trusted=service.settings.worker.trusted)
     check_budget(opened.manifest, opened.manifest.document, settings.budget)
-    pool = Pool(replace(settings.worker, bundle=str(bundle)), settings.workers, settings.limits)
+    pool = service.pool_of(bundle)
     await pool.start()
     return opened, pool
 

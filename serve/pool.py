@@ -26,7 +26,7 @@ IN_FLIGHT, PAGES_IN_FLIGHT = 32, 3
 """Jobs that a worker has at a time, so that it never waits for the next one. Those with pages are longer, and dropped
 if their client leaves before they are handed over: one is computed, one decoded, one is next to be."""
 STREAM = 1 << 22
-BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.worker import main; main()"
+BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.boot import main; main()"
 START_SECONDS = 600.0
 STILL_SECONDS = 0.01
 """How often it is asked whether all that was begun is answered."""
@@ -73,7 +73,9 @@ class Worker:
                 header, _ = await self._receive()
         except (asyncio.IncompleteReadError, NonsenseError, TimeoutError):
             await self.end()
-            raise CembedError("a worker did not start") from None
+            most = self._settings.max_memory
+            limited = "" if most is None else f": --max-memory {most >> 20} may be too little for it"
+            raise CembedError(f"a worker did not start{limited}") from None
         if "error" in header:
             await self.end()
             raise CembedError(header["error"])

@@ -58,13 +58,19 @@ class Service:
         self.bundle = Bundle(root, verify=False, trusted=settings.worker.trusted)  # workers verify what they load
         self.name = settings.name or name_of(Path(settings.worker.bundle))
         check_budget(self.manifest, self.manifest.document, settings.budget)
-        self.pool = Pool(replace(settings.worker, bundle=str(root)), settings.workers, settings.limits)
+        self._folder = tempfile.TemporaryDirectory(prefix="cembed-")
+        self.pool = self.pool_of(root)
         self.fetch = Fetcher(settings.url_hosts, settings.limits.body)
         self.shelf: Shelf | None = None
         self.failure: str | None = None  # why the workers did not start
         self.metrics = Metrics(self._gauges())
         self.metrics.tell(bundle=self.bundle.hash, model=self.name, version=__version__)
-        self._folder = tempfile.TemporaryDirectory(prefix="cembed-")
+
+    def pool_of(self, root: Path) -> Pool:
+        """Workers for a bundle; they are not started yet."""
+        told = self.settings.worker
+        reads = (*told.reads, self._folder.name)
+        return Pool(replace(told, bundle=str(root), reads=reads), self.settings.workers, self.settings.limits)
 
     @property
     def manifest(self) -> Manifest:

@@ -28,6 +28,7 @@ from cembed.runtime.embed.blank import is_blank
 from cembed.runtime.embed.embedder import Budget, Embedder
 from cembed.runtime.embed.loading import Loading
 from cembed.runtime.errors import CembedError, one_line
+from cembed.runtime.page_vectors import NO_MEMORY
 from cembed.runtime.pages.documents import Page, PageError, PageReader
 from cembed.runtime.verify import self_test
 from cembed.serve.frames import PREFIX, Array, Header, pack, sizes, unpack
@@ -147,6 +148,8 @@ def answer(embedder: Embedder, job: Header, reading: Reading | None) -> Answer:
         return JOBS[job["kind"]](embedder, job, page)
     except CembedError as error:
         return {"error": one_line(str(error)), "pages": job["pages"]}, {}
+    except MemoryError:
+        return {"fault": f"this {NO_MEMORY}"}, {}
     except Exception:
         traceback.print_exc()
         return {"fault": "the worker failed"}, {}

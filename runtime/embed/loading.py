@@ -10,7 +10,11 @@ from cembed.runtime.pages.documents import PageReader
 
 @dataclass(frozen=True)
 class Loading:
-    """Arguments of `Embedder.load`, then those of `PageReader`; nothing but what JSON can hold."""
+    """Arguments of `Embedder.load`, then those of `PageReader`; nothing but what JSON can hold.
+
+    `max_memory` is in bytes, of the process that embeds; where that is `confined`, it can open what the bundle has, and
+    what `reads` names, and write nothing.
+    """
 
     bundle: str
     providers: tuple[str, ...] = ()
@@ -23,6 +27,9 @@ class Loading:
     timeout: float = 60.0
     max_pixels: int = 100_000_000
     require_sandbox: bool = False
+    confined: bool = False
+    reads: tuple[str, ...] = ()
+    max_memory: int | None = None
 
     def load(self) -> Embedder:
         """Raises CembedError as `Embedder.load`."""

@@ -118,6 +118,8 @@ def _limit(memory: int | None, size: IO[str]) -> None:
     for kind, most in limits.items():
         with contextlib.suppress(ValueError, OSError):  # a lower limit is in force
             resource.setrlimit(kind, (most, most))
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # a lower one is for the process that started this
     if memory is not None:
         most = int(size.read().split()[0]) * resource.getpagesize() + int(memory)
         with contextlib.suppress(ValueError, OSError):
