@@ -3,15 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-crash lint docs test-native test-library test-arm fuzz fuzz-native fuzz-python wheels deb locks sbom clean
+.PHONY: demo test test-all test-oldest test-crash lint docs test-native test-library test-arm fuzz fuzz-native fuzz-python wheels deb locks sbom clean
 
 demo: $(VENV)/ready
 	$(BIN)/python samples/demo.py
 
-# Two processes; the tests of a file share what its fixtures make, so they stay in one.
+# All but the slowest tests, in two processes; the tests of a file share what its fixtures make, so they stay in one.
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest --doctest-modules runtime quantize scale serve cembed/*.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Those of tests/slow.txt too: graphs of every kind, and long runs.
+test-all: $(VENV)/ready lint
+	$(BIN)/python -m pytest --doctest-modules runtime quantize scale serve cembed/*.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --all
 
 # The same tests with the oldest versions of everything that pyproject.toml allows. Needs Python 3.11.
 OLDEST := build/oldest

@@ -28,6 +28,8 @@ if their client leaves before they are handed over: one is computed, one decoded
 STREAM = 1 << 22
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.serve.boot import main; main()"
 START_SECONDS = 600.0
+RESTART_SECONDS, LONGEST_PAUSE = 1.0, 10.0
+"""Between two attempts to start workers, at first and at most."""
 STILL_SECONDS = 0.01
 """How often it is asked whether all that was begun is answered."""
 MOST_LOSSES = 3
@@ -153,6 +155,7 @@ class Pool:
         self._workers = [Worker(settings) for _ in range(workers)]
         self._free, self._pages = (asyncio.Semaphore(workers * each) for each in (IN_FLIGHT, PAGES_IN_FLIGHT))
         self._restarting: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()  # of this attempt to start one
         self._inside, self._open = 0, asyncio.Event()
         self._open.set()
         self._seconds = 0.1  # of a request, smoothed
@@ -271,23 +274,33 @@ class Pool:
         if self._restarting is None and any(not worker.alive for worker in self._workers):
             self._restarting = asyncio.ensure_future(self._restart())
         while not (living := [worker for worker in self._workers if worker.alive]):
-            if self._restarting is None:
+            if not self.ready:
                 raise RefusalError(503, "no worker can be started; the server's log says why", retry_after=30)
-            await asyncio.wait([self._restarting])
+            await self._tried.wait()
         return min(living, key=lambda worker: worker.load)
 
     async def _restart(self) -> None:
+        """Starts workers that ended, again and again: what kept one from it may pass."""
+        pause = RESTART_SECONDS
         try:
-            for worker in self._workers:
-                if not worker.alive:
+            while dead := [worker for worker in self._workers if not worker.alive]:
+                for worker in dead:
                     await worker.end()
-                    await worker.start()
-            self.ready = True
-        except CembedError as error:
-            log.error("a worker cannot be started: %s", error)
-            self.ready = any(worker.alive for worker in self._workers)
+                    await self._start_again(worker)
+                if any(not worker.alive for worker in dead):
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE)
         finally:
             self._restarting = None
+
+    async def _start_again(self, worker: Worker) -> None:
+        try:
+            await worker.start()
+        except CembedError as error:
+            log.error("a worker cannot be started: %s", error)
+        self.ready = any(worker.alive for worker in self._workers)
+        self._tried.set()
+        self._tried = asyncio.Event()
 
 
 def checked(reply: Reply) -> Reply:

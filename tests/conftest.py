@@ -41,6 +41,24 @@ CAUSAL = ("causalqwen2_5", "causalpali")
 BundleMaker = Callable[[str], Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the tests in slow.txt too, which are run if they are named")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what takes long and says little that others do not; a name that is no test's any more is an error."""
+    folder = Path(__file__).parent
+    slow = set((folder / "slow.txt").read_text().splitlines())
+    names = {item: item.nodeid.removeprefix("tests/") for item in items}
+    if set(config.args) == {str(folder), "tests"} & set(config.args):  # all were collected
+        assert not slow - set(names.values()), f"slow.txt names no tests: {slow - set(names.values())}"
+    if config.getoption("--all") or any("::" in given for given in config.args):
+        return
+    left_out = [item for item in items if names[item] in slow]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if names[item] not in slow]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _torchlib_is_read_once() -> None:
     """torch reads its operators anew for each graph, which is a seventh of the export of a small checkpoint."""

@@ -327,6 +327,9 @@ CASES: dict[str, Case] = {
         lambda content: content.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
     ),
     "another model": in_tokenizer(lambda content: content["model"].update(type="Unigram")),
+    "a prefix of tokens, longer than they are": in_tokenizer(
+        lambda content: content["model"].update(continuing_subword_prefix="a" * 8)
+    ),
     "lots": in_tokenizer(lambda content: content["model"].update(dropout=0.5)),
     "a hidden field": hidden,
     "2.2 million tokens": vocabulary(2_200_000),

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -498,6 +499,25 @@ def test_a_worker_that_dies_is_replaced(strict: Server) -> None:
         time.sleep(0.1)
     assert statuses[-1] == 200
     assert set(statuses) <= {200, 503}
+
+
+def test_workers_are_started_until_they_can_be(tmp_path: Path) -> None:
+    """Nobody has to start the server again, once what kept them from it is over."""
+    bundle = Path(shutil.copytree(SAMPLE, tmp_path / "bundle"))
+    with Server(tmp_path / "log", bundle) as server:
+        bundle.rename(tmp_path / "away")
+        (worker,) = children(server.process.pid)
+        os.kill(worker, signal.SIGKILL)
+        end = time.monotonic() + 120
+        while (answer := server.post("/embed", QUERY)).status == 200:
+            assert time.monotonic() < end
+        assert answer.status == 503
+        (tmp_path / "away").rename(bundle)
+        while (answer := server.post("/embed", QUERY)).status != 200:
+            assert answer.status == 503
+            assert time.monotonic() < end, server.log.read_text()
+            time.sleep(0.2)
+    assert server.log.read_text().count("a worker cannot be started: ") >= 1
 
 
 def test_sigterm_waits_for_what_was_begun(tmp_path: Path) -> None:
