@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import mimetypes
 import os
 import resource
 import sys
@@ -33,7 +34,7 @@ from cembed.runtime.landlock import (
 SYSTEM = (
     "/usr", "/lib", "/lib64", "/proc", "/sys", "/opt/nvidia", "/opt/intel", "/etc/cembed", "/etc/ssl", "/etc/pki",
     "/etc/fonts", "/etc/OpenCL", "/etc/ld.so.cache", "/etc/localtime", "/etc/resolv.conf", "/etc/hosts",
-    "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf", "/etc/nv_tegra_release",
+    "/etc/services", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf", "/etc/nv_tegra_release",
 )  # fmt: skip
 """What libraries are, and what they ask of the machine; Python's own folders come to it."""
 DEVICES = ("null", "zero", "random", "urandom", "nvidia*", "nvhost*", "nvmap", "dri")
@@ -71,7 +72,7 @@ def _rules(reads: Iterable[str], writes: Iterable[str]) -> Iterator[tuple[str, i
     python = filter(None, (OURS, sys.prefix, sys.base_prefix, *sys.path))
     libraries = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep))
     policy = map(os.path.dirname, filter(None, (os.environ.get("CEMBED_TRUST"),)))
-    yield from ((path, READ | LIST) for path in (*SYSTEM, *python, *libraries, *policy, *reads))
+    yield from ((path, READ | LIST) for path in (*SYSTEM, *mimetypes.knownfiles, *python, *libraries, *policy, *reads))
     yield from ((path, WRITE) for path in writes)
     yield from ((path, READ | RUN) for path in (sys.executable, *_found(LOADERS)))
     yield from ((path, DEVICE | LIST) for path in _found(f"/dev/{name}" for name in DEVICES))

@@ -175,6 +175,16 @@ def test_a_confined_server_does_all_that_it_should(tmp_path: Path, other: Path, 
         assert worker.rlimit(psutil.RLIMIT_DATA)[0] == 4000 << 20
         assert decoder.rlimit(psutil.RLIMIT_DATA)[0] == psutil.RLIM_INFINITY
         assert add(server, second) == 200
+        for path in (
+            "/",
+            "/metrics",
+            "/openapi.json",
+            "/v1/models",
+            "/v2",
+            "/pages/0/thumbnail",
+            "/pages/0/explain?q=a",
+        ):
+            assert server.get(path).status == 200, path
         decoder.kill()
         wait_for(lambda: add(server, third) == 200, server.log)
         worker.kill()
