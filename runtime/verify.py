@@ -94,14 +94,18 @@ def _self_test(bundle: Bundle) -> str:
     raise CembedError(f"the vectors are off by {worst:.1e}, allowed is {tolerance:.0e}")  # NaN too
 
 
-def self_test(embedder: Embedder, budgets: Sequence[Budget] = (FULL,)) -> tuple[float, float]:
+def self_test(
+    embedder: Embedder, budgets: Sequence[Budget] = (FULL,), require_sandbox: bool = False
+) -> tuple[float, float]:
     """The largest difference from the vectors of the bundle's self-test, and the lowest cosine of a vector: of its page
     and its query, by each of `budgets`, which change nothing but how a query is decoded.
+
+    `require_sandbox` is for the page, as in `PageReader`.
 
     Raises CembedError: the self-test is damaged.
     """
     text = embedder.manifest.self_test.text
-    page = embedder.embed_image(read_page(embedder.bundle))
+    page = embedder.embed_image(read_page(embedder.bundle, require_sandbox))
     actual = [("document", page), *(("query", embedder.embed_query(text, budget)) for budget in budgets)]
     expected = _read_vectors(embedder.bundle, dict(actual))
     worst, cosine = 0.0, 1.0
@@ -111,10 +115,10 @@ def self_test(embedder: Embedder, budgets: Sequence[Budget] = (FULL,)) -> tuple[
     return worst, cosine
 
 
-def read_page(bundle: Bundle) -> Pixels:
+def read_page(bundle: Bundle, require_sandbox: bool = False) -> Pixels:
     """The self-test page, by the process that reads documents: whoever made the bundle made the picture."""
     path = bundle.path(bundle.manifest.self_test.image)
-    with PageReader() as reader:
+    with PageReader(require_sandbox=require_sandbox) as reader:
         page = next(iter(reader.read([path])))
     if isinstance(page, PageError):
         raise CembedError(f"the self-test page {path} cannot be read: {page.reason}")

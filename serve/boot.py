@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
-from cembed.serve.confinement import confine, give_up_little, readable
+from cembed.serve.confinement import confine_embedding, give_up_little, readable
 
 
 def main() -> None:
     told = json.loads(sys.argv[1])
     give_up_little(told["max_memory"])
     if told["confined"]:
-        confine(readable(told["bundle"], told["trusted"], *told["reads"]))
+        confine_embedding(readable(told["bundle"], told["trusted"], *told["reads"]))
     from cembed.serve import worker
 
     worker.main()

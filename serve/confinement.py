@@ -30,6 +30,7 @@ from cembed.runtime.landlock import (
     give_up_privileges,
     restrict,
 )
+from cembed.runtime.seccomp import Calls, refuse
 
 SYSTEM = (
     "/usr", "/lib", "/lib64", "/proc", "/sys", "/opt/nvidia", "/opt/intel", "/etc/cembed", "/etc/ssl", "/etc/pki",
@@ -41,6 +42,33 @@ DEVICES = ("null", "zero", "random", "urandom", "nvidia*", "nvhost*", "nvmap", "
 LOADERS = ("/lib*/ld-*.so*", "/lib/*/ld-*.so*", "/usr/lib*/ld-*.so*", "/usr/lib/*/ld-*.so*")
 """What the system runs programs by: workers and decoding processes are Python's."""
 EVERY_TCP = BIND | CONNECT
+NEVER_EMBEDDING: Calls = {
+    "socket": (41, 198),  # pairs of them are made by another call
+    "io_uring_setup": (425, 425),
+    "ptrace": (101, 117),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+    "truncate": (76, 45),
+}
+"""What a worker has no use for, and Landlock leaves: sockets of every kind, what is known of files it cannot open."""
 OURS = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
@@ -49,10 +77,10 @@ def give_up_little(max_memory: int | None = None) -> None:
     `max_memory` bytes at most; weights that are mapped from files do not count."""
     if sys.platform == "linux":
         give_up_privileges()
-    limits = {resource.RLIMIT_CORE: 0} | ({} if max_memory is None else {resource.RLIMIT_DATA: max_memory})
-    for kind, most in limits.items():
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if max_memory is not None:
         with contextlib.suppress(ValueError, OSError):  # a lower limit is in force
-            resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+            resource.setrlimit(resource.RLIMIT_DATA, (max_memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def confine(reads: Iterable[str], writes: Iterable[str] = (), tcp: int = EVERY_TCP) -> None:
@@ -64,15 +92,28 @@ def confine(reads: Iterable[str], writes: Iterable[str] = (), tcp: int = EVERY_T
         raise CembedError("--confine comes too late: this process has started threads")
     # Who listens for clients may have to tell systemd so at an abstract socket.
     scopes = SIGNALS | UNIX if tcp & BIND else SIGNALS
-    if lacking := restrict(_rules(reads, writes), tcp=tcp, scopes=scopes):
+    _require(restrict(_rules(reads, writes), tcp=tcp, scopes=scopes))
+
+
+def confine_embedding(reads: Iterable[str]) -> None:
+    """The same, for a process that writes nothing and speaks with the one that started it only."""
+    confine(reads)
+    _require(refuse(NEVER_EMBEDDING))
+
+
+def _require(lacking: str | None) -> None:
+    if lacking is not None:
         raise CembedError(f"--confine was asked for, and this system lacks {lacking}")
 
 
 def _rules(reads: Iterable[str], writes: Iterable[str]) -> Iterator[tuple[str, int]]:
-    python = filter(None, (OURS, sys.prefix, sys.base_prefix, *sys.path))
+    here = {"", os.getcwd()}  # of `python -m`: not what was named
+    python = (OURS, sys.prefix, sys.base_prefix, *(path for path in sys.path if path not in here))
     libraries = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep))
     policy = map(os.path.dirname, filter(None, (os.environ.get("CEMBED_TRUST"),)))
-    yield from ((path, READ | LIST) for path in (*SYSTEM, *mimetypes.knownfiles, *python, *libraries, *policy, *reads))
+    yield from (
+        (path, READ | LIST) for path in (*SYSTEM, *map(str, mimetypes.knownfiles), *python, *libraries, *policy, *reads)
+    )
     yield from ((path, WRITE) for path in writes)
     yield from ((path, READ | RUN) for path in (sys.executable, *_found(LOADERS)))
     yield from ((path, DEVICE | LIST) for path in _found(f"/dev/{name}" for name in DEVICES))

@@ -92,7 +92,7 @@ class LocalHost:
     def load(self, bundle: Path) -> LocalModel:
         embedder = replace(self.told.loading, bundle=str(bundle)).load()
         embedder.check(embedder.manifest.document, self.told.budget)
-        checked(embedder)
+        checked(embedder, self.told.loading.require_sandbox)
         embedder.prepare("document", self.told.budget)
         return LocalModel(embedder, self.told)
 

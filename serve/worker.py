@@ -58,7 +58,7 @@ def main() -> None:
         embedder.prepare("document")
         embedder.prepare("query")
         reader = settings.reader()
-        replies.write(pack({"cosine": checked(embedder)}))
+        replies.write(pack({"cosine": checked(embedder, settings.require_sandbox)}))
     except CembedError as error:
         replies.write(pack({"error": str(error)}))
         replies.flush()
@@ -74,12 +74,12 @@ def main() -> None:
     os._exit(0)
 
 
-def checked(embedder: Embedder) -> float:
+def checked(embedder: Embedder, require_sandbox: bool = False) -> float:
     """The lowest cosine of a vector of the bundle's self-test with the one it was exported with.
 
     Raises CembedError: less than an engine of lower precision would give.
     """
-    worst, cosine = self_test(embedder)
+    worst, cosine = self_test(embedder, require_sandbox=require_sandbox)
     if not (worst <= embedder.manifest.self_test.tolerance or cosine >= SELF_TEST_COSINE):
         raise CembedError(
             f"the self-test of {embedder.bundle.root} gives other vectors here: their cosine is {cosine:.4f}"

@@ -321,6 +321,7 @@ CASES: dict[str, Case] = {
     "an added token of a megabyte": tokens(1, content="x" * (1 << 20)),
     "an expression that repeats a repetition": split("(a+)+b"),
     "an expression of many stars": split(r"\s*\s*\s*\s*\s*\s*x"),
+    "an expression that starts over at each letter": split("(?i:a+)a+x"),
     "an expression that refers back": split(r"(a)\1"),
     "an unknown step": in_tokenizer(lambda content: content.update(normalizer={"type": "Lowercase"})),
     "a compiled map": in_tokenizer(

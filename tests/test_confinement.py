@@ -36,6 +36,9 @@ def outcome(attempt):
 def connect(family, address):
     with socket.socket(family) as made:
         made.connect(address)
+def send(port):
+    with socket.socket(type=socket.SOCK_DGRAM) as made:
+        made.sendto(b"a", ("127.0.0.1", port))
 def listen():
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))
@@ -58,6 +61,14 @@ def attempts(bundle, room, port):
         "end its parent": lambda: os.kill(os.getppid(), 0),
         "run a program": lambda: subprocess.run(["/bin/true"]),
         "run Python": lambda: subprocess.run([sys.executable, "-c", ""], check=True),
+        "connect to a UNIX socket": lambda: connect(socket.AF_UNIX, str(room / "socket")),
+        "send by UDP": lambda: send(port),
+        "change the mode of a file": lambda: os.chmod(room / "other" / "a", 0o666),
+        "change the times of a file": lambda: os.utime(room / "other" / "a"),
+        "change the owner of a file": lambda: os.chown(room / "other" / "a", os.getuid(), os.getgid()),
+        "note something at a file": lambda: os.setxattr(room / "reads" / "a", "user.a", b"a"),
+        "cut a file": lambda: os.truncate(room / "reads" / "a", 0),
+        "list the working directory": lambda: os.listdir("."),
         "connect": lambda: connect(socket.AF_INET, ("127.0.0.1", port)),
         "listen": listen,
     }.items()}
@@ -79,6 +90,9 @@ print(json.dumps(attempts(bundle, room, port)))
 FREE = "print(json.dumps(attempts(bundle, room, port)))"
 DONE = {"read the bundle", "read what is read", "run Python"}
 WRITTEN = {"write what is written", "move what is written"}
+LEFT = {"connect to a UNIX socket", "send by UDP", "change the mode of a file", "change the times of a file",
+        "change the owner of a file"}  # fmt: skip
+"""What Landlock does not know of, and a server or a watcher needs the calls for."""
 VERSION = landlock.call(444, None, 0, 1) if sys.platform == "linux" else 0
 LATER = {"connect": 4, "listen": 4, "end its parent": 6}
 """Attempts, and the version of Landlock that first keeps them off."""
@@ -99,13 +113,16 @@ def successes(code: str, room: Path) -> set[str]:
     """Of the attempts, by a process that runs `code`."""
     told = {"bundle": str(room / "bundle"), "reads": [str(room / "reads")], "trusted": None, "max_memory": None}
     named = "bundle, room, port = Path(sys.argv[2]) / 'bundle', Path(sys.argv[2]), int(sys.argv[3])\n"
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket(socket.AF_UNIX) as named_socket:
+        named_socket.bind(str(room / "socket"))
+        named_socket.listen()
         given = [json.dumps({**told, "confined": True}), str(room), str(listening.getsockname()[1])]
         found = subprocess.run(
             [sys.executable, "-c", ATTEMPTS + named + code, *given],
             capture_output=True,
             text=True,
             env={**os.environ, "TMPDIR": str(room / "writes")},
+            cwd=room / "other",
         )
     assert found.returncode == 0, found.stderr
     outcomes = json.loads(found.stdout)
@@ -114,7 +131,8 @@ def successes(code: str, room: Path) -> set[str]:
 
 def test_outside_all_of_it_can_be_done(room: Path) -> None:
     """As root; what keeps a process from it below is the confinement."""
-    failed = {*LATER, *DONE, *WRITTEN, "read another file", "write into the bundle", "run a program"}
+    failed = {*LATER, *DONE, *WRITTEN, *LEFT, "read another file", "write into the bundle", "run a program",
+              "cut a file", "list the working directory"}  # fmt: skip
     assert successes(FREE, room) >= failed
 
 
@@ -123,7 +141,8 @@ def test_a_worker_writes_nothing_and_reads_what_it_was_told_of(room: Path) -> No
 
 
 def test_a_server_writes_beside_its_index_only(room: Path) -> None:
-    assert successes(SERVER, room) == DONE | WRITTEN | {"listen"}
+    found = successes(SERVER, room) - {"note something at a file"}  # not every file system has a place for it
+    assert found == DONE | WRITTEN | LEFT | {"listen"}
 
 
 def test_threads_are_not_left_outside() -> None:
@@ -225,6 +244,18 @@ def test_what_needs_more_memory_is_refused_and_the_worker_goes_on(tmp_path: Path
         assert "memory" in answer.message
         assert server.post("/embed", sample_pages(1)[0].read_bytes()).status == 200
         assert worker.is_running()
+
+
+@pytest.mark.parametrize("command", [["serve", SAMPLE], ["watch", ".", "--once", "--index", "i", "--bundle", SAMPLE]])
+def test_without_a_cage_for_decoding_nothing_is_decoded(
+    command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the page that a bundle brings."""
+    (tmp_path / "sitecustomize.py").write_text("from cembed.runtime import landlock\nlandlock._CREATE_RULESET = 999\n")
+    monkeypatch.chdir(tmp_path)
+    found = Command(tmp_path / "log", *command, "--require-sandbox", PYTHONPATH=str(tmp_path))
+    assert found.process.wait(60) == 1
+    assert "the sandbox that was required cannot be had" in found.log.read_text()
 
 
 def test_too_little_memory_is_named(tmp_path: Path) -> None:

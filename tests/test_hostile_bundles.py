@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import hostile
 import pytest
 from hostile import CASES, Json
 from libcembed import Library
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from cembed.runtime import Bundle, CembedError
 from cembed.runtime.bundle.graph_rules import OPERATORS
@@ -98,7 +101,21 @@ def test_operators_of_exports_are_those_that_are_allowed(bundle_of: Callable[[st
     ],
 )
 def test_expressions_of_the_supported_backbones_are_allowed(pattern: str) -> None:
+    """And none takes long, whatever it is given."""
     check_expression(pattern)
+    split = Split(Regex(pattern), "isolated")
+    began = time.process_time()
+    for text in ("a", " ", "\n", "!", "a ", " \n", "1", "'", "\n!", "a!"):
+        split.pre_tokenize_str(text * (8192 // len(text)) + "x")
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(?i:a+)a+x", "a+a+x", "a*a*a*", "a+(?!b)a+", "(?i:a|b+)x", "((a)+)", "a+b+(?!c)", r"\s+\s+\S", "a+x"]
+)
+def test_expressions_that_may_take_long_are_refused(pattern: str) -> None:
+    with pytest.raises(CembedError, match="its expression"):
+        check_expression(pattern)
 
 
 @pytest.mark.parametrize(

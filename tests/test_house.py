@@ -41,7 +41,7 @@ FLOORS = {
     "index": {"bundle", "scoring"},
 }
 """The packages of the runtime, and what each stands on beside the ground."""
-GROUND = {"errors", "finite", "disk", "plain_files", "compiled", "landlock"}
+GROUND = {"errors", "finite", "disk", "plain_files", "compiled", "landlock", "seccomp"}
 ROOF = {"updates", "writer", "verify", "evaluate", "page_vectors", "plotting", "tuning", "intake"}
 """Modules of the runtime by themselves: nothing below the roof imports it."""
 

@@ -455,6 +455,19 @@ def test_neither_the_environment_nor_a_caller_makes_a_device_less_strict(
     assert Bundle(desk.root).signers == {desk.new.id}
 
 
+def test_a_key_that_one_policy_revokes_counts_for_nobody(
+    library: Library, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = desk.policy(f'{STRICT}revoked = ["{desk.stranger.id}"]')
+    theirs = desk.keys.parent / "theirs"
+    desk.stranger.trust(theirs)
+    desk.stranger.sign(desk.root)
+    desk.new.sign(desk.root)
+    assert both(library, desk.root, theirs) is None
+    monkeypatch.setenv(trust.VARIABLE, str(policy))
+    assert f"{theirs} trusts none of them" in (both(library, desk.root, theirs) or "")
+
+
 def test_a_policy_that_may_not_be_looked_at_counts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     plain(desk)
     monkeypatch.setattr(trust, "POLICY", desk.root / MANIFEST / "trust.toml")

@@ -32,6 +32,7 @@ SideName = Literal["document", "query"]
 FileName = Annotated[
     str, Text("file", "a plain file name", r"(?!(\.{1,2}|manifest\.(json|sha256|sig))\Z)[ -.0-\[\]-~]{1,255}")
 ]
+Words = Annotated[str, Text("words", "a text of at most 4,096 characters", r"(?s:.){0,4096}")]
 Sha256 = Annotated[str, Text("sha256", "64 hexadecimal digits", "[0-9a-f]{64}")]
 
 Width = Annotated[int, Range(1, 1 << 20)]
@@ -175,7 +176,7 @@ class SelfTest:
     """What `cembed verify` embeds again: the files' vectors are float32 [num_vectors, dim]."""
 
     image: FileName
-    text: str
+    text: Words
     vectors: FileName
     tolerance: Tolerance
 

@@ -67,12 +67,12 @@ class Demand:
     revoked: frozenset[str] = frozenset()
     require: bool = True
 
-    def check(self, root: Path, message: bytes, signatures: Mapping[str, bytes]) -> set[str]:
-        """The ids of the keys that it trusts and that signed. Raises CembedError: there is none though it needs one, or
-        the signature of one is false."""
-        good = {name for name in signatures if name in self.keys and name not in self.revoked}
+    def check(self, root: Path, message: bytes, signatures: Mapping[str, bytes], revoked: frozenset[str]) -> set[str]:
+        """The ids of the keys that it trusts and that signed, but for those that anybody has `revoked`. Raises
+        CembedError: there is none though it needs one, or the signature of one is false."""
+        good = {name for name in signatures if name in self.keys and name not in revoked}
         if not good and signatures:
-            names = ", ".join(name + " (revoked)" * (name in self.revoked) for name in sorted(signatures))
+            names = ", ".join(name + " (revoked)" * (name in revoked) for name in sorted(signatures))
             raise CembedError(f"{root} is signed by {names}: {self.origin} trusts none of them")
         if not good and self.require:
             raise CembedError(f"{root} is not signed, and {self.origin} wants a signature: get the signed bundle")
@@ -103,8 +103,8 @@ def check_signatures(
 
 
 def _check(root: Path, manifest: bytes, signatures: Mapping[str, bytes], found: list[Demand]) -> set[str]:
-    message = message_of(manifest)
-    return {name for demand in found for name in demand.check(root, message, signatures)}
+    message, revoked = message_of(manifest), frozenset[str]().union(*(demand.revoked for demand in found))
+    return {name for demand in found for name in demand.check(root, message, signatures, revoked)}
 
 
 def message_of(manifest: bytes) -> bytes:

@@ -6,15 +6,13 @@ does not need. Both are Linux's; where one is missing the other is used, and wha
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
-import struct
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from cembed.runtime import landlock
+from cembed.runtime import landlock, seccomp
+from cembed.runtime.seccomp import ALLOW, AND, ARGUMENTS, DENY, EQUAL, KILL, LOAD, RETURN, Calls, step
 
 FONTS = (
     "/usr/share/fonts",
@@ -24,16 +22,11 @@ FONTS = (
 )
 """Where PDFium looks for what a PDF leaves to the machine: it opens them when a page needs one."""
 
-_DENY, _KILL, _ALLOW = 0x0005_0001, 0x8000_0000, 0x7FFF_0000  # of seccomp.h; the first is EPERM
-_SET_FILTER, _ALL_THREADS = 1, 1
-_LOAD, _AND, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # of bpf_common.h
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # where seccomp_data has them
-_X32 = 0x4000_0000
 _EVERY_BIT, _EXEC, _EMPTY_PATH = 0xFFFF_FFFF, 4, 0x1000
 _FCNTL = (0, 1, 2, 3, 1030)  # duplicates, and flags of descriptors: no signals, locks or leases
 
-# Numbers on x86-64 and on aarch64, None where there is no such call; the first are the most frequent.
-_CALLS: dict[str, tuple[int | None, int | None]] = {
+# The first are the most frequent.
+_CALLS: Calls = {
     "read": (0, 63),
     "write": (1, 64),
     "futex": (202, 98),
@@ -76,7 +69,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "exit_group": (231, 94),
 }
 # No decoder ever has a use for these: whatever asks for one has been taken over, and its process ends.
-_DEADLY: dict[str, tuple[int | None, int | None]] = {
+_DEADLY: Calls = {
     "execve": (59, 221),
     "execveat": (322, 281),
     "ptrace": (101, 117),
@@ -93,8 +86,6 @@ _DEADLY: dict[str, tuple[int | None, int | None]] = {
     "finit_module": (313, 273),
     "keyctl": (250, 219),
 }
-_MACHINES = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}
-"""By what Python calls a machine: its column above, and AUDIT_ARCH of audit.h."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +111,7 @@ def filter_calls(fonts: bool) -> str | None:
 
     Returns what stands in the way of it, as a person may be told, or None.
     """
-    machine = _MACHINES.get(platform.machine()) if sys.platform == "linux" and sys.maxsize > 1 << 32 else None
-    if machine is None:
-        return "a filter of system calls (seccomp, here for Linux on x86-64 and aarch64)"
-    code = b"".join(_filter(*machine, fonts))
-    held = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(held))  # struct sock_fprog
-    number = (317, 277)[machine[0]]
-    if landlock.give_up_privileges() < 0 or landlock.call(number, _SET_FILTER, _ALL_THREADS, program) != 0:
-        return f"a filter of system calls (seccomp: {os.strerror(ctypes.get_errno())})"
-    return None
+    return seccomp.install(partial(_filter, fonts=fonts))
 
 
 def _guarded(fonts: bool) -> Iterator[_Guarded]:
@@ -144,28 +126,15 @@ def _guarded(fonts: bool) -> Iterator[_Guarded]:
 
 
 def _filter(column: int, architecture: int, fonts: bool) -> Iterator[bytes]:
-    """A program of classic BPF. Jumps count instructions that are passed over."""
-    yield _step(_LOAD, _ARCHITECTURE)
-    yield _step(_EQUAL, architecture, 1, 0)
-    yield _step(_RETURN, _KILL)
-    yield _step(_LOAD, _NUMBER)
-    yield _step(_AT_LEAST, _X32, 0, 1)
-    yield _step(_RETURN, _KILL)
-    for calls, verdict in ((_CALLS, _ALLOW), (_DEADLY, _KILL)):
-        for number in (numbers[column] for numbers in calls.values()):
-            if number is not None:
-                yield _step(_EQUAL, number, 0, 1)
-                yield _step(_RETURN, verdict)
+    yield from seccomp.beginning(architecture)
+    yield from seccomp.verdicts(_CALLS, column, ALLOW)
+    yield from seccomp.verdicts(_DEADLY, column, KILL)
     for call in _guarded(fonts):
-        yield _step(_EQUAL, call.numbers[column], 0, 3 + 2 * len(call.values))
-        yield _step(_LOAD, _ARGUMENTS + 8 * call.argument)  # the lower half: these arguments are ints
-        yield _step(_AND, call.mask)
+        yield step(EQUAL, call.numbers[column], 0, 3 + 2 * len(call.values))
+        yield step(LOAD, ARGUMENTS + 8 * call.argument)  # the lower half: these arguments are ints
+        yield step(AND, call.mask)
         for value in call.values:
-            yield _step(_EQUAL, value, 0, 1)
-            yield _step(_RETURN, _ALLOW)
-        yield _step(_RETURN, _DENY)
-    yield _step(_RETURN, _DENY)
-
-
-def _step(code: int, value: int, if_so: int = 0, if_not: int = 0) -> bytes:
-    return struct.pack("=HBBI", code, if_so, if_not, value)
+            yield step(EQUAL, value, 0, 1)
+            yield step(RETURN, ALLOW)
+        yield step(RETURN, DENY)
+    yield step(RETURN, DENY)

@@ -36,20 +36,13 @@ BOOT = "import sys; sys.path[:] = sys.argv[2:]; from cembed.runtime.pages.worker
 _START_SECONDS = 120.0
 _HEADER_BYTES, _PAGES, _TEXT = 1 << 16, 1 << 31, 500  # what a reply may have, whatever befell the decoding process
 # Of the environment, which has secrets of programs at times: what Python, its libraries and the loader go by.
-_KEPT_NAMES = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_",
-    "TZ",
-    "TMPDIR",
-    "LD_",
-    "DYLD_",
-    "PYTHON",
-    "VIRTUAL_ENV",
-    "MALLOC_",
-    "GLIBC_",
-)
+_KEPT = (
+    "PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE",
+    "PYTHONNOUSERSITE", "PYTHONSAFEPATH", "PYTHONPLATLIBDIR", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE",
+    "PYTHONUTF8", "PYTHONCOERCECLOCALE", "PYTHONIOENCODING", "PYTHONHASHSEED", "PYTHONMALLOC", "PYTHONOPTIMIZE",
+    "PYTHONWARNINGS", "PYTHONDEVMODE", "PYTHONFAULTHANDLER", "PYTHONUNBUFFERED",
+)  # fmt: skip
+_KEPT_FAMILIES = ("LC_", "LD_", "DYLD_", "MALLOC_", "GLIBC_")
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of numpy, started by it
 _PIPE = 1 << 20  # bytes: what Linux allows everybody
 
@@ -63,7 +56,8 @@ def _widen(pipe: Any) -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(_KEPT_NAMES)} | _NO_THREADS
+    kept = {name: os.environ[name] for name in os.environ if name in _KEPT or name.startswith(_KEPT_FAMILIES)}
+    return kept | _NO_THREADS
 
 
 @cache

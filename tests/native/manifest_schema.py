@@ -2,9 +2,9 @@
 
     python tests/native/manifest_schema.py > runtime/native/lib/manifest_schema.h
 
-Kinds are str, int, number, bool, axis (int or str), file and sha256, =one|of|these, the name of a class, [kind] for a
-list, [kind*n] for one of n, {kind:kind} for an object with any names; null fits where a ? follows. The range of a field
-is that of the numbers in it.
+Kinds are str, int, number, bool, axis (int or str), file, words and sha256, =one|of|these, the name of a class, [kind]
+for a list, [kind*n] for one of n, {kind:kind} for an object with any names; null fits where a ? follows. The range of a
+field is that of the numbers in it.
 """
 
 from __future__ import annotations

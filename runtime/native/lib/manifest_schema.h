@@ -104,7 +104,7 @@ constexpr Field FIELDS[] = {
     {"EmbeddingTable", "rows", "int", true, 1, 268435456},
     {"EmbeddingTable", "scales", "file?", false, 0, 0},
     {"SelfTest", "image", "file", true, 0, 0},
-    {"SelfTest", "text", "str", true, 0, 0},
+    {"SelfTest", "text", "words", true, 0, 0},
     {"SelfTest", "vectors", "file", true, 0, 0},
     {"SelfTest", "tolerance", "number", true, 0.0, 0.1},
     {"Parity", "graph", "str", true, 0, 0},

@@ -51,9 +51,15 @@ bool is_digest(const std::string &text) {
     return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
 }
 
+// Of UTF-8, whose other bytes begin with 10.
+size_t characters(const std::string &text) {
+    return size_t(std::count_if(text.begin(), text.end(), [](unsigned char byte) { return (byte & 0xC0) != 0x80; }));
+}
+
 bool is_scalar(const Json &value, const std::string &kind) {
     if (kind == "str") return value.is_string();
     if (kind == "file") return value.is_string() && is_file_name(value.get_ref<const std::string &>());
+    if (kind == "words") return value.is_string() && characters(value.get_ref<const std::string &>()) <= 4096;
     if (kind == "sha256") return value.is_string() && is_digest(value.get_ref<const std::string &>());
     if (kind == "int") return is_integer(value);
     if (kind == "number") return value.is_number();

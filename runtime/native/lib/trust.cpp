@@ -256,19 +256,20 @@ bool verify(const Bytes &key, const std::vector<uint8_t> &signature, const std::
     return EVP_DigestVerify(context.get(), signature.data(), signature.size(), text, message.size()) == 1;
 }
 
-std::string names_of(const Signatures &signatures, const Demand &demand) {
+std::string names_of(const Signatures &signatures, const std::set<std::string> &revoked) {
     std::string names;
     for (const auto &signature : signatures)
-        names += (names.empty() ? "" : ", ") + signature.first + (demand.revoked.count(signature.first) ? " (revoked)" : "");
+        names += (names.empty() ? "" : ", ") + signature.first + (revoked.count(signature.first) ? " (revoked)" : "");
     return names;
 }
 
-void check(const Demand &demand, const std::string &root, const std::string &message, const Signatures &signatures) {
+void check(const Demand &demand, const std::string &root, const std::string &message, const Signatures &signatures,
+           const std::set<std::string> &revoked) {
     Signatures good;
     for (const auto &signature : signatures)
-        if (demand.keys.count(signature.first) && !demand.revoked.count(signature.first)) good.insert(signature);
+        if (demand.keys.count(signature.first) && !revoked.count(signature.first)) good.insert(signature);
     if (good.empty() && !signatures.empty())
-        throw Error(BUNDLE, root + " is signed by " + names_of(signatures, demand) + ": " + demand.origin +
+        throw Error(BUNDLE, root + " is signed by " + names_of(signatures, revoked) + ": " + demand.origin +
                                 " trusts none of them");
     if (good.empty() && demand.require)
         throw Error(BUNDLE,
@@ -286,7 +287,9 @@ void check_trust(const std::string &root, const std::string &manifest, const std
     if (found.empty()) return;
     const std::string message = "cembed bundle 1\n" + sha256(manifest) + "  " + schema::MANIFEST + "\n";
     const Signatures signatures = read_signatures(root);
-    for (const Demand &demand : found) check(demand, root, message, signatures);
+    std::set<std::string> revoked;  // by anybody
+    for (const Demand &demand : found) revoked.insert(demand.revoked.begin(), demand.revoked.end());
+    for (const Demand &demand : found) check(demand, root, message, signatures, revoked);
 }
 
 }  // namespace cembed
