@@ -219,6 +219,20 @@ def add(server: Command, page: Path) -> int:
     return server.post(f"/pages?name={page.name}", page.read_bytes()).status
 
 
+def test_what_is_always_given_up(tmp_path: Path) -> None:
+    """By a server, a watcher, and all that they start; without `--confine`."""
+    told = ("--index", tmp_path / "index", "--bundle", SAMPLE, *QUICK)
+    (tmp_path / "folder").mkdir()
+    shutil.copy(*sample_pages(1), tmp_path / "folder")
+    server = Command(tmp_path / "server", "serve", SAMPLE, "--port", 0)
+    with server.serving(), Command(tmp_path / "watcher", "watch", tmp_path / "folder", *told) as watcher:
+        assert server.post("/embed", sample_pages(1)[0].read_bytes()).status == 200
+        wait_for(lambda: len(family(psutil.Process(watcher.process.pid))) == 2, watcher.log)
+        for process in [*family(psutil.Process(server.process.pid)), *family(psutil.Process(watcher.process.pid))]:
+            assert status(process, "NoNewPrivs") == "1"
+            assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+
+
 def test_a_confined_watcher_moves_files(tmp_path: Path) -> None:
     temporary, folder, index = (tmp_path / name for name in ("temporary", "folder", "index"))
     temporary.mkdir(), folder.mkdir()
