@@ -312,7 +312,7 @@ CASES: dict[str, Callable[[Desk], str | None]] = {
     **{
         f"a key of small order, {number}": key_file(lambda _, raw=raw: pem_of(raw), "anybody can sign for")
         for number, raw in enumerate(
-            [*sorted(trust._SMALL_ORDER), b"\1" + bytes(30) + b"\x80", bytes(31) + b"\x80"],
+            [*map(bytes.fromhex, trust.SMALL_ORDER), b"\1" + bytes(30) + b"\x80", bytes(31) + b"\x80"],
         )
     },
 }

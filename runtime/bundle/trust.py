@@ -43,18 +43,15 @@ _VALUES = {
     b"revoked": re.compile(rb"\[[ \t]*(%b[ \t]*(,[ \t]*%b[ \t]*)*)?\]" % (_KEY_ID, _KEY_ID)),
 }
 _EXPECTED = 'it has require = true, keys = "/PATH" and revoked = ["KEYID"], each once'
-_SMALL_ORDER = {
-    bytes.fromhex(y)
-    for y in (
-        "0000000000000000000000000000000000000000000000000000000000000000",
-        "0100000000000000000000000000000000000000000000000000000000000000",
-        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
-        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
-        "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-        "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-        "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-    )
-}
+SMALL_ORDER = (
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+)
 """Every way to write the height of a point of small order: anybody signs for such a key."""
 
 
@@ -221,7 +218,7 @@ def parse_key(path: Path, content: bytes) -> bytes:
         key = b""
     if len(key) != 32 or _HEAD + base64.b64encode(key) + _TAIL != content:
         raise CembedError(f"{path} is no public key of Ed25519, as `openssl pkey -pubout` writes it: give that")
-    if key[:31] + bytes([key[31] & 127]) in _SMALL_ORDER:
+    if (key[:31] + bytes([key[31] & 127])).hex() in SMALL_ORDER:
         raise CembedError(f"{path} is a key that anybody can sign for: make another")
     return key
 

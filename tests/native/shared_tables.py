@@ -16,7 +16,7 @@ from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 
-from cembed.runtime.bundle import manifest
+from cembed.runtime.bundle import manifest, trust
 from cembed.runtime.embed import blank, embedder, preprocess
 from cembed.runtime.engines import build, tensorrt
 from cembed.runtime.index import columns, files, reader, records, search, segments
@@ -109,6 +109,8 @@ def library_header() -> Iterator[str]:
     yield ""
     names = ["format", *(field.name for field in fields(files.Current))]
     yield table("std::string_view", "CURRENT_FIELDS", map(json.dumps, names))
+    yield "// Of points of a small order, and of keys that anybody signs for."
+    yield table("std::string_view", "SMALL_ORDER", map(json.dumps, trust.SMALL_ORDER))
     yield "// Axes of inputs, and what they are filled up to multiples of.\nstruct Bucket {\n    const char *axis;"
     yield "    int64_t step;\n};\n"
     yield table("Bucket", "BUCKETS", (f'{{"{axis}", {step}}}' for axis, step in tensorrt.BUCKETS.items()))

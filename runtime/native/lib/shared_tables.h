@@ -66,6 +66,17 @@ inline constexpr std::string_view CURRENT_FIELDS[] = {
     "version",
 };
 
+// Of points of a small order, and of keys that anybody signs for.
+inline constexpr std::string_view SMALL_ORDER[] = {
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+};
+
 // Axes of inputs, and what they are filled up to multiples of.
 struct Bucket {
     const char *axis;

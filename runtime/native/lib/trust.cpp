@@ -20,6 +20,7 @@
 #include "error.h"
 #include "files.h"
 #include "manifest_schema.h"
+#include "shared_tables.h"
 
 namespace cembed {
 namespace {
@@ -33,15 +34,6 @@ constexpr size_t ID_DIGITS = 16, SIGNATURE_SIZE = 64, MOST_SIGNATURES = 16, MOST
 constexpr size_t LINE = PREFIX.size() + ID_DIGITS + 1 + 2 * SIGNATURE_SIZE + 1;
 constexpr int64_t MAX_POLICY = 1 << 16, MAX_KEY = 1 << 12;
 constexpr std::string_view HEAD = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA", TAIL = "\n-----END PUBLIC KEY-----\n";
-constexpr std::string_view SMALL_ORDER[] = {
-    "0000000000000000000000000000000000000000000000000000000000000000",
-    "0100000000000000000000000000000000000000000000000000000000000000",
-    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
-    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
-    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-};
 
 struct Demand {
     std::string origin;
@@ -93,7 +85,7 @@ std::optional<Bytes> from_base64(std::string_view digits) {
 bool is_small_order(Bytes key) {
     key[31] &= 127;
     const std::string text = to_hex(key);
-    return std::find(std::begin(SMALL_ORDER), std::end(SMALL_ORDER), text) != std::end(SMALL_ORDER);
+    return std::find(std::begin(shared::SMALL_ORDER), std::end(shared::SMALL_ORDER), text) != std::end(shared::SMALL_ORDER);
 }
 
 Bytes parse_key(const std::string &path, std::string_view text) {
