@@ -72,3 +72,18 @@ def test_the_documented_test_command_is_what_ci_runs() -> None:
 def test_links_within_the_project_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", (PROJECT / document).read_text()):
         assert (PROJECT / document).parent.joinpath(target).exists(), target
+
+
+def test_tests_that_security_names_are_there() -> None:
+    """By their whole names, or by how they begin where `…` follows."""
+    text = (PROJECT / "docs" / "security.md").read_text()
+    there = {
+        name
+        for path in (PROJECT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    named = set(re.findall(r"`(test_\w+…?)(?:\[[^`]*\])?`", text))
+    assert len(named) > 50
+    assert not {name for name in named if name not in there and not name.endswith("…")}
+    assert not {name for name in named if name.endswith("…") and not any(t.startswith(name[:-1]) for t in there)}
+    assert not {file for file in re.findall(r"tests/[\w/]+\.py", text) if not (PROJECT / file).is_file()}

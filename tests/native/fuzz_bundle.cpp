@@ -1,5 +1,5 @@
 // libFuzzer over what the library reads from a bundle and an index, by the first byte: a manifest, a CURRENT, a log's
-// payload, a graph. Sums that would stop every mutation are made right first. `make fuzz` builds and runs it.
+// payload, where a graph's data is, a graph. Sums that would stop every mutation are made right first; `make fuzz`.
 #include <unistd.h>
 
 #include <cstring>
@@ -10,6 +10,7 @@
 #include "../../runtime/native/lib/contract.h"
 #include "../../runtime/native/lib/error.h"
 #include "../../runtime/native/lib/external_data.h"
+#include "../../runtime/native/lib/graph_check.h"
 #include "../../runtime/native/lib/index.h"
 #include "../../runtime/native/lib/log.h"
 #include "../../runtime/native/lib/manifest.h"
@@ -76,11 +77,13 @@ void read_current(const std::string &text) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) try {
     if (size == 0) return 0;
     const std::string rest(reinterpret_cast<const char *>(data) + 1, size - 1);
-    switch (data[0] % 4) {
+    const std::map<std::string, int64_t> sizes = {{"text.data", 1 << 20}};
+    switch (data[0] % 8) {
         case 0: check_contract(Manifest::from_json(rest)); break;
         case 1: read_current(rest); break;
         case 2: read_log(rest); break;
-        default: check_external_bytes(rest, {{"text.data", 1 << 20}});
+        case 3: check_external_bytes(rest, sizes); break;
+        default: check_model(rest, Graph{}, sizes);
     }
     return 0;
 } catch (const cembed::Error &) {
