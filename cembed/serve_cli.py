@@ -50,7 +50,10 @@ def serve(
         bool, typer.Option("--open-to-all", help="Listen at an address that others reach without a token.")
     ] = False,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME,…", help="Answer to these names, beside localhost.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,…", help="Answer to these names too, beside localhost; with --open-to-all, beside addresses."
+        ),
     ] = None,
     allow_url_hosts: Annotated[
         list[str] | None,

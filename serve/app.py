@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from cembed import __version__
 from cembed.runtime.errors import CembedError
 from cembed.serve import kserve_api, openai_api, own_api, rerank_api
-from cembed.serve.connections import protocol
+from cembed.serve.connections import end_unread, protocol
 from cembed.serve.errors import RefusalError, error_body
 from cembed.serve.following import follow
 from cembed.serve.guard import App, Guard
@@ -202,6 +202,7 @@ def serve(settings: Settings) -> None:
     service = Service(settings)
     service.open_index()
     listening = bind(settings.host, settings.port)
+    end_unread(listening, limits.body_time)
     app: Any = create_app(service, lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         app,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
 import secrets
+import socket
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
@@ -21,6 +23,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from cembed.serve.errors import RefusalError, error_body
+from cembed.serve.room import Share
 from cembed.serve.service import Service
 from cembed.serve.settings import LOOPBACK
 
@@ -83,7 +86,8 @@ class Guard:
         self._settings, self._limits = service.settings, service.settings.limits
         self._token = (service.settings.token or "").encode()
         self._hosts = {*LOOPBACK, *service.settings.allow_hosts}
-        self._held = 0  # bytes of bodies
+        if not service.settings.local:
+            self._hosts.add(socket.gethostname().lower())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,13 +134,19 @@ class Guard:
     def _check_host(self, exchange: Exchange) -> None:
         """A page of another site may not ask through somebody's browser, whatever name it gives this machine."""
         host = exchange.headers.get("host", "")
-        if self._settings.local and hostname(host) not in self._hosts:
-            raise RefusalError(421, "Host: this server answers to localhost; --allow-host allows other names")
+        if not self._answers_to(hostname(host) or ""):
+            raise RefusalError(421, "Host: this server does not answer to this name; --allow-host allows names")
         origin = exchange.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise RefusalError(403, "Origin: pages of other sites may not use this server")
         if not exchange.free and exchange.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise RefusalError(403, "Sec-Fetch-Site: pages of other sites may not use this server")
+
+    def _answers_to(self, name: str) -> bool:
+        """Whoever owns another name may lead it here, and its pages would ask as if they were this server's."""
+        if self._settings.local:
+            return name in self._hosts
+        return bool(self._token) or name in self._hosts or is_address(name)
 
     def _knows_token(self, exchange: Exchange) -> bool:
         kind, _, token = exchange.headers.get("authorization", "").partition(" ")
@@ -147,39 +157,32 @@ class Guard:
 
     async def _with_body(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         """Runs the request with its body, which counts for as long as that takes."""
-        body = bytearray()
-        try:
-            with anyio.fail_after(self._limits.body_time):
-                left = not await self._read(receive, body)
-        except TimeoutError:
-            self._held -= len(body)
-            raise RefusalError(408, f"the body took longer than {self._limits.body_time:g} s") from None
-        except BaseException:
-            self._held -= len(body)
-            raise
-        try:
-            if left:
+        with self._service.room.share() as share:
+            exchange.scope["state"]["share"] = share
+            try:
+                with anyio.fail_after(self._limits.body_time):
+                    body = await self._read(receive, share)
+            except TimeoutError:
+                raise RefusalError(408, f"the body took longer than {self._limits.body_time:g} s") from None
+            if body is None:
                 exchange.status = LEFT
             else:
-                await self._run(exchange, bytes(body), receive, send)
-        finally:
-            self._held -= len(body)
+                await self._run(exchange, body, receive, send)
 
-    async def _read(self, receive: Receive, body: bytearray) -> bool:
-        """Whether the client has sent all of it, and not left. Raises RefusalError: too much."""
+    async def _read(self, receive: Receive, share: Share) -> bytes | None:
+        """None if the client has left before it has sent all of it. Raises RefusalError: too much."""
+        body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return False
+                return None
             part = message.get("body", b"")
             body += part
-            self._held += len(part)
             if len(body) > self._limits.body:
                 raise self._too_large()
-            if self._held > self._limits.bodies:
-                raise self._service.pool.busy()
+            share.take(len(part))
             if not message.get("more_body", False):
-                return True
+                return bytes(body)
 
     async def _run(self, exchange: Exchange, body: bytes, receive: Receive, send: Send) -> None:
         """Ends the request's work when its client leaves."""
@@ -225,6 +228,19 @@ class Guard:
             return
         about = {"id": exchange.id, "method": exchange.method, "route": exchange.route}
         log.info(json.dumps({**about, "status": exchange.status, "ms": round(1000 * seconds, 1)}))
+
+
+def is_address(name: str) -> bool:
+    """Whether a host is named by its address, as no name of a page can be.
+
+    >>> is_address("192.168.1.7"), is_address("fe80::1"), is_address("evil.example")
+    (True, True, False)
+    """
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def hostname(host: str) -> str | None:

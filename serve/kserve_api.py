@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cembed import __version__
 from cembed.serve.errors import RefusalError
-from cembed.serve.inputs import File, Item, Text, decode_base64
-from cembed.serve.responses import KServeError, refusals, service_of
+from cembed.serve.fetching import File
+from cembed.serve.inputs import Item, Text, decode_base64
+from cembed.serve.responses import KServeError, fetched, refusals, service_of
 from cembed.serve.service import Service
 
 HEADER = "inference-header-content-length"
@@ -166,7 +167,7 @@ async def infer(request: Request, name: str, version: str = "1") -> Response:
     service = checked(request, name, version)
     asked, tail = parse(await request.body(), request.headers.get(HEADER))
     items = sorted(items_of(asked, tail), key=lambda item: isinstance(item, File))
-    many = await service.embed_all(items)
+    many = await service.embed_all(await fetched(request, items))
     arrays = {
         "vectors": np.concatenate(many).astype("<f4"),
         "rows": np.array([len(rows) for rows in many], "<i8"),

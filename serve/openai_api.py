@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cembed.runtime.bundle.vectors import Vectors
 from cembed.serve.errors import RefusalError
-from cembed.serve.inputs import Item, Role, message_items, part_item, picture_item, role_of, text_item
-from cembed.serve.responses import refusals, service_of
+from cembed.serve.inputs import Given, Item, Role, message_items, part_item, picture_item, role_of, text_item
+from cembed.serve.responses import fetched, refusals, service_of
 from cembed.serve.service import Service
 
 TOKENS = (
@@ -69,7 +69,7 @@ class EmbeddingsRequest(BaseModel):
             raise ValueError(TOKENS)
         return values
 
-    def items(self, service: Service) -> list[Item]:
+    def items(self, service: Service) -> list[Given]:
         """Raises RefusalError: neither input nor messages, or both."""
         role = role_of(self.input_type or self.embedding_task, service.role_of_model(self.model))
         if (self.input is None) == (self.messages is None):
@@ -87,7 +87,7 @@ class EmbeddingsRequest(BaseModel):
         """Jina's `task`; vLLM's has other words for the kind of the result."""
         return self.task if self.task and self.task.startswith("retrieval.") else None
 
-    def _item(self, given: str | Part | None, role: Role | None, service: Service) -> Item:
+    def _item(self, given: str | Part | None, role: Role | None, service: Service) -> Given:
         if isinstance(given, Part):
             return part_item(given.model_dump(exclude_none=True), role, "input", service.fetch)
         assert given is not None
@@ -137,7 +137,8 @@ async def embeddings(request: Request, asked: EmbeddingsRequest) -> Any:
     one = not asked.return_multivector
     if one and not all(service.pools(item, asked.num_vectors) for item in items):
         raise RefusalError(400, MANY, "return_multivector")
-    many = await service.embed_all(items, asked.dimensions, asked.num_vectors)
+    given: list[Item] = await fetched(request, items)
+    many = await service.embed_all(given, asked.dimensions, asked.num_vectors)
     data = []
     for index, rows in enumerate(many):
         made = encoded(rows, asked.encoding_format, one)
@@ -166,7 +167,8 @@ class PoolingResponse(BaseModel):
 async def pooling(request: Request, asked: EmbeddingsRequest) -> Any:
     """All vectors of each input, as vLLM gives them for `token_embed`."""
     service = service_of(request)
-    many = await service.embed_all(asked.items(service), asked.dimensions, asked.num_vectors)
+    items: list[Item] = await fetched(request, asked.items(service))
+    many = await service.embed_all(items, asked.dimensions, asked.num_vectors)
     data = []
     for index, rows in enumerate(many):
         made = encoded(rows, asked.encoding_format, one=False)

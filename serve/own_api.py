@@ -17,7 +17,8 @@ from cembed.runtime.index.metadata import check_metadata, parse_pairs
 from cembed.runtime.index.search import Hit
 from cembed.runtime.index.views import PageInfo
 from cembed.serve.errors import RefusalError
-from cembed.serve.inputs import File, Item, Text
+from cembed.serve.fetching import File
+from cembed.serve.inputs import Item, Text
 from cembed.serve.responses import refusals, service_of
 from cembed.serve.service import Added, Service, as_bytes, check_name
 from cembed.serve.shelf import shown_source
@@ -107,11 +108,13 @@ class SearchResponse(BaseModel):
 
 
 def where_of(pairs: list[str] | None) -> dict[str, Any]:
-    """Raises RefusalError: no KEY=VALUE."""
+    """Raises RefusalError: no KEY=VALUE, or a key that is cembed's, such as that of a file's folder."""
     try:
-        return parse_pairs("where", pairs or ())
+        found = parse_pairs("where", pairs or ())
+        check_metadata(found)
     except CembedError as error:
         raise RefusalError(400, str(error), "where") from None
+    return found
 
 
 def about(page: Hit | PageInfo) -> dict[str, Any]:
@@ -130,10 +133,7 @@ async def searched(service: Service, item: Item, top: int, where: list[str] | No
     filters = where_of(where)
     async with service.pool.place():
         query = await service.embed(item, service.budget(item, dim=shelf.index.dim))
-        try:
-            hits = (await shelf.search(query, top, filters, source)).hits
-        except CembedError as error:
-            raise RefusalError(422, str(error)) from None
+        hits = await service.search(query, top, filters, source)
     pages = [{**about(hit), "score": hit.score} for hit in hits]
     return {"pages": pages, "total": len(shelf.index)}
 

@@ -1,4 +1,7 @@
-"""An index that is made anew with another bundle, from the files that it has pages of, while the old one is served."""
+"""An index that is made anew with another bundle, from the files that it has pages of, while the old one is served.
+
+Pages that clients sent have none: nothing of theirs is read, whatever their names are.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Renewal:
             time.sleep(watcher.due(1.0))
             watcher.step()
         old = Sources(self._old)
-        others = [path for path in map(old.place, old) if watcher.folders.root_of(path) is None]
+        others = [path for path in old.files() if watcher.folders.root_of(path) is None]
         for start in range(0, len(others), BATCH):
             watcher.take_others(others[start : start + BATCH])
         pages = (f"{source}#{number}" for source in old for number in old.numbers(source))

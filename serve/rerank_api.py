@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from cembed.serve.errors import RefusalError
-from cembed.serve.inputs import File, Item, Stored, Text, part_items, picture_item, role_of, text_item
+from cembed.serve.fetching import File, Url
+from cembed.serve.inputs import Given, Item, Stored, Text, part_items, picture_item, role_of, text_item
 from cembed.serve.openai_api import Part, Usage, encoded
-from cembed.serve.responses import CohereError, refusals, service_of
+from cembed.serve.responses import CohereError, fetched, refusals, service_of
 from cembed.serve.service import Service
 
 router = APIRouter(tags=["rerank"], responses=refusals())
@@ -54,14 +55,14 @@ class RerankResponse(BaseModel):
     results: list[RerankResult]
 
 
-def query_item(given: Document, service: Service) -> Item:
+def query_item(given: Document, service: Service) -> Given:
     """A text is a query; a page may be one too. Raises RefusalError."""
     if isinstance(given, str):
         return picture_item(given, "query", service.fetch) if given.startswith("data:") else Text(given)
     return only(given, "query", service)
 
 
-def document_item(given: Document, service: Service) -> File | Stored:
+def document_item(given: Document, service: Service) -> File | Url | Stored:
     """Raises RefusalError: a text that is no page of the index."""
     if isinstance(given, str):
         is_file = given.startswith(("data:", "http:", "https:"))
@@ -70,21 +71,20 @@ def document_item(given: Document, service: Service) -> File | Stored:
     return Stored(item.text) if isinstance(item, Text) else item
 
 
-def only(given: Content | Part, param: str, service: Service) -> Item:
+def only(given: Content | Part, param: str, service: Service) -> Given:
     content = given.content if isinstance(given, Content) else [given]
     parts = content if isinstance(content, str) else [part.model_dump(exclude_none=True) for part in content]
     items = part_items(parts, None, param, service.fetch)
-    pictures = [item for item in items if isinstance(item, File)] or items
+    pictures = [item for item in items if not isinstance(item, Text)] or items
     if len(pictures) != 1:
         raise RefusalError(400, f"{param}: give one picture or text for each", param)
     return pictures[0]
 
 
-async def ranked(service: Service, asked: RerankRequest) -> list[tuple[int, float]]:
+async def ranked(request: Request, asked: RerankRequest) -> list[tuple[int, float]]:
     """Numbers of documents and their scores, the best first. Raises RefusalError."""
-    service.role_of_model(asked.model)
-    documents = [document_item(document, service) for document in asked.documents]
-    scores = await service.scores(query_item(asked.query, service), documents)
+    service_of(request).role_of_model(asked.model)
+    scores = await scores_of(request, [asked.query], asked.documents)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     return [(i, scores[i]) for i in order[: asked.top_n]]
 
@@ -95,7 +95,7 @@ async def rerank(request: Request, asked: RerankRequest) -> Any:
     """Documents by MaxSim with a query, the best first. A document is a page as a data: URI, or the id of one that is
     in the index."""
     service = service_of(request)
-    results = [result(asked, i, score) for i, score in await ranked(service, asked)]
+    results = [result(asked, i, score) for i, score in await ranked(request, asked)]
     return {"id": "rerank-" + request.state.id, "model": service.name, "usage": Usage(), "results": results}
 
 
@@ -149,17 +149,23 @@ async def score(request: Request, asked: ScoreRequest) -> Any:
         raise RefusalError(
             400, f"{len(queries)} queries and {len(documents)} documents: give one query, or as many", "queries"
         )
-    values = await scores(service, queries, [document_item(document, service) for document in documents])
+    values = await scores_of(request, queries, documents)
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
     about = {"id": "score-" + request.state.id, "object": "list", "created": int(time.time())}
     return {**about, "model": service.name, "data": data, "usage": Usage()}
 
 
-async def scores(service: Service, queries: Sequence[Document], documents: Sequence[File | Stored]) -> list[float]:
-    items = [query_item(query, service) for query in queries]
-    if len(items) == 1:
-        return await service.scores(items[0], documents)
-    return [(await service.scores(item, [document]))[0] for item, document in zip(items, documents, strict=True)]
+async def scores_of(request: Request, queries: Sequence[Document], documents: Sequence[Document]) -> list[float]:
+    """MaxSim of one query with each document, or of each query with its own. Raises RefusalError."""
+    service = service_of(request)
+    asked = [query_item(query, service) for query in queries]
+    given = [*asked, *(document_item(document, service) for document in documents)]
+    items: list[Item | Stored] = await fetched(request, given)
+    texts = [item for item in items[: len(asked)] if not isinstance(item, Stored)]
+    pages = items[len(asked) :]
+    if len(texts) == 1:
+        return await service.scores(texts[0], pages)
+    return [(await service.scores(text, [page]))[0] for text, page in zip(texts, pages, strict=True)]
 
 
 class CohereMeta(BaseModel):
@@ -176,7 +182,7 @@ class CohereRerankResponse(BaseModel):
 @cohere_router.post("/v2/rerank", response_model=CohereRerankResponse)
 async def cohere_rerank(request: Request, asked: RerankRequest) -> Any:
     """`/rerank` for Cohere's clients."""
-    results = [{"index": i, "relevance_score": score} for i, score in await ranked(service_of(request), asked)]
+    results = [{"index": i, "relevance_score": score} for i, score in await ranked(request, asked)]
     return {"id": request.state.id, "results": results, "meta": CohereMeta()}
 
 
@@ -216,13 +222,14 @@ async def cohere_embed(request: Request, asked: CohereEmbedRequest) -> Any:
     kinds = asked.embedding_types or ["float"]
     if unknown := set(kinds) - {"float", "base64"}:
         raise RefusalError(400, f"embedding_types: {', '.join(sorted(unknown))} is not there: ask for float or base64")
-    items: list[Item] = [text_item(text, role) for text in asked.texts or ()]
+    items: list[Given] = [text_item(text, role) for text in asked.texts or ()]
     items += [picture_item(image, "images", service.fetch) for image in asked.images or ()]
     items += [only(Content(content=one.content), "inputs", service) for one in asked.inputs or ()]
     if not items:
         raise RefusalError(400, "give texts, images or inputs", "texts")
     if not all(service.pools(item) for item in items):
         raise RefusalError(400, "this model makes more than one vector of an input: use /v2/rerank or /pooling")
-    many = await service.embed_all(items, asked.output_dimension)
+    given: list[Item] = await fetched(request, items)
+    many = await service.embed_all(given, asked.output_dimension)
     made = {kind: [encoded(rows, kind, one=True)["value"] for rows in many] for kind in kinds}
     return {"id": request.state.id, "embeddings": made, "texts": asked.texts or [], "meta": CohereMeta()}

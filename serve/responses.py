@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 
+from cembed.serve.fetching import Url
 from cembed.serve.service import Service
+
+T = TypeVar("T")
 
 TEXTS = {
     400: "The request is not as it should be.",
@@ -59,3 +63,8 @@ def refusals(body: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any
 def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+async def fetched(request: Request, given: Sequence[T | Url]) -> list[T]:
+    """All inputs of a request, none of which is a URL any more. Raises RefusalError."""
+    return await service_of(request).fetched(given, request.state.share)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,23 +21,30 @@ from cembed.runtime.embed.embedder import FULL, Budget, check_slots
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.index.new_pages import NewPage, page_content
+from cembed.runtime.index.search import Hit
 from cembed.runtime.index.views import PageInfo
 from cembed.runtime.intake.opening import bundle_of
+from cembed.runtime.plain_files import open_plain
 from cembed.runtime.scoring.maxsim import maxsim
 from cembed.runtime.updates.versions import CURRENT, resolve
+from cembed.serve.each import each
 from cembed.serve.errors import RefusalError
-from cembed.serve.inputs import Fetcher, Item, Role, Stored, Text
+from cembed.serve.fetching import Fetcher, Url
+from cembed.serve.inputs import Given, Item, Role, Stored, Text
 from cembed.serve.metrics import Metrics
 from cembed.serve.pool import Pool, Reply
-from cembed.serve.settings import Settings
+from cembed.serve.room import Room, Share
+from cembed.serve.settings import MIB, Settings
 from cembed.serve.shelf import Shelf, source_path
 
 PICTURE = 1280
 """Pixels of the longer side of the picture that is kept of a page: enough for the visual tokens of most models."""
 MAX_NAME = 255
+MAX_FILE = 2 << 30
+LOG_SAYS = "the server's log says why"  # which may name paths
 SUFFIXES: Mapping[str, Role] = {"-query": "query", "-passage": "document"}
 T = TypeVar("T")
-R = TypeVar("R")
+log = logging.getLogger("cembed.serve")
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ class Service:
         check_budget(self.manifest, self.manifest.document, settings.budget)
         self._folder = tempfile.TemporaryDirectory(prefix="cembed-")
         self.pool = self.pool_of(root)
-        self.fetch = Fetcher(settings.url_hosts, settings.limits.body)
+        self.fetch = Fetcher(settings.url_hosts, settings.limits.body, settings.limits.fetch)
+        self.room = Room(settings.limits.bodies, lambda: self.pool.busy())  # for bodies, and what is fetched
+        self._copying = asyncio.Semaphore(1)  # large files would fill the disk, or the memory, that copies are in
         self.shelf: Shelf | None = None
         self.failure: str | None = None  # why the workers did not start
         self.metrics = Metrics(self._gauges())
@@ -154,7 +164,7 @@ class Service:
             raise RefusalError(400, str(error), "dimensions") from None
         return budget
 
-    def pools(self, item: Item, num_vectors: int | None = None) -> bool:
+    def pools(self, item: Given, num_vectors: int | None = None) -> bool:
         """Whether a query or page becomes one vector."""
         side = self.manifest.query if isinstance(item, Text) else self.manifest.document
         return side.pooling != "none" or (num_vectors or side.num_vectors) == 1
@@ -195,16 +205,23 @@ class Service:
     async def embed_all(
         self, items: Sequence[Item], dim: int | None = None, num_vectors: int | None = None
     ) -> list[Vectors]:
-        """Vectors of each. Raises RefusalError: too many, or the first that cannot be embedded."""
+        """Vectors of each. Raises RefusalError: the first that cannot be embedded."""
         pairs = self._pairs(items, dim, num_vectors)
         async with self.pool.place():
             return await self._embed_each(pairs)
 
+    async def fetched(self, given: Sequence[T | Url], share: Share) -> list[T]:
+        """All inputs of a request, with the files of URLs, which are in its `share`. Raises RefusalError: too many,
+        or one that cannot be fetched."""
+        if len(given) > self.settings.limits.inputs:
+            raise RefusalError(400, f"{len(given)} inputs: send {self.settings.limits.inputs} at most", "input")
+        urls = [one for one in given if isinstance(one, Url)]
+        files: Iterator[Any] = iter(await self.fetch(urls, share.take) if urls else ())
+        return [next(files) if isinstance(one, Url) else one for one in given]
+
     def _pairs(
         self, items: Sequence[Item], dim: int | None = None, num_vectors: int | None = None
     ) -> list[tuple[Item, Budget]]:
-        if len(items) > self.settings.limits.inputs:
-            raise RefusalError(400, f"{len(items)} inputs: send {self.settings.limits.inputs} at most", "input")
         return [(item, self.budget(item, dim, num_vectors)) for item in items]
 
     async def _embed_each(self, pairs: Sequence[tuple[Item, Budget]]) -> list[Vectors]:
@@ -226,6 +243,14 @@ class Service:
             return self.require_shelf().index.vectors(self.require_shelf().find(page.name).id)
         except CembedError:
             raise RefusalError(404, f"there is no page {page.name[:100]!r} in the index", "documents") from None
+
+    async def search(self, query: Vectors, top: int, where: Mapping[str, Any], source: str | None) -> Sequence[Hit]:
+        """Pages of the index, the best first. Raises RefusalError: it cannot be read."""
+        try:
+            return await self.require_shelf().search(query, top, where, source)
+        except CembedError as error:
+            log.error("the index cannot be searched: %s", error)
+            raise RefusalError(500, f"the index cannot be searched; {LOG_SAYS}") from None
 
     def require_shelf(self) -> Shelf:
         """Raises RefusalError: there is no index."""
@@ -276,7 +301,8 @@ class Service:
         try:
             return await shelf.add(page, picture)
         except CembedError as error:
-            raise RefusalError(503, f"the index cannot be written now: {error}", retry_after=5) from None
+            log.error("the index cannot be written now: %s", error)
+            raise RefusalError(503, f"the index cannot be written now; {LOG_SAYS}", retry_after=5) from None
 
     async def _new_page(self, path: Path, digest: bytes, source: str, number: int) -> tuple[NewPage, bytes, int]:
         """A page to add, its picture, and how many pages the file has. Raises RefusalError."""
@@ -298,20 +324,35 @@ class Service:
     async def picture(self, page: PageInfo) -> bytes:
         """The picture that is kept of a page; of one that `cembed index add` added, it is made now.
 
-        Raises RefusalError: there is none, and the file is not there.
+        Raises RefusalError: there is none, and no file that has what was indexed.
         """
         shelf = self.require_shelf()
         kept = await asyncio.to_thread(shelf.pictures.read, page.serial)
         if kept is not None:
             return kept
         source = source_path(page)
-        if source is None or not source.is_file():
-            raise RefusalError(404, "no picture is kept of this page", code="no_picture")
-        async with self.pool.place():
-            _, arrays = await self.page(source, page.page, FULL, kind="picture", picture=PICTURE)
+        if source is None:
+            raise no_picture()
+        async with self.pool.place(), self._copying:
+            with self.stored(b"") as copy:
+                await asyncio.to_thread(self._copy_indexed, page, source, copy)
+                _, arrays = await self.page(copy, page.page, FULL, kind="picture", picture=PICTURE)
         made = arrays["picture"].tobytes()
         await asyncio.to_thread(shelf.pictures.put, page.serial, made)
         return made
+
+    def _copy_indexed(self, page: PageInfo, source: Path, copy: Path) -> None:
+        """The bytes that a page is of: its file may be another one by now, or the index a stranger's, which names any.
+
+        Raises RefusalError: there are others, or none.
+        """
+        try:
+            digest = copy_file(source, copy)
+        except (OSError, CembedError):
+            raise no_picture() from None
+        content = page_content(digest, page.page, self.settings.page_settings)
+        if self.require_shelf().index.content_of(page.id) != content:
+            raise no_picture()
 
     async def explain(self, page: PageInfo, query: str) -> Reply:
         """Where a page matches a query. Raises RefusalError."""
@@ -321,6 +362,21 @@ class Service:
         async with self.pool.place():
             with self.stored(picture) as path:
                 return await self.page(path, 1, budget, kind="explain", text=text)
+
+
+def no_picture() -> RefusalError:
+    return RefusalError(404, "no picture is kept of this page", code="no_picture")
+
+
+def copy_file(source: Path, copy: Path) -> bytes:
+    """The sha256 of a file's bytes as they were copied. Raises OSError and CembedError: they cannot be read."""
+    digest = hashlib.sha256()
+    with open_plain(Path(os.path.realpath(source)), MAX_FILE) as (file, size), open(copy, "wb") as new:
+        for _ in range(0, size, MIB):  # no more, if it grows
+            part = file.read(MIB)
+            digest.update(part)
+            new.write(part)
+    return digest.digest()
 
 
 def name_of(bundle: Path) -> str:
@@ -343,27 +399,11 @@ def check_budget(manifest: Manifest, side: Side, budget: Budget) -> None:
         raise CembedError(f"dim is {budget.dim}: this bundle's vectors have {length}")
 
 
-async def each(function: Callable[[T], Awaitable[R]], values: Sequence[T], at_once: int) -> list[R]:
-    """`function` of each value, in their order, `at_once` of them at a time; the first error ends the others."""
-    found: dict[int, R] = {}
-    left = enumerate(values)
-
-    async def work() -> None:
-        for i, value in left:
-            found[i] = await function(value)
-
-    tasks = [asyncio.ensure_future(work()) for _ in values[:at_once]]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-    return [found[i] for i in range(len(found))]
-
-
 def check_name(name: str) -> str:
     """A file's name that a client gave, as the index keeps it: never a path of this machine. Raises RefusalError."""
     name = name.strip().lstrip("/\\")
+    if ".." in name.replace("\\", "/").split("/"):
+        raise RefusalError(400, "name: give a file's name, without parts that are ..", "name")
     if len(name) > MAX_NAME or not name.isprintable():
         raise RefusalError(400, f"name: give at most {MAX_NAME} printable characters", "name")
     return name

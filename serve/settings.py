@@ -19,8 +19,8 @@ class Limits:
 
     `queue` requests wait for a worker, for `wait` at most; `answer` is for one page or query in a worker; a `body` is
     sent, and an answer read, within `body_time`, all bodies together are `bodies`; `header_time` is for the lines of a
-    request, of `header` bytes, or the next request of a connection; `inputs` are those of one request, `text` the
-    characters of one; `pictures` are kept of the pages of an index.
+    request, of `header` bytes, or the next request of a connection; `fetch` is for the URLs of one; `inputs` are
+    those of one request, `text` the characters of one; `pictures` are kept of the pages of an index.
     """
 
     queue: int = 64
@@ -32,6 +32,7 @@ class Limits:
     header: int = 1 << 16
     header_time: float = 10.0
     connections: int = 2000
+    fetch: float = 20.0
     drain: float = 30.0
     inputs: int = 2048
     text: int = 1 << 16

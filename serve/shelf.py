@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fnmatch
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.errors import CembedError
 from cembed.runtime.index.index import Index
 from cembed.runtime.index.new_pages import NewPage
-from cembed.runtime.index.search import Found, Hit
+from cembed.runtime.index.search import Hit
 from cembed.runtime.index.views import PageInfo
 from cembed.runtime.intake.opening import bundle_of, check_fits, open_or_create
 
@@ -47,16 +48,24 @@ class Shelf:
                 raise CembedError(f"{error}; --read-only searches it beside another process") from None
         return cls(index, bundle, read_only, pictures)
 
-    async def search(self, query: Vectors, top: int, where: Mapping[str, Any] | None, source: str | None) -> Found:
-        """As `Index.search`."""
+    async def search(
+        self, query: Vectors, top: int, where: Mapping[str, Any] | None, source: str | None
+    ) -> Sequence[Hit]:
+        """As `Index.search`, but `source` is a pattern of what is shown of a source."""
         return await asyncio.to_thread(self._search, query, top, where, source)
 
-    def _search(self, query: Vectors, top: int, where: Mapping[str, Any] | None, source: str | None) -> Found:
+    def _search(self, query: Vectors, top: int, where: Mapping[str, Any] | None, source: str | None) -> Sequence[Hit]:
         if self.read_only and time.monotonic() > self._refreshed + REFRESH_SECONDS:
             self._refreshed = time.monotonic()
             if bundle_of(self.index.folder) == self._bundle:  # else this is served until the server has that one
                 self.index.refresh()
-        return self.index.search(query, top, where=where or None, source=source)
+        asked, pattern = top, None if source is None else f"*{source}"  # with any folder before it
+        while True:
+            hits = self.index.search(query, asked, where=where or None, source=pattern).hits
+            fitting = [hit for hit in hits if source is None or fnmatch.fnmatchcase(shown_source(hit), source)]
+            if len(fitting) >= top or len(hits) < asked:
+                return fitting[:top]
+            asked *= 4  # the pattern fits folders, too
 
     async def add(self, page: NewPage, picture: bytes | None) -> PageInfo:
         """Adds a page; it is on disk when this returns, its picture soon after."""
@@ -81,10 +90,12 @@ class Shelf:
         return self.index.remove(old) if old else 0
 
     def find(self, name: str) -> PageInfo:
-        """A page by its serial or its id. Raises CembedError: there is none."""
+        """A page by its serial or its id, unless that has a path. Raises CembedError: there is none."""
         if name.isascii() and name.isdigit() and len(name) < 19:
             with contextlib.suppress(CembedError):
                 return self.index.serial_info(int(name))
+        if os.path.isabs(name):
+            raise CembedError("pages of files are known by their serials")
         return self.index.info(name)
 
     def change(self, bundle: str, index: Index | None) -> None:

@@ -135,8 +135,9 @@ def read_page(reader: PageReader, path: str, number: int) -> Reading:
         if number == COUNT:
             return {"pages": reader.page_count(path) or 0}, 0
         page, pages = reader.page(path, number)
-    except CembedError as error:  # the decoding process does not start
-        return {"fault": str(error)}, 0
+    except CembedError as error:
+        print(error, file=sys.stderr)  # it names paths of this machine
+        return {"fault": "the decoding process does not start; the server's log says why"}, 0
     return ({"error": page.reason, "pages": pages} if isinstance(page, PageError) else page), pages
 
 

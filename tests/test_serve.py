@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socket import gethostname
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -24,11 +32,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from serving import SAMPLE, Answer, Server, load_sample, sample_pages
 
-from cembed.runtime import Embedder, Index, maxsim
+from cembed.options import PageVectors, Reading, settings_of
+from cembed.runtime import Bundle, Embedder, Index, NewPage, maxsim
+from cembed.runtime.errors import CembedError
+from cembed.runtime.index.new_pages import page_content
 from cembed.runtime.pages.documents import PageReader, require_pages
 from cembed.serve.errors import RefusalError
-from cembed.serve.inputs import Fetcher
+from cembed.serve.fetching import Fetcher
+from cembed.serve.frames import MAX_ARRAYS, MAX_HEADER, NonsenseError, sizes, unpack
 from cembed.serve.settings import MIB
+from cembed.serve.worker import read_page
 
 QUERY = "notice about the pension seminar with emma foster"
 PAGE = sample_pages(1)[0].read_bytes()
@@ -237,38 +250,122 @@ def test_a_file_is_replaced_by_one_with_its_name(tmp_path: Path) -> None:
         assert len(index) == 4
 
 
-def test_files_that_the_command_line_added_are_shown_without_their_place(tmp_path: Path) -> None:
-    from cembed.index_cli import open_to_add
-
-    folder = tmp_path / "private"
-    folder.mkdir()
-    file = folder / "scan.jpg"
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """A file, of which tmp_path / "shelf" has a page with its whole path."""
+    file = tmp_path / "private" / "scan.jpg"
+    file.parent.mkdir()
     file.write_bytes(PAGE)
-    shelf = tmp_path / "shelf"
-    subprocess.run(
-        [sys.executable, "-m", "cembed", "index", "add", shelf, folder.absolute(), "--bundle", SAMPLE], check=True
-    )
-    with Server(tmp_path / "log", index=shelf, read_only=True, worker={"prepack": False}) as server:
+    command = [sys.executable, "-m", "cembed", "index", "add", tmp_path / "shelf", file.parent, "--bundle", SAMPLE]
+    subprocess.run(command, check=True)
+    return file
+
+
+def usual_settings() -> str:
+    """What vectors of pages depend on, without any option."""
+    return settings_of(PageVectors(), Reading(dpi=144.0), Bundle(SAMPLE).manifest.image.skip_blank)
+
+
+def reading(folder: Path) -> Server:
+    """A server that shows the index in a folder, with the settings of the command line."""
+    more: dict[str, Any] = {"read_only": True, "page_settings": usual_settings(), "worker": {"prepack": False}}
+    return Server(folder / "log", index=folder / "shelf", **more)
+
+
+def add_to(shelf: Path, *pages: NewPage) -> None:
+    with Index.open(shelf, write=True) as index:
+        index.add(pages, bundle=load_sample().bundle.hash)
+
+
+def test_files_that_the_command_line_added_are_shown_without_their_place(tmp_path: Path, private: Path) -> None:
+    with reading(tmp_path) as server:
         page = server.get("/search?q=x").json["pages"][0]
         assert page["source"] == "scan.jpg"
         assert server.get(f"/pages/{page['id']}/thumbnail").body[:2] == b"\xff\xd8"
-        file.unlink()
+        private.unlink()
         assert server.get(f"/pages/{page['id']}/thumbnail").status == 200  # it was kept
         assert server.post("/pages", PAGE).status == 403
-        embedder = load_sample()
-        with open_to_add(shelf, embedder, None, ()) as index:  # another process may add
-            from cembed.runtime import NewPage
-
-            index.add([NewPage("x", embedder.embed_query("x"), "/etc/hostname")], bundle=embedder.bundle.hash)
+        vectors = load_sample().embed_query("x")
+        add_to(tmp_path / "shelf", NewPage("x", vectors, "/etc/hostname"))  # another process may add
         time.sleep(1.1)
         later = server.get("/search?q=x").json
         assert later["total"] == 2
         assert later["pages"][0]["source"] == "hostname"
-        refused = server.get(f"/pages/{later['pages'][0]['id']}/thumbnail")
-        assert refused.status == 422  # a file that is no picture
-        assert str(tmp_path) not in refused.message
+        assert server.get(f"/pages/{later['pages'][0]['id']}/thumbnail").status == 404
         log = server.log.read_text()
     assert "error" not in log
+
+
+def test_folders_of_this_machine_cannot_be_guessed(tmp_path: Path, private: Path) -> None:
+    """Patterns are of what is shown, filters of what clients gave, ids with a path are nobody's."""
+    vectors = load_sample().embed_query("x")
+    add_to(tmp_path / "shelf", *(NewPage(f"{i}", vectors, f"/scan/{i}.pdf") for i in range(9)))
+    with reading(tmp_path) as server:
+
+        def found(pattern: str, top: int = 10) -> int:
+            return len(server.get(f"/search?q=x&top={top}&source={quote(pattern)}").json["pages"])
+
+        assert [found(pattern) for pattern in ("scan*", "*.jpg", "*", "[s]can.jpg", "1.pdf")] == [1, 1, 10, 1, 1]
+        assert found("scan*", 1) == 1  # though nine others fit better, by their folder
+        guesses = ["/*", f"{private.parent}*", str(private), "*/scan.jpg", "*private*", "[/s][ct]*.pdf"]
+        assert [found(pattern) for pattern in guesses] == [0] * len(guesses)
+        assert server.get(f"/search?q=x&where=cembed:folder%3D{private.parent}").status == 400
+        for name in (f"{private}#1", f"{private}#2"):
+            assert server.get(f"/pages/{quote(name, '')}").status == 404
+            assert server.post("/rerank", {"query": "x", "documents": [name]}).status == 404
+
+
+def test_a_picture_is_made_only_of_what_was_indexed(tmp_path: Path, private: Path) -> None:
+    """Not where a link leads since, nor of any file that a stranger's index names."""
+    other = tmp_path / "other.jpg"
+    other.write_bytes(sample_pages(2)[1].read_bytes())
+    content = page_content(hashlib.sha256(PAGE).digest(), 1, usual_settings())
+    add_to(
+        tmp_path / "shelf",
+        NewPage("another", None, str(other), content=content),
+        NewPage("none", load_sample().embed_query("x"), str(other)),
+    )
+    with reading(tmp_path) as server:
+        pages = server.get("/search?q=x").json["pages"]
+        (scan,) = (page["id"] for page in pages if page["source"] == "scan.jpg")
+        private.rename(tmp_path / "away.jpg")
+        for target, status in ((other, 404), (tmp_path / "none", 404), (Path("/dev/zero"), 404), (tmp_path, 404)):
+            private.symlink_to(target)
+            assert server.get(f"/pages/{scan}/thumbnail").status == status
+            private.unlink()
+        for page in pages:
+            if page["id"] != scan:
+                assert server.get(f"/pages/{page['id']}/thumbnail").status == 404
+                assert server.get(f"/pages/{page['id']}/explain?q=x").status == 404
+        private.symlink_to(tmp_path / "away.jpg")  # what it leads to is what was indexed
+        assert server.get(f"/pages/{scan}/thumbnail").body[:2] == b"\xff\xd8"
+
+
+def test_what_is_wrong_with_the_index_is_said_without_its_place(tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    with Server(tmp_path / "log", index=shelf, worker={"prepack": False}) as server:
+        assert server.post("/pages", PAGE).status == 200
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1 << 17, -1))  # as a disk that is full
+        answers = [server.post("/pages", path.read_bytes()) for path in sample_pages(20)]
+        refused = next(answer for answer in answers if answer.status != 200)
+        assert (refused.status, refused.message) == (503, "the index cannot be written now; the server's log says why")
+        assert re.search(f"the index cannot be written now: .*{shelf}", server.log.read_text())
+    for file in (path for path in shelf.rglob("*.f16") if path.stat().st_size):
+        file.write_bytes(bytes(file.stat().st_size))
+    with Server(tmp_path / "log", index=shelf, worker={"prepack": False}) as server:
+        refused = server.get("/search?q=x")
+        assert (refused.status, refused.message) == (500, "the index cannot be searched; the server's log says why")
+        assert re.search(f"the index cannot be searched: .*{shelf}", server.log.read_text())
+
+
+def test_where_the_decoding_process_is_is_told_to_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def page(self, path: str, number: int) -> None:
+            raise CembedError(f"check that {sys.executable} works")
+
+    reading, _ = read_page(Broken(), "x", 1)  # type: ignore[arg-type]
+    assert reading == {"fault": "the decoding process does not start; the server's log says why"}
+    assert sys.executable in capsys.readouterr().err
 
 
 def test_a_client_cannot_name_a_file_of_this_machine(server: Server) -> None:
@@ -331,6 +428,8 @@ INFER = "/v2/models/sample/infer"
         ("/embed?page=9", PAGE, 422, ""),
         ("/pages?metadata=[]", PAGE, 400, "JSON object"),
         ("/pages?name=a%0Ab", PAGE, 400, "printable"),
+        ("/pages?name=/../private/scan.png", PAGE, 400, ".."),
+        ("/pages?name=a%5C..%5Cscan.png", PAGE, 400, ".."),
         ("/search?top=0", PAGE, 400, "top"),
         ("/search?where=x", PAGE, 400, "KEY=VALUE"),
         ("/nowhere", b"", 404, ""),
@@ -368,6 +467,19 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
     page = server.get("/")
     assert "script-src 'self'" in page.headers["content-security-policy"]
     assert page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_names_that_others_may_lead_here_are_refused_without_a_token(tmp_path: Path) -> None:
+    """Whoever owns a name may give it this machine's address, so that pages of it ask here as their own origin."""
+    open_to_all: dict[str, Any] = {"host": "0.0.0.0", "allow_hosts": ["pages.example"], "worker": {"prepack": False}}
+    with Server(tmp_path / "log", **open_to_all) as server:
+        refused = server.post("/embed", QUERY, Host="evil.example")
+        assert (refused.status, "--allow-host" in refused.message) == (421, True)
+        assert server.get("/search?q=x", Host="evil.example:8080", Origin="http://evil.example:8080").status == 421
+        for name in ("127.0.0.1", "192.168.1.7:8080", "[fe80::1]:80", "localhost", "pages.example", gethostname()):
+            assert server.get("/health/live", Host=name).status == 200
+    with Server(tmp_path / "log", token="a-token-of-tests", **open_to_all) as server:
+        assert server.get("/metrics", Host="any.example", **TOKEN).status == 200
 
 
 def test_what_is_written_down(server: Server) -> None:
@@ -451,6 +563,15 @@ def raw(server: Server, *parts: bytes, pause: float = 0.0) -> bytes:
         return answer
 
 
+def unfinished(server: Server, path: str, size: int, body: bytes = b"x", **headers: str) -> tuple[socket.socket, bytes]:
+    """A connection with a request of whose body only this is sent, and the line of its answer."""
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {size}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    connection = socket.create_connection(("127.0.0.1", server.port), 8)
+    connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+    return connection, connection.recv(1 << 16).splitlines()[0]
+
+
 def test_slow_senders_are_sent_away(strict: Server) -> None:
     start = time.monotonic()
     assert raw(strict, b"POST /embed HTTP/1.1\r\nHost: localhost\r\n") == b""  # no end of its lines
@@ -467,6 +588,70 @@ def test_endless_lines_of_a_request_end_the_connection(strict: Server) -> None:
     lines = [b"X-%d: " % number + b"a" * 1000 + b"\r\n" for number in range(400)]
     with pytest.raises(OSError, match=r"reset|pipe"):  # it is closed while they are being sent
         raw(strict, b"GET / HTTP/1.1\r\nHost: localhost\r\n", *lines, *[b"X: y\r\n" * 100] * 100, pause=0.001)
+
+
+def test_a_body_that_is_compressed_is_refused(strict: Server) -> None:
+    for kind in ("gzip", "br", "identity, gzip"):
+        assert strict.post("/embed", b"x", **TOKEN, **{"Content-Encoding": kind}).status == 415
+    assert strict.post("/embed", QUERY, **TOKEN, **{"Content-Encoding": "identity"}).status == 200
+
+
+def test_bodies_have_a_limit_together(strict: Server) -> None:
+    """Of 2 MiB; what was held of them is given back, however they ended."""
+    most = b"x" * (MIB - 1)
+    for _ in range(2):
+        with ThreadPoolExecutor(4) as pool:
+            begun = [pool.submit(unfinished, strict, "/embed", MIB, most, **TOKEN) for _ in range(4)]
+        assert {answer.result()[1].split()[1] for answer in begun} == {b"408", b"429"}
+        for answer in begun:
+            answer.result()[0].close()
+    assert [strict.post("/embed", most, **TOKEN).status for _ in range(4)] == [422] * 4
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
+    with Server(tmp_path / "log", limits={"answer": 1.0}, worker={"prepack": False}) as server:
+        (worker,) = children(server.process.pid)
+        os.kill(worker, signal.SIGSTOP)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(server.post, "/embed", QUERY)
+            time.sleep(0.5)
+            second = pool.submit(server.post, "/embed", QUERY)
+            assert (first.result().status, second.result().status) == (504, 200)
+        assert children(server.process.pid) != [worker]
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (b"[]", b""),
+        (b"no JSON", b""),
+        (b"{}", b""),
+        (b'{"arrays": 1}', b""),
+        (b'{"arrays": {"a": 1}}', b""),
+        (b'{"arrays": {"a": ["float64", [1]]}}', bytes(8)),
+        (b'{"arrays": {"a": [[], [1]]}}', bytes(4)),
+        (b'{"arrays": {"a": ["float32", [2]]}}', bytes(4)),
+        (b'{"arrays": {"a": ["float32", [1]]}}', bytes(8)),
+        (b'{"arrays": {"a": ["float32", [-1]]}}', bytes(4)),
+        (b'{"arrays": {"a": ["float32", [-1, -1]]}}', bytes(4)),
+        (b'{"arrays": {"a": ["float32", [1.5]]}}', bytes(4)),
+        (b'{"arrays": {"a": ["float32", ["1"]]}}', bytes(4)),
+        (b'{"arrays": {"a": ["float32", 1]}}', bytes(4)),
+        (b'{"arrays": {"a": ["float32", [1000000000000, 1000000000000]]}}', bytes(4)),
+        (b'{"arrays": {"a": ["uint8", [4]], "b": ["uint8", [-4]]}}', b""),
+        (b"[" * 100_000, b""),
+    ],
+)
+def test_what_a_worker_cannot_have_meant_is_nonsense(header: bytes, body: bytes) -> None:
+    with pytest.raises(NonsenseError):
+        unpack(header, body)
+
+
+@pytest.mark.parametrize(("header", "arrays"), [(MAX_HEADER + 1, 0), (0, MAX_ARRAYS + 1), (2**32 - 1, 2**64 - 1)])
+def test_frames_that_are_too_large_are_nonsense(header: int, arrays: int) -> None:
+    assert sizes(MAX_HEADER.to_bytes(4, "little") + MAX_ARRAYS.to_bytes(8, "little")) == (MAX_HEADER, MAX_ARRAYS)
+    with pytest.raises(NonsenseError):
+        sizes(header.to_bytes(4, "little") + arrays.to_bytes(8, "little"))
 
 
 def test_work_of_clients_that_left_is_dropped(strict: Server) -> None:
@@ -623,17 +808,192 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path, server: Server, argum
     assert len(done.stderr.splitlines()) == 1
 
 
+def fetch(url: str, limit: int = MIB, seconds: float = 5.0, hosts: tuple[str, ...] = ("127.0.0.1",)) -> bytes:
+    """As the server does it."""
+    fetcher = Fetcher(hosts, limit, seconds)
+    (file,) = asyncio.run(fetcher([fetcher.url(url, "input")], lambda size: None))
+    return file.data
+
+
 def test_urls_are_fetched_from_named_hosts_only(server: Server) -> None:
-    fetch = Fetcher(("127.0.0.1",), MIB)
-    picture = fetch(f"{server.url}/pages/0/thumbnail", "input")
-    assert picture[:2] == b"\xff\xd8"
+    picture = fetch(f"{server.url}/pages/0/thumbnail")
+    assert picture == server.get("/pages/0/thumbnail").body
     for url in (
         server.url.replace("127.0.0.1", "localhost"),
         "http://[",
         f"{server.url}/nowhere",
         "http://127.0.0.1:1/",
+        "http://127.0.0.1:99999/",
+        f"http://x:80@127.0.0.1:{server.port}/",
+        f"{server.url}/a b",
+        f"{server.url}/a\r\nX: y",
+        f"{server.url}/\u00e9",
     ):
-        with pytest.raises(RefusalError):
-            fetch(url, "input")
+        with pytest.raises(RefusalError) as refused:
+            fetch(url)
+        assert refused.value.status == 400
     with pytest.raises(RefusalError, match="more than 10 bytes"):
-        Fetcher(("127.0.0.1",), 10)(f"{server.url}/pages/0/thumbnail", "input")
+        fetch(f"{server.url}/pages/0/thumbnail", 10)
+
+
+@contextlib.contextmanager
+def site(answer: bytes, drip: bytes = b"", pause: float = 0.1) -> Iterator[tuple[str, list[bytes]]]:
+    """A URL of 127.0.0.1 with this answer, after which `drip` comes for ever; and the requests that were seen."""
+    seen = list[bytes]()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            seen.append(self.request.recv(1 << 16))
+            with contextlib.suppress(OSError):
+                self.request.sendall(answer)
+                while drip:
+                    self.request.sendall(drip)
+                    time.sleep(pause)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.daemon_threads = True
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}/page.jpg", seen
+        listening.shutdown()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+def test_a_redirect_is_not_followed_and_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = "HTTP/1.1 302 Found\r\nLocation: {}\r\n\r\n"
+    with site(OK + b"\r\nno") as (other, seen), site(moved.format(other).encode()) as (url, asked):
+        with pytest.raises(RefusalError, match="status 302"):
+            fetch(url)
+        assert (len(asked), seen) == (1, [])
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "https_proxy"):
+            monkeypatch.setenv(name, url)
+        assert fetch(other) == b"no"
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (OK + b"Content-Length: 3\r\n\r\nabc", b"abc"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", b"abc"),
+        (OK + b"\r\nabc", b"abc"),
+        (OK + b"Content-Length: 4\r\n\r\nabc", None),
+        (OK + b"\r\n", None),
+        (b"no HTTP", None),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", None),
+        (b"", None),
+    ],
+)
+def test_answers_of_urls(answer: bytes, body: bytes | None) -> None:
+    with site(answer) as (url, _):
+        if body is not None:
+            assert fetch(url) == body
+        else:
+            with pytest.raises(RefusalError, match="gave no picture"):
+                fetch(url)
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_url_that_drips_is_given_up(start: bytes) -> None:
+    """In its lines as in its body."""
+    with site(start, b"x") as (url, seen):
+        begun = time.monotonic()
+        with pytest.raises(RefusalError, match="longer than 1 s"):
+            fetch(url, seconds=1.0)
+        assert time.monotonic() - begun < 10
+        assert len(seen) == 1
+
+
+def test_the_server_answers_while_urls_drip(tmp_path: Path) -> None:
+    limits = {"inputs": 40, "body": MIB, "bodies": 2 * MIB, "fetch": 3.0}
+    with (
+        site(OK + b"\r\n", b"x") as (url, seen),
+        site(OK + b"\r\n", b"x" * (1 << 16), 0.0) as (flood, _),
+        Server(tmp_path / "log", url_hosts=["127.0.0.1"], limits=limits, worker={"prepack": False}) as server,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        documents = [pool.submit(server.post, "/rerank", {"query": "x", "documents": [url] * 40}) for _ in range(2)]
+        refused = [answer.result() for answer in documents]
+        assert {(answer.status, answer.message) for answer in refused} == {(400, "41 inputs: send 40 at most")}
+        assert seen == []  # there are too many
+        asked = pool.submit(server.post, "/rerank", {"query": "x", "documents": [url] * 20})
+        while len(seen) < 8:
+            time.sleep(0.05)
+        assert server.get("/health/live").status == 200
+        assert not asked.done()
+        large = server.post("/pooling", {"input": [flood] * 3, "input_type": "document"})
+        assert (large.status, "more than" in large.message) == (400, True)
+        odd = server.post("/pooling", {"input": url.replace("127", "x:80@127"), "input_type": "document"})
+        assert (odd.status, "user" in odd.message) == (400, True)
+        answer = asked.result()
+        assert (answer.status, "longer than 3 s" in answer.message) == (400, True)
+        assert "Traceback" not in server.log.read_text()
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the server ends it before the time of the socket is over; what it sends is passed over."""
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("size", "headers", "status"), [(MIB, {}, b"401"), (2 * MIB, TOKEN, b"413"), (10, {**TOKEN, "X": "y"}, b"408")]
+)
+def test_a_connection_ends_whose_body_nobody_waits_for(
+    strict: Server, size: int, headers: dict[str, str], status: bytes
+) -> None:
+    connection, line = unfinished(strict, "/embed", size, **headers)
+    with connection:
+        assert status in line
+        connection.sendall(b"x")
+        assert closed(connection)
+
+
+def test_a_connection_ends_that_was_refused_before_its_body(tmp_path: Path) -> None:
+    """By the short way, where no more requests may wait: a worker that is stopped holds those that do."""
+    limits = {"queue": 1, "header_time": 1, "body_time": 2.0}
+    with Server(tmp_path / "log", limits=limits, worker={"prepack": False}) as server, ThreadPoolExecutor(40) as pool:
+        (worker,) = children(server.process.pid)
+        os.kill(worker, signal.SIGSTOP)
+        waiting = [pool.submit(server.post, "/embed", QUERY) for _ in range(33)]
+        end = time.monotonic() + 30
+        line = b""
+        while b" 429 " not in line:
+            assert time.monotonic() < end
+            connection, line = unfinished(server, "/embed", MIB)
+            with connection:
+                connection.sendall(b"x")
+                assert closed(connection)
+        again = server.connect(10)
+        for _ in range(3):  # who sends all of a body may go on
+            again.request("POST", "/embed", b"x" * (200 << 10))
+            answer = again.getresponse()
+            assert (answer.status, bool(answer.read())) == (429, True)
+        os.kill(worker, signal.SIGCONT)
+        assert {answer.result().status for answer in waiting} == {200}
+
+
+def test_a_connection_ends_whose_answers_are_not_read(tmp_path: Path) -> None:
+    limits = {"body_time": 1.0, "header_time": 1}
+    with Server(tmp_path / "log", limits=limits, worker={"prepack": False}) as server:
+        files = Path(f"/proc/{server.process.pid}/fd")
+        before = len(list(files.iterdir()))
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.settimeout(1)
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    connection.sendall(b"GET /static/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    time.sleep(0.003)
+            end = time.monotonic() + 30
+            while len(list(files.iterdir())) > before:
+                assert time.monotonic() < end
+                time.sleep(0.1)

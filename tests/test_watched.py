@@ -20,9 +20,10 @@ import pytest
 from serving import SAMPLE, Server, sample_pages
 from test_cli import Outcome, cembed
 
-from cembed.runtime import Bundle, Embedder
+from cembed.runtime import Bundle, Embedder, NewPage
 from cembed.runtime.index.index import Index
 from cembed.runtime.intake import swap
+from cembed.runtime.intake.sources import Sources
 from cembed.runtime.pages.documents import PageReader
 from cembed.runtime.writer import write_self_test
 from cembed.serve.notify import Notifier
@@ -377,6 +378,45 @@ def test_a_server_makes_its_index_anew(
     assert is_of(index, other)
     shutil.copy(sample_pages(4)[3], folder / "new.jpg")
     wait_for(lambda: "new.jpg" in found(server), server.log)
+
+
+def test_what_clients_name_is_never_read(
+    folder: Path,
+    tmp_path: Path,
+    link: Path,
+    other: Path,
+    serve: Callable[..., Command],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when the index is made anew from its files: one that was sent has none, though a file has its name."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for place in (tmp_path / "secret.jpg", tmp_path / "work" / "secret.jpg"):
+        shutil.copy(sample_pages(5)[4], place)
+    sent, index = sample_pages(4)[3].read_bytes(), tmp_path / "index"
+    server = serve(link, "--index", index, "--watch", folder, "--reembed", *QUICK)
+    wait_for(lambda: len(found(server)) == 3, server.log)
+    names = ("/../secret.jpg", "../secret.jpg", "work/../../secret.jpg", "secret.jpg", "../work/secret.jpg")
+    assert [server.post(f"/pages?name={name}", sent).status for name in names] == [400, 400, 400, 200, 400]
+    lead_to(link, other)
+    wait_for(lambda: model(server) == Bundle(other).hash, server.log)
+    assert sorted(found(server)) == [path.name for path in sample_pages(3)]
+    assert "secret.jpg#1" in server.log.read_text()  # it is only in the old index
+
+
+def test_a_relative_source_of_no_known_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name in ("sent.jpg", "added.jpg", "up.jpg"):
+        (tmp_path / name).touch()
+        (tmp_path / "work" / name).touch()
+    vectors, folder = np.ones((1, 8), np.float32), str(tmp_path)
+    pages = [NewPage("1", vectors, "sent.jpg"), NewPage("2", vectors, "../up.jpg")]
+    with Index.create(tmp_path / "index", dim=8, bundle="0" * 64) as index:
+        index.add([*pages, NewPage("3", vectors, "added.jpg", folder=folder)], bundle="0" * 64)
+        found = Sources(index)
+    assert found.files() == [f"{folder}/added.jpg"]
+    assert [found.find(f"{tmp_path}/{name}.jpg") for name in ("work/sent", "up", "added")] == [None, None, "added.jpg"]
 
 
 def test_a_reading_server_goes_along(

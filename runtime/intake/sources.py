@@ -40,7 +40,8 @@ class Document:
 class Sources:
     """The files that an index has pages of, found by any spelling of their paths.
 
-    A relative source starts where it was added from; if it is not there any more, in the working directory.
+    A relative source starts where it was added from; if it is not there any more, in the working directory. Where that
+    is not known it is no file here, but a name that somebody sent.
     """
 
     def __init__(self, index: IndexReader, before: Sources | None = None) -> None:
@@ -48,7 +49,7 @@ class Sources:
         self._known, self._before = index.sources(), before
         self._at: dict[str, str] = {}
         for source in self._known:
-            self._at.setdefault(self._place(source), source)
+            self._note(source)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
@@ -56,8 +57,15 @@ class Sources:
     def _then(self, source: str) -> str:
         return os.path.join(self._known[source].folder or "", source)
 
-    def _place(self, source: str) -> str:
+    def _note(self, source: str) -> None:
+        place = self._place(source)
+        if place is not None:
+            self._at.setdefault(place, source)
+
+    def _place(self, source: str) -> str | None:
         then = self._then(source)
+        if not os.path.isabs(then):
+            return None
         here = not os.path.lexists(then) and os.path.lexists(source)
         return os.path.realpath(source if here else then)
 
@@ -91,14 +99,20 @@ class Sources:
         return [source for place, source in self._at.items() if place.startswith(os.path.join(folder, ""))]
 
     def place(self, source: str) -> str:
-        """The path of a source's file, without links."""
-        return self._place(source)
+        """The path of the file that a source is, without links."""
+        place = self._place(source)
+        assert place is not None, f"{source = }"
+        return place
+
+    def files(self) -> list[str]:
+        """The paths of all sources that are files, without links."""
+        return [place for source in self._known if (place := self._place(source)) is not None]
 
     def add(self, source: str, folder: str | None, number: int) -> None:
         """A page that the index has now."""
         if source not in self._known:
             self._known[source] = Source([], folder)
-            self._at.setdefault(self._place(source), source)
+            self._note(source)
         numbers = self._known[source].numbers
         assert isinstance(numbers, list)
         place = bisect.bisect_left(numbers, number)
@@ -114,5 +128,5 @@ class Sources:
         if not left:
             place = self._place(source)
             del self._known[source]
-            if self._at.get(place) == source:
+            if place is not None and self._at.get(place) == source:
                 del self._at[place]

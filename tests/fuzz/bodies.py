@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from cembed.serve import kserve_api, openai_api, own_api, rerank_api
 from cembed.serve.errors import RefusalError
-from cembed.serve.inputs import Fetcher
+from cembed.serve.fetching import Fetcher
 
-SERVICE: Any = SimpleNamespace(fetch=Fetcher((), 1 << 20), role_of_model=lambda name: None)
+SERVICE: Any = SimpleNamespace(fetch=Fetcher((), 1 << 20, 1.0), role_of_model=lambda name: None)
 
 
 def embeddings(given: Any) -> None:
