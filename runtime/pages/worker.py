@@ -161,8 +161,7 @@ class _Decoder:
 
 def _open(file: File | None, settings: Settings) -> Document:
     assert file is not None, "a page was asked for before there was a file"
-    with file.stream() as stream:
-        kind = kind_of(stream.read(START_BYTES))
+    kind = kind_of(os.pread(file.descriptor, START_BYTES, 0))
     if kind == "PDF" or (kind is None and file.named_pdf):
         return Pdf(file, settings)
     if kind is None:
