@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -78,5 +79,7 @@ def _embed(embedder: Embedder, page: Page, budget: Budget) -> EmbeddedPage | Pag
     except CembedError as error:
         return PageError(page.path, page.number, str(error))
     except MemoryError:
+        if resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY:
+            raise  # it is no fault of the page
         return PageError(page.path, page.number, NO_MEMORY)
     return EmbeddedPage(page.path, page.number, vectors, page.warning)

@@ -154,7 +154,7 @@ class Pool:
         self.capacity = workers * IN_FLIGHT
         self._workers = [Worker(settings) for _ in range(workers)]
         self._free, self._pages = (asyncio.Semaphore(workers * each) for each in (IN_FLIGHT, PAGES_IN_FLIGHT))
-        self._restarting: asyncio.Task[None] | None = None
+        self._restarting: dict[Worker, asyncio.Task[None]] = {}
         self._tried = asyncio.Event()  # of this attempt to start one
         self._inside, self._open = 0, asyncio.Event()
         self._open.set()
@@ -179,8 +179,8 @@ class Pool:
 
     async def close(self) -> None:
         self.ready = False
-        if self._restarting is not None:
-            self._restarting.cancel()
+        for restarting in self._restarting.values():
+            restarting.cancel()
         await asyncio.gather(*(worker.end() for worker in self._workers))
 
     @property
@@ -271,32 +271,32 @@ class Pool:
 
     async def _idlest(self) -> Worker:
         """The living worker with the least to do; one that ended is started again meanwhile."""
-        if self._restarting is None and any(not worker.alive for worker in self._workers):
-            self._restarting = asyncio.ensure_future(self._restart())
+        for worker in self._workers:
+            if not worker.alive and worker not in self._restarting:
+                self._restarting[worker] = asyncio.ensure_future(self._restart(worker))
         while not (living := [worker for worker in self._workers if worker.alive]):
             if not self.ready:
                 raise RefusalError(503, "no worker can be started; the server's log says why", retry_after=30)
             await self._tried.wait()
         return min(living, key=lambda worker: worker.load)
 
-    async def _restart(self) -> None:
-        """Starts workers that ended, again and again: what kept one from it may pass."""
+    async def _restart(self, worker: Worker) -> None:
+        """Starts one that ended, again and again: what keeps it from it may pass."""
         pause = RESTART_SECONDS
         try:
-            while dead := [worker for worker in self._workers if not worker.alive]:
-                for worker in dead:
-                    await worker.end()
-                    await self._start_again(worker)
-                if any(not worker.alive for worker in dead):
+            while not worker.alive:
+                await worker.end()
+                await self._start_again(worker)
+                if not worker.alive:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
         finally:
-            self._restarting = None
+            del self._restarting[worker]
 
     async def _start_again(self, worker: Worker) -> None:
         try:
             await worker.start()
-        except CembedError as error:
+        except Exception as error:  # whatever it is, it is tried again
             log.error("a worker cannot be started: %s", error)
         self.ready = any(worker.alive for worker in self._workers)
         self._tried.set()

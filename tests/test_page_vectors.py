@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from cembed.runtime import (
     embed_pages,
     find_documents,
 )
+from cembed.runtime.page_vectors import NO_MEMORY
 from cembed.runtime.pages.documents import require_pages
 
 COLOURS = ("red", "green", "blue")
@@ -134,6 +136,16 @@ def test_what_is_no_fault_of_a_page_ends_the_run(
     with pytest.raises(MemoryError):
         next(pages)
     assert children() == before
+
+
+def test_where_memory_was_bounded_a_page_is_alone_that_needs_more(
+    embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, 2, MemoryError())
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 40, resource.RLIM_INFINITY))
+    pages = list(embed_documents(embedder, [folder]))
+    assert pages[1] == PageError(f"{folder}/a.pdf", 2, NO_MEMORY)
+    assert sum(isinstance(page, EmbeddedPage) for page in pages) == 2
 
 
 def test_the_decoding_process_ends_with_the_iteration(embedder: Embedder, folder: Path) -> None:

@@ -40,8 +40,8 @@ class Document:
 class Sources:
     """The files that an index has pages of, found by any spelling of their paths.
 
-    A relative source starts where it was added from; if it is not there any more, in the working directory. Where that
-    is not known it is no file here, but a name that somebody sent.
+    A relative source starts where it was added from; if it is not there any more, or that is not known, in the working
+    directory. Where it is not known it may be a name that somebody sent: files are found by it, none is opened for it.
     """
 
     def __init__(self, index: IndexReader, before: Sources | None = None) -> None:
@@ -49,7 +49,7 @@ class Sources:
         self._known, self._before = index.sources(), before
         self._at: dict[str, str] = {}
         for source in self._known:
-            self._note(source)
+            self._at.setdefault(self.place(source), source)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
@@ -57,22 +57,16 @@ class Sources:
     def _then(self, source: str) -> str:
         return os.path.join(self._known[source].folder or "", source)
 
-    def _note(self, source: str) -> None:
-        place = self._place(source)
-        if place is not None:
-            self._at.setdefault(place, source)
-
-    def _place(self, source: str) -> str | None:
+    def place(self, source: str) -> str:
+        """The path of a source's file, without links."""
         then = self._then(source)
-        if not os.path.isabs(then):
-            return None
         here = not os.path.lexists(then) and os.path.lexists(source)
         return os.path.realpath(source if here else then)
 
     def find(self, path: str) -> str | None:
         """The source that is the file at `path`."""
         real = os.path.realpath(path)
-        same = path in self._known and self._place(path) == real
+        same = path in self._known and self.place(path) == real
         return path if same else self._at.get(real)
 
     def name(self, path: str) -> tuple[str, str | None]:
@@ -96,23 +90,21 @@ class Sources:
 
     def below(self, folder: str) -> list[str]:
         """Sources whose files are, or were, in a folder."""
-        return [source for place, source in self._at.items() if place.startswith(os.path.join(folder, ""))]
-
-    def place(self, source: str) -> str:
-        """The path of the file that a source is, without links."""
-        place = self._place(source)
-        assert place is not None, f"{source = }"
-        return place
+        inside = os.path.join(folder, "")
+        return [source for place, source in self._at.items() if place.startswith(inside) and self._is_file(source)]
 
     def files(self) -> list[str]:
-        """The paths of all sources that are files, without links."""
-        return [place for source in self._known if (place := self._place(source)) is not None]
+        """The paths of all sources that are known to be files, without links."""
+        return [self.place(source) for source in self._known if self._is_file(source)]
+
+    def _is_file(self, source: str) -> bool:
+        return os.path.isabs(self._then(source))
 
     def add(self, source: str, folder: str | None, number: int) -> None:
         """A page that the index has now."""
         if source not in self._known:
             self._known[source] = Source([], folder)
-            self._note(source)
+            self._at.setdefault(self.place(source), source)
         numbers = self._known[source].numbers
         assert isinstance(numbers, list)
         place = bisect.bisect_left(numbers, number)
@@ -126,7 +118,7 @@ class Sources:
         left = sorted(set(self._known[source].numbers) - set(numbers))
         self._known[source] = Source(left, self._known[source].folder)
         if not left:
-            place = self._place(source)
+            place = self.place(source)
             del self._known[source]
-            if place is not None and self._at.get(place) == source:
+            if self._at.get(place) == source:
                 del self._at[place]
