@@ -51,8 +51,10 @@ TENTHS = 10
 MAX_GROWTH = 0.02
 TEXTS = ("warranty period", "invoice of May", "who signed it?", "a longer question about the third table of page two")
 SIZES = ((64, 64), (96, 64), (64, 128), (140, 112))
-REFUSALS = (422, 429, 500, 503, 507)
+REFUSALS = (422, 429, 500, 503, 504)
 """What a server may say of a request while something fails; of 422 only what memory and processes are named for."""
+LIMITS = {"answer": 20.0}
+"""Seconds: a worker whose threads find no memory hangs."""
 
 
 def picture(number: int) -> bytes:
@@ -309,7 +311,7 @@ def server(bundle: Path, seconds: float, disk: Path | None, seed: int, workers: 
     both = {side: budgets(embedder, side) for side in ("query", "document")}
     with place(disk) as folder, tempfile.TemporaryDirectory() as logs:
         index, log = folder / "index", Path(logs) / "log"
-        with Server(log, bundle, index=index, workers=workers) as running:
+        with Server(log, bundle, index=index, workers=workers, limits=LIMITS) as running:
             descriptors = psutil.Process(running.process.pid).num_fds()
             clients, end = Clients(running, answers, both), time.monotonic() + seconds
             with (
