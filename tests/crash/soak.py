@@ -195,9 +195,10 @@ class Disk:
 class Trouble:
     """Makes one at a time, and ends it."""
 
-    def __init__(self, server: Server, disk: Disk | None, seed: int) -> None:
+    def __init__(self, server: Server, disk: Disk | None, seed: int, ceilings: bool) -> None:
         self._process, self._disk, self._rng = psutil.Process(server.process.pid), disk, random.Random(seed)
-        self._kinds = [self._kill_worker, self._kill_decoder, self._limit_memory, *([self._fill] if disk else [])]
+        self._kinds = [self._kill_worker, self._kill_decoder]
+        self._kinds += [self._limit_memory] * ceilings + [self._fill] * (disk is not None)
         self.made = Counter[str]()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -304,8 +305,12 @@ def place(disk: Path | None) -> Iterator[Path]:
             yield Path(folder)
 
 
-def server(bundle: Path, seconds: float, disk: Path | None, seed: int, workers: int = 2) -> Clients:
-    """Raises AssertionError: an answer is wrong, or a page that was added is not there or has other vectors."""
+def server(
+    bundle: Path, seconds: float, disk: Path | None, seed: int, workers: int = 2, ceilings: bool = True
+) -> Clients:
+    """A worker that meets a ceiling of memory as it starts may hang for minutes, which short runs have no time for.
+
+    Raises AssertionError: an answer is wrong, or a page that was added is not there or has other vectors."""
     answers = Answers(bundle)
     embedder = Embedder.load(bundle)
     both = {side: budgets(embedder, side) for side in ("query", "document")}
@@ -315,7 +320,7 @@ def server(bundle: Path, seconds: float, disk: Path | None, seed: int, workers: 
             descriptors = psutil.Process(running.process.pid).num_fds()
             clients, end = Clients(running, answers, both), time.monotonic() + seconds
             with (
-                Trouble(running, Disk(folder) if disk else None, seed) as trouble,
+                Trouble(running, Disk(folder) if disk else None, seed, ceilings) as trouble,
                 ThreadPoolExecutor(THREADS) as pool,
             ):
                 for _ in pool.map(lambda i: clients.run(seed + i, lambda: time.monotonic() > end), range(THREADS)):

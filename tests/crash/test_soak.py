@@ -22,5 +22,5 @@ def test_answers_of_many_threads_are_those_of_one(bundle: Path) -> None:
 
 
 def test_what_was_answered_is_right_and_stays(bundle: Path) -> None:
-    clients = soak.server(bundle, 600.0 if LONG else 12.0, None, seed=1)
+    clients = soak.server(bundle, 600.0 if LONG else 12.0, None, seed=1, ceilings=LONG)
     assert clients.added
