@@ -26,7 +26,7 @@ test-oldest:
 	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet torch==2.13.0
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[export,dev]'
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --all
 
 # The C++ kernels by themselves, with the compiler's checks of memory, arithmetic and threads.
 SANITIZERS := address,undefined thread
@@ -105,7 +105,7 @@ test-arm: $(NATIVE) $(wildcard runtime/native/*.h)
 
 # Kills, failing disks, power cuts, flipped bytes, hostile files: the long runs. strace is used where it is installed.
 test-crash: $(VENV)/ready
-	CEMBED_CRASH=long $(BIN)/python -m pytest -rP tests/crash
+	CEMBED_CRASH=long $(BIN)/python -m pytest -rP --all tests/crash
 	$(BIN)/python tests/fuzz_index.py --seconds 300
 
 lint: $(VENV)/ready
