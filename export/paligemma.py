@@ -3,6 +3,7 @@
 Graph contract of `vision.onnx` (B images, P patches = visual tokens):
 
     pixel_values      float32 [B, P, 3 * patch**2]
+    patch_positions   int64   [P, 2]                row and column of each patch
     image_features    float32 [B, P, hidden]    scaled as Gemma's input embeddings are
 """
 
@@ -39,8 +40,9 @@ class SiglipTower(nn.Module):
         self.vision_tower = SiglipModel(config)
         self.multi_modal_projector = Projector(config)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.multi_modal_projector.linear(self.vision_tower(pixel_values, self.dialect)).float()
+    def forward(self, pixel_values: Tensor, patch_positions: Tensor) -> Tensor:
+        features = self.vision_tower(pixel_values, self.dialect, patch_positions)
+        return self.multi_modal_projector.linear(features).float()
 
 
 def from_hf(config: Settings, processor: Settings) -> Backbone:
@@ -63,7 +65,8 @@ def from_hf(config: Settings, processor: Settings) -> Backbone:
         slot_positions="continue",
         prompt_attention="bidirectional",
         vision_inputs=(
-            TensorSpec("pixel_values", "float32", ("batch_size", vision.num_patches, 3 * vision.patch_size**2)),
+            TensorSpec("pixel_values", "float32", ("batch_size", "num_patches", 3 * vision.patch_size**2)),
+            TensorSpec("patch_positions", "int64", ("num_patches", 2)),
         ),
         vision_prefix="",
         build_vision=partial(SiglipTower, vision),

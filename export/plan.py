@@ -36,7 +36,6 @@ from cembed.runtime.bundle.manifest import (
     SelfTest,
     Side,
     SlotPositions,
-    reads_parts,
 )
 from cembed.runtime.bundle.prompts import QUERY_POSITIONS, Prompter, check_prompt, longest_page
 from cembed.runtime.errors import CembedError
@@ -94,9 +93,7 @@ class ExportOptions:
 
 
 def image_of(backbone: Backbone, options: ExportOptions) -> ImageProcessing:
-    """Raises CembedError: a limit that no page keeps, blank paper that the backbone cannot skip."""
-    if options.skip_blank and not reads_parts(backbone.image, backbone.vision_inputs):
-        raise CembedError(f"--skip-blank: pages of {backbone.name} are read whole; leave it out")
+    """Raises CembedError: a limit that no page keeps."""
     return replace(backbone.image.limited(options.max_visual_tokens), skip_blank=options.skip_blank)
 
 

@@ -41,6 +41,13 @@ class PositionEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_patches, config.hidden_size), requires_grad=False)
         self._config = config
 
+    def at(self, patch_positions: Tensor | None) -> Tensor:
+        """Rows [P, hidden] of patches in these rows and columns [P, 2]; of all of them without."""
+        if patch_positions is None:
+            return self.weight
+        side = self._config.image_size // self._config.patch_size
+        return self.weight.index_select(0, patch_positions[:, 0] * side + patch_positions[:, 1])
+
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.shape != self.weight.shape or not self._config.patch_order:
             return tensor
@@ -92,9 +99,9 @@ class SiglipModel(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor, dialect: Dialect) -> Tensor:
-        """Rows [B, P, hidden] of images [B, P, 3 * patch**2]."""
-        positions = self.embeddings.position_embedding.weight
+    def forward(self, pixel_values: Tensor, dialect: Dialect, patch_positions: Tensor | None = None) -> Tensor:
+        """Rows [B, P, hidden] of images [B, P, 3 * patch**2]; of some patches with their `patch_positions`."""
+        positions = self.embeddings.position_embedding.at(patch_positions)
         x = self.embeddings.patch_embedding(pixel_values.to(positions.dtype)) + positions
         for layer in self.encoder.layers:
             x = layer(x, dialect)

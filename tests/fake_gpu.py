@@ -253,7 +253,7 @@ class FakeContext:
             for tensor in self.engine.graph.inputs
             for axis, size in zip(tensor.shape, self.shapes.get(tensor.name, (1,)), strict=True)
         }
-        group = 4 if "patch_positions" in self.engine.tensors else 1
+        group = self.engine.profiles[0]["num_patches"][0] if "patch_positions" in self.engine.tensors else 1
         axes["num_visual_tokens"] = axes.get("num_patches", self.shapes.get("pixel_values", (0, 0))[1]) // group
         return tuple(axes[axis] if isinstance(axis, str) else axis for axis in self.engine.tensors[name].shape)
 

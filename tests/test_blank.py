@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import BACKBONE_OF, GOLDEN, BundleMaker
@@ -41,7 +43,7 @@ SIDE, ROWS, COLUMNS = 28, 12, 8
 GREY = ((0.5,) * 3, (0.5,) * 3)
 SPEC = ImageProcessing("smart", 14, 2, 3136, 75264, 1 / 255, *GREY)
 TILED = ImageProcessing("tiles", 14, 2, 3136, 75264, 1 / 255, *GREY, tiles=Tiles(56, 336, "", "", "", ""))
-READ_IN_PARTS = [name for name, backbone in BACKBONE_OF.items() if backbone != "paligemma"]
+TILED_KINDS = ("colidefics3", "colmodernvbert")
 
 
 def levels(values: NDArray[np.float64]) -> Pixels:
@@ -170,7 +172,7 @@ def tall(pixels: Pixels) -> Pixels:
     return np.concatenate([pixels, np.broadcast_to(pixels[-1, -1], pixels.shape)])
 
 
-@pytest.mark.parametrize("name", [name for name in READ_IN_PARTS if name not in ("colidefics3", "colmodernvbert")])
+@pytest.mark.parametrize("name", [name for name in BACKBONE_OF if name not in TILED_KINDS])
 def test_what_is_read_stays_where_it_is(name: str, bundle_of: BundleMaker) -> None:
     skipping, whole = pair(bundle_of(name))
     read, prompt, full = skipping.kept(page()), skipping.inputs.document(page()), whole.inputs.document(page())
@@ -181,10 +183,7 @@ def test_what_is_read_stays_where_it_is(name: str, bundle_of: BundleMaker) -> No
     start = int(np.argmax(image))
     stay[start : start + count] = read.reshape(-1)
     assert np.array_equal(prompt.positions, full.positions[:, stay])
-    text = np.flatnonzero(~image)
-    rows = full.rows["inputs_embeds"]
-    assert np.array_equal(prompt.rows["inputs_embeds"][: text[0] + 1], rows[: text[0] + 1])
-    assert np.array_equal(prompt.rows["inputs_embeds"][-1], rows[-1])
+    assert np.array_equal(prompt.rows["inputs_embeds"][~image[stay]], full.rows["inputs_embeds"][~image])
     assert (skipping.tokens_read.read, skipping.tokens_read.of) == (read.sum(), read.size)
 
 
@@ -193,7 +192,7 @@ def prompt_of(embedder: Embedder) -> Mask:
     return embedder.inputs.prompter.document(manifest.document.prompt, read.size) == manifest.image_token_id
 
 
-@pytest.mark.parametrize("name", READ_IN_PARTS)
+@pytest.mark.parametrize("name", BACKBONE_OF)
 def test_where_nothing_is_blank_nothing_changes(name: str, bundle_of: BundleMaker) -> None:
     skipping, whole = pair(bundle_of(name))
     for picture in (photo(1), photo(2)[:200]):
@@ -201,7 +200,7 @@ def test_where_nothing_is_blank_nothing_changes(name: str, bundle_of: BundleMake
         assert np.array_equal(skipping.embed_image(picture), whole.embed_image(picture))
 
 
-@pytest.mark.parametrize("name", READ_IN_PARTS)
+@pytest.mark.parametrize("name", BACKBONE_OF)
 def test_batch_mates_do_not_matter(name: str, bundle_of: BundleMaker) -> None:
     skipping, whole = pair(bundle_of(name))
     pages = [tall(page()), photo(), tall(page((246, 236, 200), noise=4)), np.full((336, 224, 3), 255, np.uint8)]
@@ -285,7 +284,7 @@ def test_vectors_are_those_of_torch_for_what_is_read(backbone: str, paper: str, 
     assert np.abs(model.embedder.embed_image(picture) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["colidefics3", "colmodernvbert"])
+@pytest.mark.parametrize("name", TILED_KINDS)
 def test_blank_tiles_go_with_their_markers(name: str, bundle_of: BundleMaker) -> None:
     skipping, whole = pair(bundle_of(name))
     picture = tall(page())
@@ -334,14 +333,39 @@ def test_the_bundle_says_what_happens_unless_the_caller_does(causal_bundle: Path
         assert np.array_equal(embedder.embed_image(page()), expected.embed_image(page()))
 
 
-@pytest.mark.parametrize("name", ["colpali", "causalpali"])
+@pytest.fixture
+def whole_bundle(bundle_of: BundleMaker, tmp_path: Path) -> Path:
+    """A PaliGemma as it was exported before patches had places: all rows of their table are added."""
+    root = Path(shutil.copytree(bundle_of("colpali"), tmp_path / "whole"))
+    raw, graph = read(root), onnx.load(root / "vision.onnx", load_external_data=False)
+    image = Bundle(root).manifest.image
+    side = int(image.max_pixels**0.5) // image.patch_size
+    kept = [tensor for tensor in graph.graph.input if tensor.name == "pixel_values"]
+    kept[0].type.tensor_type.shape.dim[1].dim_value = side**2
+    del graph.graph.input[:]
+    graph.graph.input.extend(kept)
+    nodes = list(graph.graph.node)
+    rows = next(node for node in nodes if node.op_type == "Gather" and "position_embedding" in node.input[0])
+    added = next(node for node in nodes if rows.output[0] in node.input)
+    added.input[list(added.input).index(rows.output[0])] = rows.input[0]
+    del graph.graph.node[: nodes.index(rows) + 1]
+    (root / "vision.onnx").write_bytes(graph.SerializeToString())
+    raw["graphs"]["vision"]["inputs"] = raw["graphs"]["vision"]["inputs"][:1]
+    raw["graphs"]["vision"]["inputs"][0]["shape"][1] = side**2
+    data = (root / "vision.onnx").read_bytes()
+    raw["files"]["vision.onnx"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_manifest(root, json.dumps(raw))
+    return root
+
+
 def test_a_tower_that_has_the_places_inside_reads_whole_pages(
-    name: str, bundle_of: BundleMaker, tmp_path: Path
+    whole_bundle: Path, bundle_of: BundleMaker, tmp_path: Path
 ) -> None:
-    said = refusal(lambda: Embedder.load(bundle_of(name), skip_blank=True))
-    assert said.startswith("skip_blank: pages of paligemma are read whole")
-    Embedder.load(bundle_of(name), skip_blank=False)
-    bundle = skipping_bundle(bundle_of(name), tmp_path / "bundle")
+    said = refusal(lambda: Embedder.load(whole_bundle, skip_blank=True))
+    assert said.startswith("skip_blank: pages of this bundle are read whole")
+    whole, today = (Embedder.load(root, threads=1) for root in (whole_bundle, bundle_of("colpali")))
+    np.testing.assert_allclose(whole.embed_image(page()), today.embed_image(page()), rtol=0, atol=1e-6)
+    bundle = skipping_bundle(whole_bundle, tmp_path / "bundle")
     assert "image.skip_blank is true" in refusal(lambda: Embedder.load(bundle))
 
 
@@ -363,8 +387,6 @@ def test_the_exporter_writes_it_down(tmp_path: Path) -> None:
     options = ExportOptions("qwen2-vl", str(GOLDEN / "colqwen2"), skip_blank=True, num_layers=1)
     assert export(options, tmp_path / "bundle").image.skip_blank
     assert all(check.passed for check in verify(Bundle(tmp_path / "bundle")))
-    with pytest.raises(CembedError, match="--skip-blank: pages of paligemma are read whole"):
-        export(ExportOptions("paligemma", str(GOLDEN / "colpali"), skip_blank=True), tmp_path / "pali")
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -439,21 +461,20 @@ def test_eval_measures_what_is_read(causal_bundle: Path, dataset: Path, monkeypa
 
 
 def test_commands_refuse_what_the_bundle_cannot_do(
-    bundle_of: BundleMaker, scans: Path, dataset: Path, tmp_path: Path
+    whole_bundle: Path, scans: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    bundle = bundle_of("colpali")
     for command in (
-        ("embed", bundle, scans, "--out", tmp_path / "v.npz"),
-        ("eval", bundle, dataset),
-        ("index", "add", tmp_path / "shelf", scans, "--bundle", bundle),
+        ("embed", whole_bundle, scans, "--out", tmp_path / "v.npz"),
+        ("eval", whole_bundle, dataset),
+        ("index", "add", tmp_path / "shelf", scans, "--bundle", whole_bundle),
     ):
-        assert cembed(*command, "--skip-blank").error.startswith("skip_blank: pages of paligemma are read whole")
+        assert cembed(*command, "--skip-blank").error.startswith("skip_blank: pages of this bundle are read whole")
 
 
 # The C library --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", READ_IN_PARTS)
+@pytest.mark.parametrize("name", BACKBONE_OF)
 def test_the_c_library_reads_the_same(name: str, bundle_of: BundleMaker, library: Library) -> None:
     bundle = bundle_of(name)
     skipping, whole = pair(bundle)
@@ -476,12 +497,10 @@ def test_the_c_library_does_as_the_bundle_says(causal_bundle: Path, tmp_path: Pa
         opened.close()
 
 
-def test_what_the_c_library_refuses(
-    causal_bundle: Path, bundle_of: BundleMaker, tmp_path: Path, library: Library
-) -> None:
+def test_what_the_c_library_refuses(causal_bundle: Path, whole_bundle: Path, tmp_path: Path, library: Library) -> None:
     with pytest.raises(CallError, match="skip_blank is -1, 0 or 1"):
         library.open(causal_bundle, skip_blank=2)
-    with pytest.raises(CallError, match="skip_blank: pages of paligemma are read whole"):
-        library.open(bundle_of("colpali"), skip_blank=1)
+    with pytest.raises(CallError, match="skip_blank: pages of this bundle are read whole"):
+        library.open(whole_bundle, skip_blank=1)
     with pytest.raises(CallError, match=r"image\.skip_blank is true"):
-        library.open(skipping_bundle(bundle_of("colpali"), tmp_path / "bundle"))
+        library.open(skipping_bundle(whole_bundle, tmp_path / "bundle"))

@@ -104,8 +104,8 @@ class PageOptions:
         image = manifest.image.limited(self.max_visual_tokens, manifest.image.max_visual_tokens)
         if self.skip_blank and not manifest.reads_parts:
             raise CembedError(
-                f"skip_blank: pages of {manifest.backbone} are read whole, as the places of patches are inside of its "
-                "vision graph; leave skip_blank out"
+                "skip_blank: pages of this bundle are read whole, as the places of patches are inside of its vision "
+                "graph; export it again, or leave skip_blank out"
             )
         return image if self.skip_blank is None else replace(image, skip_blank=self.skip_blank)
 

@@ -40,7 +40,8 @@ class Patches:
 
     def images(self) -> Pixels:
         """The pixels as [B, P / B, C]."""
-        return self.pixels.reshape(-1, self.image.input_patches or len(self.pixels), self.pixels.shape[1])
+        patches = self.image.input_patches if self.image.tiles else len(self.pixels)
+        return self.pixels.reshape(-1, patches or 1, self.pixels.shape[1])
 
     def of_read(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Those of the rows of all patches that are of patches that are read."""

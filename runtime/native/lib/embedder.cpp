@@ -21,8 +21,8 @@ namespace {
 
 ImageProcessing skipping(const Manifest &manifest, const std::optional<bool> &skip_blank) {
     if (skip_blank.value_or(false) && !manifest.reads_parts()) {
-        wrong("skip_blank: pages of " + manifest.backbone +
-              " are read whole, as the places of patches are inside of its vision graph; leave skip_blank out");
+        wrong("skip_blank: pages of this bundle are read whole, as the places of patches are inside of its vision "
+              "graph; export it again, or leave skip_blank out");
     }
     ImageProcessing image = manifest.image;
     image.skip_blank = skip_blank.value_or(image.skip_blank);
