@@ -6,7 +6,7 @@ The model has Qwen2-VL-2B's widths, a quarter of its layers and random weights. 
 the last position of a page's prompt and 15 latent tokens after it; transformers in float32 is right. Each side has
 processes of its own: one that loads and embeds a page, one that runs the loop, and one whose pages and slots take
 turns with all others'. A peer that is not installed is left out, with a line: `pip install llama-cpp-python gguf`,
-and `pip install openvino nncf`.
+and `pip install openvino nncf`. With `--ready` nothing is computed: only how soon each side is ready, in turns.
 """
 
 import json
@@ -29,6 +29,9 @@ from released import GOLDEN, command
 from rich.console import Console
 from rich.table import Table
 
+from cembed.runtime.engines.operators import BF16, operators
+from cembed.runtime.errors import CembedError
+
 VECTORS, TOKENS, LATENT = 16, 736, "<|vision_end|>"
 TEXT = {
     "hidden_size": 1536,
@@ -42,7 +45,7 @@ TEXT = {
     "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
 }
 VISION = {"depth": 8, "embed_dim": 1280, "hidden_size": 1536, "mlp_ratio": 4, "num_heads": 16}
-CPU, BF16 = "CPUExecutionProvider", "onnxruntime-bf16"
+CPU = "CPUExecutionProvider"
 OURS = {
     "ours fp32": ("fp32", CPU),
     "ours int8": ("int8", CPU),
@@ -51,6 +54,7 @@ OURS = {
     "ours int4, bf16": ("int4", BF16),
 }
 BUNDLES = ("fp32", "int8", "w8a8", "int4", "standard")  # others are made of the first
+READY = ("fp32", "int8", "int4")
 Seconds = dict[str, float]
 Vectors = NDArray[np.float32]
 
@@ -226,24 +230,36 @@ class Transformers:
         return {"page": time.perf_counter() - start}, torch.nn.functional.normalize(states, dim=-1).numpy()
 
 
-def sides_of(root: Path, threads: int) -> dict[str, dict[str, Any]]:
+def ours() -> dict[str, tuple[str, str]]:
+    """Our sides; those in bfloat16 without it where the processor does not multiply it."""
+    try:
+        operators()
+    except CembedError as error:
+        print(f"without {BF16}: {error}")
+        return {name.removesuffix(", bf16"): (bundle, CPU) for name, (bundle, _) in OURS.items()}
+    return OURS
+
+
+def sides_of(root: Path, threads: int, names: Sequence[str] = BUNDLES) -> dict[str, dict[str, Any]]:
     """By name: how a side is opened for pages, for the loop, for its turns, and its files."""
-    bundles, checkpoint = prepare(root), root / "checkpoint"
+    bundles, checkpoint = prepare(root, names), root / "checkpoint"
     with Child(Ours, bundles["fp32"], CPU, threads) as child:
         inputs = child.call("inputs")
     found: dict[str, dict[str, Any]] = {}
-    for name, (bundle, provider) in OURS.items():
+    for name, (bundle, provider) in ours().items():
+        if bundle not in bundles:
+            continue
         opened: tuple[Any, ...] = (Ours, bundles[bundle], provider, threads)
         files = [path for path in bundles[bundle].iterdir() if path.suffix in (".data", ".bin", ".onnx")]
         found[name] = {"page": opened, "loop": (*opened, True), "turns": opened, "files": files}
-    if find_spec("openvino"):
+    if not find_spec("openvino"):
+        print("without OpenVINO: it is not installed")
+    elif "standard" in bundles:
         for name, compressed in (("OpenVINO bf16", False), ("OpenVINO bf16, nncf int8", True)):
             if compressed and not find_spec("nncf"):
                 print("without weights compressed by nncf: it is not installed")
                 continue
             found[name] = {"turns": (OpenVino, bundles["standard"], threads, compressed)}
-    else:
-        print("without OpenVINO: it is not installed")
     for dtype in ("float32", "bfloat16"):
         opened = Transformers, checkpoint, dtype, threads, inputs
         found[f"transformers {dtype}"] = {"turns": opened, "page": opened}
@@ -290,6 +306,22 @@ def measure(root: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def time_opening(root: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """How soon llama.cpp and ours are ready, each time in a process of its own."""
+    sides = {name: side for name, side in sides_of(root, threads, READY).items() if "loop" in side}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"page": [], "loop": []} for name in sides}
+    for number in range(rounds + 1):  # the first one fills the page cache
+        for name, side in sides.items():
+            for kind in ("page", "loop"):
+                time.sleep(PAUSE)
+                with Child(*side[kind]) as child:
+                    seconds[name][kind] += [child.call("opened")] * (number > 0)
+    return [
+        {"side": name, "rounds": found} | {f"ready {kind} s": median(found[kind]) for kind in found}
+        for name, found in seconds.items()
+    ]
+
+
 COLUMNS = {
     "side": "",
     "page s": "",
@@ -316,13 +348,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main(
     threads: Annotated[int, typer.Option()] = 2,
     rounds: Annotated[int, typer.Option()] = 5,
+    ready: Annotated[bool, typer.Option("--ready", help="How soon each side is ready, and nothing else.")] = False,
     workdir: Annotated[
         Path | None, typer.Option(help="Keeps checkpoint, bundles and GGUF files for the next run.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        rows = measure(workdir or Path(temporary), threads, rounds)
+        rows = (time_opening if ready else measure)(workdir or Path(temporary), threads, rounds)
     show(rows)
     if out:
         out.write_text(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +100,7 @@ class Embedder:
         self._open = open_sessions(bundle, engine)
         self._sessions: dict[str, Session] = {}
         self._replaced = False
-        self._lock = threading.Lock()
+        self._lock, self._opening = threading.Lock(), dict[str, threading.Lock]()
         self.inputs = InputBuilder(bundle, pages, self.session)
         self._slots = bundle.table(self.manifest.slot_embeddings) if self.manifest.slot_embeddings else None
         self._states = StateMemory(state_memory)
@@ -290,16 +291,21 @@ class Embedder:
         graphs = ["vision"] if name == "document" else []
         graphs += ["text_step" if self._loops(side, budget) else "text"]
         self.bundle.start(file for graph in graphs for file in self.manifest.graphs[graph].data)
-        for graph in graphs:
-            self.session(graph)
+        with ThreadPoolExecutor(len(graphs), "open") as pool:  # each is packed by one thread
+            others = [pool.submit(self.session, graph) for graph in graphs[1:]]
+            self.session(graphs[0])
+            for opened in others:
+                opened.result()
         self.inputs.tokens.verify()
 
     def session(self, name: str) -> Session:
         """The session of a graph, loaded on first use."""
         with self._lock:
-            if name not in self._sessions:
-                self._sessions[name] = self._open(name)
-            return self._sessions[name]
+            opening = self._opening.setdefault(name, threading.Lock())
+        with opening:
+            session = self._sessions.get(name) or self._open(name)
+            self._sessions[name] = session
+            return session
 
     def replace_sessions(self, sessions: Mapping[str, Session]) -> None:
         """Run these in place of the bundle's own graphs, by name: other engines, or one that watches."""

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <set>
 #include <utility>
 
 #include <dirent.h>
@@ -192,13 +193,17 @@ std::string Bundle::path(const std::string &name) {
     const auto record = manifest.files.find(name);
     if (record == manifest.files.end()) throw Error(BUNDLE, root_ + ": the manifest does not list '" + name + "'");
     std::string path = root_ + "/" + name;
-    const std::lock_guard<std::mutex> guard(lock_);
-    if (!verified_.count(name)) {
-        if (sha256(File(path, BUNDLE)) != record->second.sha256)
-            throw Error(BUNDLE, path + " does not match its sha256: it is damaged, copy it again");
-        verified_.insert(name);
-    }
+    if (hash_of_file(name, path).get() != record->second.sha256)
+        throw Error(BUNDLE, path + " does not match its sha256: it is damaged, copy it again");
     return path;
+}
+
+// Of each file once, by whoever asks first; of several files at a time.
+std::shared_future<std::string> Bundle::hash_of_file(const std::string &name, const std::string &path) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    auto &hash = hashes_[name];
+    if (!hash.valid()) hash = std::async(std::launch::deferred, [path] { return sha256(File(path, BUNDLE)); }).share();
+    return hash;
 }
 
 const Graph &Bundle::graph(const std::string &name) const {

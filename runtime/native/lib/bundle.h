@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <future>
+#include <map>
 #include <mutex>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -55,11 +56,12 @@ class Bundle {
     explicit Bundle(const Read &read);
     void check_listing() const;
     void inspect();
+    std::shared_future<std::string> hash_of_file(const std::string &name, const std::string &path);
     Mapping map(const std::string &name, int64_t size);
 
     std::string root_, hash_;
     std::mutex lock_;
-    std::set<std::string> verified_;
+    std::map<std::string, std::shared_future<std::string>> hashes_;
     std::once_flag inspected_;
 };
 

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <future>
 #include <memory>
 #include <new>
 #include <string>
@@ -251,9 +252,11 @@ cembed_status cembed_load(cembed_bundle *bundle, int32_t pages, int32_t queries)
         Embedder &embedder = *bundle->embedder;
         const Manifest &m = embedder.manifest;
         const auto text = [](const Side &side) { return side.slots == Slots::FEEDBACK ? "text_step" : "text"; };
+        std::future<void> vision;  // opened meanwhile: each graph is packed by one thread
+        if (pages) vision = std::async(std::launch::async, [&embedder] { embedder.engine("vision"); });
         if (queries) embedder.engine(text(m.query));
         if (pages) embedder.engine(text(m.document));
-        if (pages) embedder.engine("vision");
+        if (pages) vision.get();
     });
 }
 

@@ -330,10 +330,12 @@ Vectors Embedder::finish(const Side &side, std::vector<float> states, int64_t di
 }
 
 const Engine &Embedder::engine(const std::string &graph) {
-    const std::lock_guard<std::mutex> guard(lock_);
-    auto &engine = engines_[graph];
-    if (!engine) engine = open_(graph);
-    return *engine;
+    std::unique_lock<std::mutex> all(lock_);
+    Opened &opened = engines_[graph];
+    all.unlock();
+    const std::lock_guard<std::mutex> guard(opened.lock);
+    if (!opened.engine) opened.engine = open_(graph);
+    return *opened.engine;
 }
 
 }  // namespace cembed

@@ -94,8 +94,12 @@ class Embedder {
     const Table tokens_;
     const std::optional<Table> slots_;
     const Engines open_;
+    struct Opened {
+        std::mutex lock;
+        std::unique_ptr<Engine> engine;
+    };
     std::mutex lock_;
-    std::map<std::string, std::unique_ptr<Engine>> engines_;
+    std::map<std::string, Opened> engines_;
 };
 
 }  // namespace cembed
