@@ -120,7 +120,13 @@ class Worker:
         assert self._process.stdin is not None
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._pending.append(reply)
-        self._process.stdin.write(pack(job))
+        try:
+            self._process.stdin.write(pack(job))
+        except (OSError, RuntimeError):  # uvloop's, of a pipe that was closed since
+            if self._reader is not None:
+                self._reader.cancel()
+            self._reader = None
+            self._lose()
         return reply
 
     async def end(self) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -40,6 +40,7 @@ from cembed.runtime.pages.documents import PageReader, require_pages
 from cembed.serve.errors import RefusalError
 from cembed.serve.fetching import Fetcher
 from cembed.serve.frames import MAX_ARRAYS, MAX_HEADER, NonsenseError, sizes, unpack
+from cembed.serve.pool import LostError, Worker
 from cembed.serve.settings import MIB
 from cembed.serve.worker import read_page
 
@@ -997,3 +998,29 @@ def test_a_connection_ends_whose_answers_are_not_read(tmp_path: Path) -> None:
             while len(list(files.iterdir())) > before:
                 assert time.monotonic() < end
                 time.sleep(0.1)
+
+
+def test_a_job_for_a_worker_whose_pipe_was_closed_is_lost_not_a_failure() -> None:
+    """As uvloop says it, between the end of a process and the news of it."""
+
+    class Closed:
+        returncode = None
+
+        def __init__(self) -> None:
+            self.stdin = self
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("unable to perform operation on <WriteUnixTransport closed=True>; the handler is closed")
+
+        def kill(self) -> None:
+            raise ProcessLookupError
+
+    async def lost() -> bool:
+        worker = Worker(cast("Any", None))
+        worker._process = cast("Any", Closed())
+        worker._reader = asyncio.create_task(asyncio.sleep(60))
+        with pytest.raises(LostError):
+            await worker.submit({"text": "x"})
+        return not worker.alive and worker.load == 0
+
+    assert asyncio.run(lost())

@@ -323,8 +323,12 @@ def server(
                 Trouble(running, Disk(folder) if disk else None, seed, ceilings) as trouble,
                 ThreadPoolExecutor(THREADS) as pool,
             ):
-                for _ in pool.map(lambda i: clients.run(seed + i, lambda: time.monotonic() > end), range(THREADS)):
-                    pass
+                try:
+                    for _ in pool.map(lambda i: clients.run(seed + i, lambda: time.monotonic() > end), range(THREADS)):
+                        pass
+                except Exception:
+                    print(notes(log))
+                    raise
             until = time.monotonic() + 60
             while running.post("/embed", TEXTS[0]).status != 200:
                 assert time.monotonic() < until, notes(log)
