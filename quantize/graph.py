@@ -1,8 +1,9 @@
 """Rewriting a graph's MatMul nodes to quantised weights, in standard ONNX operators, one tensor in memory at a time.
 
 A MatMul with a stored weight [I, O] becomes DequantizeLinear → MatMul. ONNX Runtime fuses the two into one kernel,
-TensorRT reads the same file. For ONNX Runtime alone are `fuse_biases` and the products of `rows.py`. Graphs that share
-a data file go on sharing it.
+TensorRT reads the same file. For ONNX Runtime alone are `fuse_biases`, the products of `rows.py`, and
+`product_by_block`, whose weights lie as its kernel reads them: none has to be turned round while a graph is opened.
+Graphs that share a data file go on sharing it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cembed.quantize.rows import FUSED, product_by_row
-from cembed.quantize.weights import ByteRange, Floats, Quantised, Scheme, pack_nibbles
+from cembed.quantize.weights import BLOCK, ByteRange, Floats, Quantised, Scheme, pack_blocks, pack_nibbles
 
 OPSETS = (19, 21)  # DequantizeLinear in half; with blocks and INT4
 _PAGE = 4096  # tensors start at pages, so that they can be mapped
 _INLINE = 256  # bytes up to which a tensor stays in the graph
-_QUANTISED = ("DequantizeLinear", "QuantizeLinear", "MatMulNBits")
+_BY_BLOCK = "MatMulNBits"
+_QUANTISED = ("DequantizeLinear", "QuantizeLinear", _BY_BLOCK)
+_BYTES_TO_MULTIPLY = 4  # its name for activations in eight bits, with a scale for each block
 _NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
@@ -120,6 +123,10 @@ class Recipe:
         """Whether what a weight is multiplied with is quantised row by row."""
         return self.fuse and self.schemes[weight].rows
 
+    def by_block(self, weight: str) -> bool:
+        """Whether a weight is stored as ONNX Runtime multiplies blocks of it."""
+        return self.fuse and bool(self.schemes[weight].block)
+
     def apply(self, name: str, tensor: Floats) -> Floats:
         """A tensor with its rows multiplied and its columns divided."""
         tensor = tensor * self.rows[name][:, None] if name in self.rows else tensor
@@ -169,6 +176,8 @@ def quantised(
     if recipe.by_row(weight):
         nodes, levels = product_by_row(node, *(tensor.name for tensor in tensors))
         return nodes, [*levels, *tensors]
+    if recipe.by_block(weight):
+        return [product_by_block(node, tensors)], tensors
     restored = dequantise(weight, tensors, recipe.schemes[weight].block)
     node.input[1] = restored.output[0]
     if weight not in recipe.ranges:
@@ -176,6 +185,14 @@ def quantised(
     through, levels = pass_through_bytes(node.input[0], recipe.ranges[weight])
     node.input[0] = through[-1].output[0]
     return [*through, restored, node], [*levels, *tensors]
+
+
+def product_by_block(node: onnx.NodeProto, tensors: list[TensorProto]) -> onnx.NodeProto:
+    levels, scales = tensors
+    outputs, blocks, _ = levels.dims
+    about = {"K": blocks * BLOCK, "N": outputs, "bits": 4, "block_size": BLOCK, "accuracy_level": _BYTES_TO_MULTIPLY}
+    inputs = [node.input[0], levels.name, scales.name]
+    return helper.make_node(_BY_BLOCK, inputs, node.output, node.name, domain=FUSED[1], **about)
 
 
 def pass_through_bytes(tensor: str, found: ByteRange) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
@@ -243,7 +260,11 @@ def store(name: str, recipe: Recipe, source: SourceGraph, data: DataFile) -> lis
     scheme = recipe.schemes[name]
     inputs = recipe.inputs[name]() if name in recipe.inputs else None
     quantised = scheme.quantise(recipe.apply(name, source.load(name)), inputs)
-    return [write_levels(name, quantised, scheme, data), write_scales(name, quantised, source, data)]
+    if recipe.by_block(name):
+        raw = pack_blocks(quantised.levels)
+        levels = data.add(f"{name}.levels", TensorProto.UINT8, raw.shape, raw)
+        return [levels, write_scales(name, quantised.scales.T, source, data)]
+    return [write_levels(name, quantised, scheme, data), write_scales(name, quantised.scales, source, data)]
 
 
 def write_levels(name: str, quantised: Quantised, scheme: Scheme, data: DataFile) -> TensorProto:
@@ -251,11 +272,11 @@ def write_levels(name: str, quantised: Quantised, scheme: Scheme, data: DataFile
     return data.add(f"{name}.levels", kind, quantised.levels.shape, raw(quantised.levels))
 
 
-def write_scales(name: str, quantised: Quantised, source: SourceGraph, data: DataFile) -> TensorProto:
+def write_scales(name: str, scales: Floats, source: SourceGraph, data: DataFile) -> TensorProto:
     """In the type of the arithmetic: DequantizeLinear gives what its scales are."""
     half = source.initializers[name].data_type == TensorProto.FLOAT16
-    kind, scales = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
-    return data.add(f"{name}.scales", kind, quantised.scales.shape, quantised.scales.astype(scales))
+    kind, stored = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
+    return data.add(f"{name}.scales", kind, scales.shape, scales.astype(stored))
 
 
 def dequantise(name: str, tensors: list[TensorProto], block: int) -> onnx.NodeProto:

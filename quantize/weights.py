@@ -133,6 +133,18 @@ def pack_nibbles(levels: Ints) -> NDArray[np.uint8]:
     return np.bitwise_or(flat[0::2], np.left_shift(flat[1::2], 4), dtype=np.uint8)
 
 
+def pack_blocks(levels: Ints) -> NDArray[np.uint8]:
+    """[O, I / BLOCK, BLOCK / 2]: the levels of a weight [I, O] output by output, eight added, as ONNX Runtime's
+    MatMulNBits takes them.
+
+    >>> packed = pack_blocks(np.array([[1], [-8]] * 16, np.int8))
+    >>> packed.shape, packed[0, 0, :2]
+    ((1, 1, 16), array([9, 9], dtype=uint8))
+    """
+    above = (levels.T + np.int8(8)).reshape(levels.shape[1], -1, BLOCK)
+    return pack_nibbles(above).reshape(*above.shape[:2], BLOCK // 2)
+
+
 @dataclass(frozen=True)
 class ByteRange:
     """Eight-bit levels from `low` up: value = (level - zero_point) * scale."""

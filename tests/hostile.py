@@ -249,6 +249,28 @@ def said_axes(model: Any) -> None:
         model.graph.node.append(helper.make_node(kind, inputs, outputs))
 
 
+def blocks(
+    shape: Sequence[int] = (64, 2, 16), scales: Sequence[int] = (64, 2), more: Sequence[str] = (), **said: int
+) -> Case:
+    """A product with a weight [64, 64] in blocks of 32, but for what is said of its sizes, which are trusted."""
+    about = {"K": 64, "N": 64, "bits": 4, "block_size": 32, "accuracy_level": 4, "domain": "com.microsoft"} | said
+    tensors = {"levels": np.zeros(shape, np.uint8), "scales": np.zeros(scales, np.float32)}
+    return nodes(("MatMulNBits", ["inputs_embeds", "levels", "scales", *more], ["x"], about), tensors=tensors)
+
+
+def said_twice(root: Path) -> None:
+    """Of an attribute that is there twice, each reader may take another one."""
+
+    def change(model: Any) -> None:
+        attributes = model.graph.node[-1].attribute
+        larger = next(one for one in attributes if one.name == "N")
+        attributes.insert(0, larger)
+        attributes[0].i = 1 << 20
+
+    blocks()(root)
+    in_graph(change)(root)
+
+
 I64 = np.int64
 ACROSS = [1 << 20, 1 << 13]
 CASES: dict[str, Case] = {
@@ -307,6 +329,26 @@ CASES: dict[str, Case] = {
         ("OneHot", ["i", "n", "v"], ["x"]),
         tensors={"i": I64([1]), "n": I64(1 << 33), "v": np.zeros(2, np.float32)},
     ),
+    # sizes that an engine trusts
+    "a product of more outputs": blocks(N=1 << 20),
+    "a product of more inputs": blocks(K=1 << 20),
+    "a product of -64 outputs": blocks(N=-64),
+    "a product of no inputs": blocks(shape=(64, 0, 16), scales=(64, 0), K=0),
+    "a product of half a block": blocks(K=80),
+    "a product of wider levels": blocks(bits=8),
+    "a product of smaller blocks": blocks(block_size=16),
+    "a product in another layout": blocks(weight_prepacked=1),
+    "a product of another arithmetic": blocks(accuracy_level=1),
+    "a product with fewer levels": blocks(shape=(64, 1, 16)),
+    "a product with fewer scales": blocks(scales=(64, 1)),
+    "a product with a permutation": blocks(more=["", "levels"]),
+    "a product of what is computed": nodes(
+        ("Identity", ["d"], ["levels"]),
+        ("MatMulNBits", ["inputs_embeds", "levels", "s"], ["x"], {"K": 32, "N": 1, "bits": 4, "block_size": 32,
+         "accuracy_level": 4, "domain": "com.microsoft"}),
+        tensors={"d": np.zeros((1, 1, 16), np.uint8), "s": np.zeros((1, 1), np.float32)},
+    ),
+    "a product whose size is said twice": said_twice,
     # inputs and outputs
     "an input more": signature(name="more"),
     "an input of another type": signature(kind=7),

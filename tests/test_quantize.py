@@ -42,6 +42,8 @@ from cembed.runtime.verify import verify
 
 PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
 
+PRODUCTS = ("MatMul", "MatMulIntegerToFloat", "MatMulNBits")
+
 
 @pytest.fixture(scope="session")
 def quantised(causal_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -165,7 +167,7 @@ def test_graphs_are_standard_and_share_their_weights(quantised: dict[str, Path],
     for model in (text, step):
         made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
         made |= set(places[0])
-        products = [node for node in model.graph.node if node.op_type in ("MatMul", "MatMulIntegerToFloat")]
+        products = [node for node in model.graph.node if node.op_type in PRODUCTS]
         assert products
         assert all(node.input[1] in made for node in products)
         assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
@@ -289,6 +291,43 @@ def test_biases_are_added_by_the_products_of_bytes(quantised: dict[str, Path], t
         embedder.replace_sessions({name: OrtSession(tmp_path / f"{name}.onnx", EngineSettings())})
     for a, b in zip(embedder.embed_images(PAGES), fused, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_products_by_block_are_those_of_standard_operators(quantised: dict[str, Path], tmp_path: Path) -> None:
+    """The same bits as with levels [I, O] in INT4, DequantizeLinear and MatMul, which ONNX Runtime turns round."""
+    embedder = Embedder.load(quantised["int4"])
+    stored = embedder.embed_images(PAGES)
+    for name in ("vision", "text"):
+        model = onnx.load(quantised["int4"] / f"{name}.onnx")
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        nodes: list[onnx.NodeProto] = []
+        for node in model.graph.node:
+            if node.op_type != "MatMulNBits":
+                nodes.append(node)
+                continue
+            x, levels, scales = node.input
+            packed = onnx.numpy_helper.to_array(tensors[levels])
+            above = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+            turned = np.ascontiguousarray((above.astype(np.int8) - 8).T)
+            tensors[levels].CopyFrom(
+                onnx.TensorProto(name=levels, data_type=onnx.TensorProto.INT4, dims=turned.shape,
+                                 raw_data=pack_nibbles(turned).tobytes())
+            )  # fmt: skip
+            rows = onnx.numpy_helper.to_array(tensors[scales]).T
+            tensors[scales].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(rows), scales))
+            made = f"{node.name}.restored"
+            where = {"axis": 0, "block_size": len(turned) // len(rows)}
+            nodes += [
+                onnx.helper.make_node("DequantizeLinear", [levels, scales], [made], f"{made}.dq", **where),
+                onnx.helper.make_node("MatMul", [x, made], list(node.output), node.name),
+            ]
+        assert len(nodes) > len(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        embedder.replace_sessions({name: OrtSession(tmp_path / f"{name}.onnx", EngineSettings())})
+    for a, b in zip(embedder.embed_images(PAGES), stored, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_balance_changes_nothing_but_the_rounding(causal_bundle: Path, tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ class _Check:
             raise _RefusedError(f"it has the operator {given[:80].decode('ascii', 'replace')!r}: {_MORE}")
         inputs = [data[a:b] for a, b in found.get(1, ())]
         outputs = [data[a:b] for a, b in found.get(2, ())]
+        if name == "MatMulNBits":
+            self._blocks(found.get(5, ()), inputs, scope)
         value = None
         for attribute in found.get(5, ()):
             value = self._attribute(attribute, scope.known, depth) or value
@@ -233,6 +235,17 @@ class _Check:
         if about is not None:
             scope.known.update(dict.fromkeys(outputs, about))
             self._folded += about.elements * len(outputs) if about.constant else 0
+
+    def _blocks(self, attributes: Iterable[Place], inputs: Sequence[bytes], scope: _Scope) -> None:
+        """Raises unless a product's sizes are those of its weight: an engine reads as much as they say."""
+        read = [self._read("Attribute", place) for place in attributes]
+        said = {self._text(one, 1): one.get(3, [-1])[0] for one in read}
+        outputs, blocks = said.pop(b"N", 0), said.get(b"K", 0) // rules.BLOCK
+        stored = [scope.axes.get(name) for name in inputs[1:]]
+        known = {b"K": blocks * rules.BLOCK, b"bits": 4, b"block_size": rules.BLOCK, b"accuracy_level": 4}
+        sized = said == known and len(read) == len(known) + 1
+        if not sized or stored != [(outputs, blocks, rules.BLOCK // 2), (outputs, blocks)] or not blocks:
+            raise _RefusedError(f"a MatMulNBits has not the sizes of its weight: {_MORE}")
 
     def _attribute(self, place: Place, known: Mapping[bytes, Known], depth: int) -> Known | None:
         """What is known of the tensor of an attribute, if it has one."""

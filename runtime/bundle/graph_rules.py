@@ -20,6 +20,8 @@ MAX_NUMBERS = 64  # elements of a constant that may be a shape
 UNKNOWN_AXIS = 1 << 16  # what an axis counts as whose length the file does not say
 FOLDED_SHARE, FOLDED_MORE = 4, 1 << 20  # elements that may be computed from constants: of those stored, and beside them
 
+BLOCK = 32  # inputs that have a scale of their own in a weight of MatMulNBits, two of them a byte
+
 DOMAINS = ("", "com.microsoft")
 OPERATORS = (
     "Abs",
@@ -110,6 +112,7 @@ OPERATORS = (
     "com.microsoft:GroupQueryAttention",
     "com.microsoft:LinearAttention",
     "com.microsoft:MatMulIntegerToFloat",
+    "com.microsoft:MatMulNBits",
     "com.microsoft:MultiHeadAttention",
 )
 

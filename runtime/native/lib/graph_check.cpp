@@ -254,16 +254,37 @@ class Check {
         const string_view domain = text(found, 7), kind = text(found, 4);
         const std::string full = domain.empty() ? std::string(kind) : std::string(domain) + ":" + std::string(kind);
         if (kind.empty() || !has(schema::OPERATORS, full)) refuse("it has the operator " + shown(full) + MORE);
+        std::vector<string_view> inputs;
+        for (const Place &input : found[1]) inputs.push_back(bytes(input));
+        if (kind == "MatMulNBits") blocks(found[5], inputs, scope);
         std::optional<Known> value;
         for (const Place &part : found[5]) {
             if (auto other = attribute(part, scope, depth)) value = other;
         }
-        std::vector<string_view> inputs;
-        for (const Place &input : found[1]) inputs.push_back(bytes(input));
         if (const auto about = result(kind, inputs, scope, value)) {
             for (const Place &output : found[2]) scope.known[bytes(output)] = *about;
             if (about->constant) folded_ = sum(folded_, product(about->elements, int64_t(found[2].size())));
         }
+    }
+
+    // A product's sizes are those of its weight: an engine reads as much as they say.
+    void blocks(const std::vector<Place> &attributes, const std::vector<string_view> &inputs, const Scope &scope) const {
+        std::map<string_view, int64_t> said;
+        for (const Place &place : attributes) {
+            const Fields one = read("Attribute", place);
+            said[text(one, 1)] = first(one, 3, -1);
+        }
+        const int64_t outputs = said["N"], blocks = said["K"] / schema::BLOCK;
+        std::vector<Axes> stored;
+        for (size_t i = 1; i < inputs.size(); ++i) {
+            const auto found = scope.axes.find(inputs[i]);
+            stored.push_back(found == scope.axes.end() ? Axes() : found->second);
+        }
+        const decltype(said) known{
+            {"K", blocks * schema::BLOCK}, {"N", outputs}, {"bits", 4}, {"block_size", schema::BLOCK}, {"accuracy_level", 4}};
+        const bool sized = said == known && attributes.size() == known.size();
+        if (!sized || stored != std::vector<Axes>{{outputs, blocks, schema::BLOCK / 2}, {outputs, blocks}} || blocks <= 0)
+            refuse(std::string("a MatMulNBits has not the sizes of its weight") + MORE);
     }
 
     std::optional<Known> attribute(const Place &place, const Scope &scope, int depth) {

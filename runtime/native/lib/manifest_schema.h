@@ -226,6 +226,7 @@ constexpr int64_t MAX_NUMBERS = 64;
 constexpr int64_t UNKNOWN_AXIS = 65536;
 constexpr int64_t FOLDED_SHARE = 4;
 constexpr int64_t FOLDED_MORE = 1048576;
+constexpr int64_t BLOCK = 32;
 constexpr int64_t MAX_ENTRIES = 2097152;
 constexpr int64_t MAX_VALUES = 524288;
 constexpr int64_t MAX_ADDED = 16384;
@@ -339,6 +340,7 @@ constexpr const char *const OPERATORS[] = {
     "com.microsoft:GroupQueryAttention",
     "com.microsoft:LinearAttention",
     "com.microsoft:MatMulIntegerToFloat",
+    "com.microsoft:MatMulNBits",
     "com.microsoft:MultiHeadAttention",
 };
 
