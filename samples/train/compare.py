@@ -19,7 +19,7 @@ import typer
 from model import HEADS, Dims, SampleModel
 from PIL import Image
 from train import Trainer
-from write import write_checkpoint
+from write import read_checkpoint, write_checkpoint
 
 from cembed.export.exporter import export
 from cembed.export.plan import ExportOptions
@@ -85,24 +85,34 @@ def torch_quality(model: SampleModel, dataset: Dataset, head: str) -> float:
     return float(found["all"])
 
 
+def read_model(source: Path) -> SampleModel:
+    """Of a run of train.py, or of a checkpoint."""
+    if not (source / "state").exists():
+        model = SampleModel(Dims(), source / "tokenizer.json")
+        read_checkpoint(model, source)
+        return model
+    trainer = Trainer(Dims(), source / "tokenizer.json", compiled=False)
+    print(f"step {trainer.load(source)}")
+    return trainer.master
+
+
 def main(
-    run: Annotated[Path, typer.Argument(help="What train.py wrote.")],
+    run: Annotated[Path, typer.Argument(help="What train.py wrote, or a checkpoint of write.py or distil.py.")],
     dataset: Annotated[Path, typer.Argument(help="Folder with pages/, queries.jsonl and qrels.tsv.")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints, bundles and results.")],
 ) -> None:
-    trainer = Trainer(Dims(), run / "tokenizer.json", compiled=False)
-    print(f"step {trainer.load(run)}")
+    model = read_model(run)
     data, results = Dataset.read(dataset), {}
     out.mkdir(parents=True, exist_ok=True)
     for head in HEADS:
-        embedder = Embedder.load(make_bundle(trainer.master, head, out))
+        embedder = Embedder.load(make_bundle(model, head, out))
         results[head] = evaluate(embedder, data, BUDGETS[head]).rows
         print(table({head: results[head]}), flush=True)
     (out / "table.md").write_text(table(results))
     rows = {head: [asdict(row) for row in of] for head, of in results.items()}
     (out / "results.json").write_text(json.dumps(rows, indent=1))
     best = max(row.measures["nDCG@5"] for row in results[HEADS[0]] if row.vectors == 32 and row.part == "all")
-    print(f"bundle {best:.4f}, torch {torch_quality(trainer.master, data, HEADS[0]):.4f}")
+    print(f"bundle {best:.4f}, torch {torch_quality(model, data, HEADS[0]):.4f}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,7 @@ SIZES: tuple[tuple[Size, float], ...] = ((PORTRAIT, 0.45), (LANDSCAPE, 0.25), (S
 WHOLE = 0.25  # share of pages that are read whole where the others have holes
 MARGIN = 0.5  # share of pages with holes that keep the neighbours of what is on them, as the runtime does
 
+Holes = Literal["none", "mixed", "runtime"]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -97,13 +99,13 @@ def patches_in_windows(image: Image.Image) -> NDArray[np.uint8]:
     return blocks.reshape(rows * columns, 4, -1)[window_order(image.size)].reshape(rows * columns * 4, -1)
 
 
-def parts_read(image: Image.Image, holes: bool, random: Random) -> Mask:
-    """Visual tokens [V] of a page that are read: all, or in pages with `holes` those that are not blank, with their
-    neighbours or without."""
+def parts_read(image: Image.Image, holes: Holes, random: Random) -> Mask:
+    """Visual tokens [V] of a page that are read: all, or those that are not blank, with their neighbours as the runtime
+    has them; where `holes` are `mixed`, some pages are whole and some have no neighbours."""
     pixels = np.asarray(image.convert("RGB"))
-    if not holes or random.random() < WHOLE:
+    if holes == "none" or (holes == "mixed" and random.random() < WHOLE):
         return np.ones(pixels.shape[0] // SIDE * (pixels.shape[1] // SIDE), bool)
-    if random.random() < MARGIN:
+    if holes == "runtime" or random.random() < MARGIN:
         return parts_to_read(pixels, IMAGE).reshape(-1)
     return enough(~blank_parts(Sums.of(pixels, SIDE))).reshape(-1)
 
@@ -122,7 +124,7 @@ class Reader:
             self._cache[word] = [(i, end - 1) for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
         return self._cache[word]
 
-    def read(self, page: Page, question: Random, holes: bool = False) -> Example:
+    def read(self, page: Page, question: Random, holes: Holes = "none") -> Example:
         columns, rows = page.image.size[0] // SIDE, page.image.size[1] // SIDE
         cells = np.full((rows * columns, CELLS[0] * CELLS[1]), BLANK, dtype=np.int64)
         pieces: list[list[int]] = [[] for _ in range(rows * columns)]
@@ -170,7 +172,7 @@ def padded(values: list[int], length: int) -> Ints:
     return row
 
 
-def batches(tokenizer: Path, part: Part, size: int, seed: str, holes: bool = False) -> Iterator[Batch]:
+def batches(tokenizer: Path, part: Part, size: int, seed: str, holes: Holes = "none") -> Iterator[Batch]:
     """Endless batches, with `holes` for blank paper.
 
     No page is ever shown twice: with each shown three times, reading did not carry over.
@@ -193,7 +195,7 @@ def stack(size: Size, examples: list[Example]) -> Batch:
     return Batch(size, questions=[text for example in examples for text in example.questions], keys=keys, **columns)
 
 
-def prefetched(tokenizer: Path, part: Part, size: int, seed: str, holes: bool = False) -> Iterator[Batch]:
+def prefetched(tokenizer: Path, part: Part, size: int, seed: str, holes: Holes = "none") -> Iterator[Batch]:
     """`batches` from a process of its own."""
     context = get_context("spawn")
     queue: Queue[Batch] = context.Queue(4)
@@ -207,6 +209,6 @@ def prefetched(tokenizer: Path, part: Part, size: int, seed: str, holes: bool = 
         worker.kill()
 
 
-def fill(queue: Queue[Batch], tokenizer: Path, part: Part, size: int, seed: str, holes: bool) -> None:
+def fill(queue: Queue[Batch], tokenizer: Path, part: Part, size: int, seed: str, holes: Holes) -> None:
     for batch in batches(tokenizer, part, size, seed, holes):
         queue.put(batch)

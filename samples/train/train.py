@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import losses
 import torch
 import typer
-from data import Batch, prefetched, window_order
+from data import Batch, Holes, prefetched, window_order
 from generate import Part
 from model import Dims, Prefix, SampleModel
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Stage:
     decoder: bool = False
     heads: bool = False
     walls_every: int = 0
-    holes: bool = False
+    holes: Holes = "none"
 
 
 STAGES = (
@@ -64,7 +64,7 @@ STAGES = (
     Stage("words", "walls", 1250, 16, 0.7, decoder=True),
     Stage("pages", "seen", 1950, 24, 0.5, decoder=True, heads=True, walls_every=3),
     Stage("collages", "varied", 2500, 24, 0.4, decoder=True, heads=True, walls_every=4),
-    Stage("holes", "varied", 800, 24, 0.2, decoder=True, heads=True, walls_every=4, holes=True),
+    Stage("holes", "varied", 800, 24, 0.2, decoder=True, heads=True, walls_every=4, holes="mixed"),
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -92,6 +93,14 @@ def write_checkpoint(model: SampleModel, head: str, out: Path) -> None:
         write_json(out / f"{name}.json", content)
 
 
+def write_all(model: SampleModel, out: Path, heads: Iterable[str] = HEADS) -> None:
+    """A checkpoint of each head, with what goes on training besides."""
+    for name in heads:
+        write_checkpoint(model, name, out / name)
+        (out / name / REST).parent.mkdir(exist_ok=True)
+        save_file(rest_tensors(model), out / name / REST)
+
+
 def main(
     run: Annotated[Path, typer.Argument(help="What train.py wrote.")],
     out: Annotated[Path, typer.Argument(help="A folder; each head gets one in it.")],
@@ -101,10 +110,7 @@ def main(
 
     trainer = Trainer(Dims(), run / "tokenizer.json", compiled=False)
     print(f"step {trainer.load(run)}")
-    for name in head or HEADS:
-        write_checkpoint(trainer.master, name, out / name)
-        (out / name / REST).parent.mkdir(exist_ok=True)
-        save_file(rest_tensors(trainer.master), out / name / REST)
+    write_all(trainer.master, out, head or HEADS)
 
 
 if __name__ == "__main__":
