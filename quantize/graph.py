@@ -190,9 +190,11 @@ def quantised(
 def product_by_block(node: onnx.NodeProto, tensors: list[TensorProto]) -> onnx.NodeProto:
     levels, scales = tensors
     outputs, blocks, _ = levels.dims
-    about = {"K": blocks * BLOCK, "N": outputs, "bits": 4, "block_size": BLOCK, "accuracy_level": _BYTES_TO_MULTIPLY}
+    sizes = {"K": blocks * BLOCK, "N": outputs, "block_size": BLOCK}
     inputs = [node.input[0], levels.name, scales.name]
-    return helper.make_node(_BY_BLOCK, inputs, node.output, node.name, domain=FUSED[1], **about)
+    return helper.make_node(
+        _BY_BLOCK, inputs, node.output, node.name, domain=FUSED[1], bits=4, accuracy_level=_BYTES_TO_MULTIPLY, **sizes
+    )
 
 
 def pass_through_bytes(tensor: str, found: ByteRange) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
