@@ -265,68 +265,68 @@ def test_int8_weights_are_multiplied_in_integers(
     assert "rows" not in json.loads((tmp_path / "int8" / "manifest.json").read_text())["quantisation"]
 
 
-def test_biases_are_added_by_the_products_of_bytes(quantised: dict[str, Path], tmp_path: Path) -> None:
-    """The same vectors as with the operator written out as DequantizeLinear, MatMul and Add."""
-    embedder = Embedder.load(quantised["w8a8"])
-    fused = embedder.embed_images(PAGES)
+Nodes = list[onnx.NodeProto]
+Tensors = dict[str, onnx.TensorProto]
+
+
+def written_out(bundle: Path, operator: str, parts: Callable[[onnx.NodeProto, Tensors], Nodes], out: Path) -> Embedder:
+    """A bundle with each node of an operator of ONNX Runtime's replaced by standard ones."""
+    embedder = Embedder.load(bundle)
     for name in ("vision", "text"):
-        model = onnx.load(quantised["w8a8"] / f"{name}.onnx")
-        nodes: list[onnx.NodeProto] = []
-        for node in model.graph.node:
-            if node.op_type != "MatMulIntegerToFloat":
-                nodes.append(node)
-                continue
-            levels, weight, scale, scales, zero, _, bias = node.input
-            left, right, product = (f"{node.name}.{part}" for part in ("left", "right", "product"))
-            nodes += [
-                onnx.helper.make_node("DequantizeLinear", [levels, scale, zero], [left]),
-                onnx.helper.make_node("DequantizeLinear", [weight, scales], [right], axis=1),
-                onnx.helper.make_node("MatMul", [left, right], [product]),
-                onnx.helper.make_node("Add", [product, bias], list(node.output)),
-            ]
-        assert len(nodes) > len(model.graph.node)
+        model = onnx.load(bundle / f"{name}.onnx")
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        given = list(model.graph.node)
+        nodes = [part for node in given for part in (parts(node, tensors) if node.op_type == operator else [node])]
+        assert len(nodes) > len(given)
         del model.graph.node[:]
         model.graph.node.extend(nodes)
-        onnx.save(model, tmp_path / f"{name}.onnx")
-        embedder.replace_sessions({name: OrtSession(tmp_path / f"{name}.onnx", EngineSettings())})
-    for a, b in zip(embedder.embed_images(PAGES), fused, strict=True):
+        onnx.save(model, out / f"{name}.onnx")
+        embedder.replace_sessions({name: OrtSession(out / f"{name}.onnx", EngineSettings())})
+    return embedder
+
+
+def byte_product(node: onnx.NodeProto, _: Tensors) -> Nodes:
+    levels, weight, scale, scales, zero, _, bias = node.input
+    left, right, product = (f"{node.name}.{part}" for part in ("left", "right", "product"))
+    return [
+        onnx.helper.make_node("DequantizeLinear", [levels, scale, zero], [left]),
+        onnx.helper.make_node("DequantizeLinear", [weight, scales], [right], axis=1),
+        onnx.helper.make_node("MatMul", [left, right], [product]),
+        onnx.helper.make_node("Add", [product, bias], list(node.output)),
+    ]
+
+
+def block_product(node: onnx.NodeProto, tensors: Tensors) -> Nodes:
+    """Its weight becomes levels [I, O] in INT4, with scales [I / 32, O]."""
+    x, levels, scales = node.input
+    packed = onnx.numpy_helper.to_array(tensors[levels])
+    above = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    turned = np.ascontiguousarray((above.astype(np.int8) - 8).T)
+    raw = pack_nibbles(turned).tobytes()
+    int4 = onnx.TensorProto(name=levels, data_type=onnx.TensorProto.INT4, dims=turned.shape, raw_data=raw)
+    tensors[levels].CopyFrom(int4)
+    rows = np.ascontiguousarray(onnx.numpy_helper.to_array(tensors[scales]).T)
+    tensors[scales].CopyFrom(onnx.numpy_helper.from_array(rows, scales))
+    made, where = f"{node.name}.restored", {"axis": 0, "block_size": len(turned) // len(rows)}
+    return [
+        onnx.helper.make_node("DequantizeLinear", [levels, scales], [made], f"{made}.dq", **where),
+        onnx.helper.make_node("MatMul", [x, made], list(node.output), node.name),
+    ]
+
+
+def test_biases_are_added_by_the_products_of_bytes(quantised: dict[str, Path], tmp_path: Path) -> None:
+    """The same vectors as with the operator written out as DequantizeLinear, MatMul and Add."""
+    fused = Embedder.load(quantised["w8a8"]).embed_images(PAGES)
+    standard = written_out(quantised["w8a8"], "MatMulIntegerToFloat", byte_product, tmp_path)
+    for a, b in zip(standard.embed_images(PAGES), fused, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_products_by_block_are_those_of_standard_operators(quantised: dict[str, Path], tmp_path: Path) -> None:
-    """The same bits as with levels [I, O] in INT4, DequantizeLinear and MatMul, which ONNX Runtime turns round."""
-    embedder = Embedder.load(quantised["int4"])
-    stored = embedder.embed_images(PAGES)
-    for name in ("vision", "text"):
-        model = onnx.load(quantised["int4"] / f"{name}.onnx")
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        nodes: list[onnx.NodeProto] = []
-        for node in model.graph.node:
-            if node.op_type != "MatMulNBits":
-                nodes.append(node)
-                continue
-            x, levels, scales = node.input
-            packed = onnx.numpy_helper.to_array(tensors[levels])
-            above = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-            turned = np.ascontiguousarray((above.astype(np.int8) - 8).T)
-            tensors[levels].CopyFrom(
-                onnx.TensorProto(name=levels, data_type=onnx.TensorProto.INT4, dims=turned.shape,
-                                 raw_data=pack_nibbles(turned).tobytes())
-            )  # fmt: skip
-            rows = onnx.numpy_helper.to_array(tensors[scales]).T
-            tensors[scales].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(rows), scales))
-            made = f"{node.name}.restored"
-            where = {"axis": 0, "block_size": len(turned) // len(rows)}
-            nodes += [
-                onnx.helper.make_node("DequantizeLinear", [levels, scales], [made], f"{made}.dq", **where),
-                onnx.helper.make_node("MatMul", [x, made], list(node.output), node.name),
-            ]
-        assert len(nodes) > len(model.graph.node)
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        onnx.save(model, tmp_path / f"{name}.onnx")
-        embedder.replace_sessions({name: OrtSession(tmp_path / f"{name}.onnx", EngineSettings())})
-    for a, b in zip(embedder.embed_images(PAGES), stored, strict=True):
+    """The same bits as with DequantizeLinear and MatMul, whose weights ONNX Runtime turns round."""
+    stored = Embedder.load(quantised["int4"]).embed_images(PAGES)
+    standard = written_out(quantised["int4"], "MatMulNBits", block_product, tmp_path)
+    for a, b in zip(standard.embed_images(PAGES), stored, strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -10,17 +10,16 @@ OUT gets a checkpoint of each head, as from `write.py`.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from data import Batch, prefetched
 from model import Dims, Prompt, SampleModel
 from torch import Tensor, nn
-from train import head_losses
+from train import head_losses, note
 from write import read_checkpoint, write_all
 
 STEPS, PAGES, RATE, WARMUP = 300, 24, 4e-5, 20
@@ -86,11 +85,7 @@ def distil(model: SampleModel, supply: Iterator[Batch], steps: int, log: Path, r
         for name, value in terms.items():
             sums.setdefault(name, []).append(float(value.detach()))
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            row: dict[str, Any] = {"stage": "distilled", "step": step + 1}
-            row |= {name: round(sum(values) / len(values), 4) for name, values in sums.items()}
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            note(log, "distilled", step + 1, sums)
             sums = {}
 
 

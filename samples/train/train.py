@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -227,6 +227,15 @@ def schedule(stages: tuple[Stage, ...], start: int) -> Iterator[tuple[int, Stage
         first += stage.steps
 
 
+def note(log: Path, stage: str, step: int, sums: Mapping[str, Sequence[float]], **more: float) -> None:
+    """Prints and logs the means of what was seen since the last time."""
+    row: dict[str, Any] = {"stage": stage, "step": step}
+    row |= {name: round(sum(values) / len(values), 4) for name, values in sums.items()} | more
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
 def train(
     trainer: Trainer,
     out: Path,
@@ -254,12 +263,8 @@ def train(
             for name, value in terms.items():
                 sums.setdefault(name, []).append(float(value.detach()))
             if (step + 1) % LOG_EVERY == 0 or step + 1 == stage.steps:
-                row: dict[str, Any] = {"stage": stage.name, "step": first + step + 1}
-                row |= {name: round(sum(values) / len(values), 4) for name, values in sums.items()}
-                row["pages_per_second"] = round(pages / (time.perf_counter() - clock), 1)
-                with (out / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+                speed = round(pages / (time.perf_counter() - clock), 1)
+                note(out / "log.jsonl", stage.name, first + step + 1, sums, pages_per_second=speed)
                 clock, sums, pages = time.perf_counter(), {}, 0
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
                 trainer.save(out, first + step + 1)
