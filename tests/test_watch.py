@@ -359,6 +359,8 @@ def test_a_file_that_kills_the_decoder(place: Place, monkeypatch: pytest.MonkeyP
     send = decoder.Decoder.send
 
     def sending(self: decoder.Decoder, path: str, number: int) -> None:
+        if path == str(deadly):  # stopped first: it could be done with the page before the signal comes
+            self._process.send_signal(signal.SIGSTOP)
         send(self, path, number)
         if path == str(deadly):
             sent.append(path)
