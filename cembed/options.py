@@ -181,9 +181,9 @@ class Engine:
         list[str] | None,
         typer.Option(
             metavar="NAME,…",
-            help="Engines in order of preference: 'onnxruntime-bf16', 'tensorrt' (see build-engine), 'openvino', "
-            "'openvino-bf16', or ONNX Runtime's execution providers; for one graph as in 'vision=openvino'. By default "
-            "what tune chose, else ONNX Runtime on the CPU.",
+            help="Engines in order of preference: 'onnxruntime-bf16', 'onnxruntime-exact' (int8 without VNNI), "
+            "'tensorrt' (see build-engine), 'openvino', 'openvino-bf16', or ONNX Runtime's execution providers; for "
+            "one graph as in 'vision=openvino'. By default what tune chose, else ONNX Runtime on the CPU.",
         ),
     ] = None
     threads: Threads = None

@@ -18,9 +18,8 @@ from cembed.runtime.bundle.vectors import Vectors
 from cembed.runtime.embed.embedder import Embedder
 from cembed.runtime.engines.openvino import PRECISIONS
 from cembed.runtime.engines.operators import BF16
-from cembed.runtime.engines.providers import CPU
 from cembed.runtime.engines.quiet import ort
-from cembed.runtime.engines.session import Array, Session, StepSession
+from cembed.runtime.engines.session import CPU, Array, Session, StepSession
 from cembed.runtime.errors import CembedError
 from cembed.runtime.pages.images import Pixels
 

@@ -17,6 +17,7 @@ from cembed.runtime.bundle.bundle import OwnBundle, record_files
 from cembed.runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Embedder
+from cembed.runtime.engines.operators import same_everywhere
 from cembed.runtime.engines.session import EngineSettings
 from cembed.runtime.errors import CembedError
 
@@ -38,7 +39,7 @@ def write_self_test(root: Path, manifest: Manifest) -> Manifest:
     page.save(root / manifest.self_test.image)
     (root / manifest.self_test.vectors).touch()
     write_manifest(root, replace(manifest, files=record_files(root)).to_json())
-    embedder = Embedder(OwnBundle(root, verify=False), EngineSettings(prepack=False))
+    embedder = Embedder(OwnBundle(root, verify=False), EngineSettings(same_everywhere(), prepack=False))
     vectors = {"document": embedder.embed_image(page), "query": embedder.embed_query(manifest.self_test.text)}
     (root / manifest.self_test.vectors).write_bytes(save(vectors))
     complete = replace(manifest, files=record_files(root))

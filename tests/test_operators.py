@@ -1,4 +1,4 @@
-"""Attention in bfloat16: against the definition, on whole bundles, in Python and C; or refused, with the reason."""
+"""cembed's own operators: against the definition, on whole bundles, in Python and C; or refused, with the reason."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from typing import Any
 import libcembed
 import numpy as np
 import pytest
+import row_products
 from conftest import BundleMaker, golden
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
+from safetensors.numpy import load_file
+from serving import SAMPLE
 
 from cembed.export.plan import ExportOptions
 from cembed.runtime import CembedError, Embedder, compiled
-from cembed.runtime.engines import operators
-from cembed.runtime.engines.operators import BF16
+from cembed.runtime.engines import operators, processor
+from cembed.runtime.engines.operators import BF16, EXACT
 from cembed.runtime.engines.quiet import ort
 
 Floats = NDArray[np.float32]
@@ -192,7 +195,89 @@ def test_no_queries_give_nothing() -> None:
     assert run(inputs_of(1, 0, 5, 2, 8), 2).shape == (1, 0, 16)
 
 
-# The provider
+# Products of bytes
+
+needs_bytes = pytest.mark.skipif(operators.byte_products() is None, reason="not for this processor: no AVX2, or more")
+
+
+@needs_bytes
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 6, 7, 192, 199])  # of two, in one product
+@pytest.mark.parametrize(("inner", "columns"), row_products.SIZES)
+def test_sums_of_bytes_are_exact(rows: int, inner: int, columns: int) -> None:
+    row_products.check_byte_products(rows, inner, columns)
+
+
+@needs_bytes
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sums_of_bytes_are_exact_in_any_number_of_threads(threads: int) -> None:
+    row_products.check_byte_products(600, 700, 300, threads)
+
+
+@needs_bytes
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"b": np.zeros((5, 16), np.int8)}, r"needs \[..., I\] and \[I, O\]"),
+        ({"b": np.zeros((1, 4, 16), np.int8)}, r"needs \[..., I\] and \[I, O\]"),
+        ({"a": np.zeros((), np.uint8)}, r"needs \[..., I\] and \[I, O\]"),
+        ({"a": np.zeros((1, 65537), np.uint8), "b": np.zeros((65537, 16), np.int8)}, "adds 1 to 65,536"),
+        ({"a": np.zeros((3, 0), np.uint8), "b": np.zeros((0, 16), np.int8)}, "adds 1 to 65,536"),
+        ({"scales": np.zeros(15, np.float32)}, "for each column"),
+        ({"scales": np.zeros((1, 16), np.float32)}, "for each column"),
+        ({"scale": np.zeros(3, np.float32)}, "one zero point and one scale"),
+        ({"zero": np.zeros(0, np.uint8)}, "one zero point and one scale"),
+    ],
+)
+def test_other_products_of_bytes_are_refused(change: dict[str, NDArray[Any]], words: str) -> None:
+    inputs = {
+        "a": np.zeros((3, 4), np.uint8),
+        "b": np.zeros((4, 16), np.int8),
+        "scale": np.zeros((), np.float32),
+        "scales": np.zeros(16, np.float32),
+        "zero": np.zeros((), np.uint8),
+    }
+    session = row_products.session([row_products.FLOATS], row_products.TYPES, row_products.FLOAT, own=True)
+    with pytest.raises(Exception, match=words):
+        session.run(None, inputs | change)
+
+
+@needs_bytes
+def test_weights_have_no_zero_point() -> None:
+    node = helper.make_node("MatMulInteger", [*"abzw"], ["y"])
+    types = dict(zip("abzw", [TensorProto.UINT8, TensorProto.INT8] * 2, strict=True))
+    session = row_products.session([node], types, TensorProto.INT32, own=True)
+    inputs = {"a": np.ones((2, 3), np.uint8), "b": np.ones((3, 2), np.int8), "z": np.array(0, np.uint8)}
+    assert (session.run(None, inputs | {"w": np.zeros(2, np.int8)})[0] == 3).all()
+    with pytest.raises(Exception, match="no zero point for weights but 0"):
+        session.run(None, inputs | {"w": np.array([0, 1], np.int8)})
+
+
+# The providers
+
+
+def test_exact_sums_in_both_languages(library: libcembed.Library) -> None:
+    """Of the sample's self-test; nothing depends on what is beside a page."""
+    try:
+        embedder = Embedder.load(SAMPLE, providers=[EXACT], threads=2)
+    except CembedError as error:
+        pytest.skip(str(error))
+    opened = library.open(SAMPLE, provider=EXACT.encode(), threads=2)
+    expected = embedder.embed_images(PAGES)
+    for image, vectors in zip(PAGES, expected, strict=True):
+        np.testing.assert_allclose(opened.embed_image(image), vectors, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(embedder.embed_images(PAGES[1:])[0], expected[1])
+    right = load_file(SAMPLE / "self_test.safetensors")["query"]
+    np.testing.assert_allclose(opened.embed_query(embedder.manifest.self_test.text), right, rtol=0, atol=1e-6)
+    opened.close()
+
+
+def test_a_processor_without_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "byte_products", lambda: None)
+    monkeypatch.setattr(processor, "adds_bytes_in_16_bits", lambda: True)
+    with pytest.raises(CembedError, match="nothing for this processor"):
+        Embedder.load(SAMPLE, providers=[EXACT])
+    monkeypatch.setattr(processor, "adds_bytes_in_16_bits", lambda: False)
+    Embedder.load(SAMPLE, providers=[EXACT])
 
 
 def page(width: int, height: int) -> Image.Image:
@@ -266,4 +351,6 @@ def test_the_library_tells() -> None:
     names = [Path(operators.__file__).with_name(f"liboperators{s}") for s in compiled.EXTENSION_SUFFIXES]
     (built,) = [name for name in names if name.exists()]
     flags = Path("/proc/cpuinfo").read_text().split()
-    assert bool(ctypes.CDLL(str(built)).multiplies_bfloat16()) == ("avx512_bf16" in flags)
+    library, more = ctypes.CDLL(str(built)), {"avx512bw", "avx_vnni"}
+    assert bool(library.multiplies_bfloat16()) == ("avx512_bf16" in flags)
+    assert bool(library.multiplies_bytes()) == ("avx2" in flags and more.isdisjoint(flags))

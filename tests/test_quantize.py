@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from row_products import WEIGHT, X
 from safetensors.numpy import load_file, save_file
+from serving import SAMPLE
 from test_cli import cembed
 from test_evaluate import dataset  # noqa: F401
 
@@ -36,9 +38,10 @@ from cembed.runtime import Bundle, Embedder
 from cembed.runtime.bundle.manifest_file import write_manifest
 from cembed.runtime.embed.embedder import Budget
 from cembed.runtime.engines import processor
-from cembed.runtime.engines.session import EngineSettings, OrtSession
+from cembed.runtime.engines.operators import EXACT
+from cembed.runtime.engines.session import CPU, EngineSettings, OrtSession
 from cembed.runtime.errors import CembedError
-from cembed.runtime.verify import verify
+from cembed.runtime.verify import self_test, verify
 
 PAGES = [Image.effect_noise((112, 140), 90).convert("RGB"), Image.new("RGB", (84, 84), "teal")]
 
@@ -187,24 +190,31 @@ def test_activations_pass_eight_bits_once_for_the_weights_that_share_them(quanti
 
 @pytest.mark.parametrize(("overflows", "top"), [(False, 127), (True, 63)])
 def test_products_by_row_are_those_of_whole_numbers(overflows: bool, top: int) -> None:
-    if row_products.overflows() and not overflows:
-        pytest.skip("this processor's sums overflow: it has no VNNI")
-    given, expected = row_products.row_product(X, WEIGHT, overflows), row_products.whole_numbers(X, WEIGHT, top)
+    if row_products.overflows(own=True) and not overflows:
+        pytest.skip("this processor's sums overflow, and the library has nothing for it")
+    given, expected = (
+        row_products.row_product(X, WEIGHT, overflows, own=True),
+        row_products.whole_numbers(X, WEIGHT, top),
+    )
     np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
     assert not given[0, 1].any()
     assert 2 * (NARROW + 1 + NARROW) * 127 < 2**15
     assert processor.adds_bytes_in_16_bits() == row_products.overflows()
 
 
-@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(
-    ("scheme", "worst", "cosine", "passes"),
+    ("narrow", "exact"),
+    [(False, None), (True, None), (True, 1e-7), (True, 0.05)],
+    ids=["wide", "narrow", "same", "other"],
+)
+@pytest.mark.parametrize(
+    ("scheme", "worst", "cosine", "by_row"),
     [
-        ("int8", 1e-3, 0.5, {False, True}),
-        ("int8", 0.05, 0.96, {True}),
-        ("int8", 0.05, 0.94, set()),
-        ("int8", float("nan"), float("nan"), set()),
-        ("w8a8", 0.05, 0.96, set()),
+        ("int8", 1e-3, 0.5, None),
+        ("int8", 0.05, 0.96, True),
+        ("int8", 0.05, 0.94, False),
+        ("int8", float("nan"), float("nan"), False),
+        ("w8a8", 0.05, 0.96, False),
     ],
 )
 def test_verify_knows_which_digits_differ(
@@ -213,35 +223,59 @@ def test_verify_knows_which_digits_differ(
     scheme: str,
     worst: float,
     cosine: float,
-    passes: set[bool],
+    by_row: bool | None,
     narrow: bool,
+    exact: float | None,
 ) -> None:
-    """Beyond the tolerance passes nothing but integers by row, where two products are added in 16 bits."""
-    monkeypatch.setattr("cembed.runtime.verify.self_test", lambda *_: (worst, cosine))
-    monkeypatch.setattr(processor, "adds_bytes_in_16_bits", lambda: narrow)
+    """Beyond the tolerance passes nothing but integers by row, where two products are added in 16 bits; where they can
+    be added exactly, too, that has to give the bundle's digits."""
+
+    def self_test(embedder: Embedder, *_: Any) -> tuple[float, float]:
+        return (exact, 1.0) if EXACT in embedder.providers and exact is not None else (worst, cosine)
+
+    monkeypatch.setattr("cembed.runtime.verify.Embedder", lambda _, settings: settings)
+    monkeypatch.setattr("cembed.runtime.verify.self_test", self_test)
+    monkeypatch.setattr("cembed.runtime.verify.adds_bytes_in_16_bits", lambda: narrow)
+    monkeypatch.setattr("cembed.runtime.verify.same_everywhere", lambda: (EXACT,) if exact is not None else CPU)
     *_, check = verify(Bundle(quantised[scheme]))
-    assert (check.name, check.passed) == ("self-test", narrow in passes)
-    assert ("seven bits" in check.detail) == (check.passed and worst > 0.02)
+    right = by_row is None or (by_row and narrow and exact != 0.05)
+    assert (check.name, check.passed) == ("self-test", right)
+    assert ("seven bits" in check.detail) == (right and by_row is not None)
+    assert (EXACT in check.detail) == (right and by_row is not None and exact is not None)
 
 
 @pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-user")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates an older processor of the same kind")
 def test_a_processor_whose_sums_overflow_is_found_out() -> None:
-    """Haswell adds products of bytes in 16 bits: the largest ones come out right there all the same."""
+    """Haswell adds products of bytes in 16 bits: the largest ones come out right there all the same, with as many bits
+    as the graph finds that it has, and exactly with cembed's own operators."""
     command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, row_products.__file__]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["63", "right"]
+    assert found.stdout.split() == ["63", "127"]
 
 
-def test_a_row_depends_on_nothing_beside_it() -> None:
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "sample"])
+def test_self_tests_hold_on_other_processors(quantised: dict[str, Path], scheme: str) -> None:
+    """The sample's vectors were made with VNNI's digits."""
+    try:
+        embedder = Embedder.load(quantised.get(scheme, SAMPLE), providers=[EXACT])
+    except CembedError as error:
+        pytest.skip(str(error))
+    worst, _ = self_test(embedder)
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_row_depends_on_nothing_beside_it(own: bool) -> None:
     random = np.random.default_rng(4)
     x, weight = (random.standard_normal(shape).astype(np.float32) for shape in ((1, 70, 64), (64, 33)))
-    together = row_products.row_product(x, weight)
+    together = row_products.row_product(x, weight, own=own)
     for row in (0, 31, 69):
-        np.testing.assert_array_equal(row_products.row_product(x[:, row : row + 1], weight)[0, 0], together[0, row])
+        alone = row_products.row_product(x[:, row : row + 1], weight, own=own)
+        np.testing.assert_array_equal(alone[0, 0], together[0, row])
     x[0, 3, 5] = np.inf
-    assert not np.isfinite(row_products.row_product(x, weight)[0, 3]).any()
-    np.testing.assert_array_equal(row_products.row_product(x, weight)[0, 4:], together[0, 4:])
+    assert not np.isfinite(row_products.row_product(x, weight, own=own)[0, 3]).any()
+    np.testing.assert_array_equal(row_products.row_product(x, weight, own=own)[0, 4:], together[0, 4:])
 
 
 def test_int8_weights_are_multiplied_in_integers(

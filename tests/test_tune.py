@@ -20,8 +20,8 @@ from cembed.runtime import CembedError, Embedder, tuning
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.engines import tuned
 from cembed.runtime.engines.openvino import OpenVinoSession
-from cembed.runtime.engines.providers import CPU, open_sessions
-from cembed.runtime.engines.session import EngineSettings, OrtSession
+from cembed.runtime.engines.providers import open_sessions
+from cembed.runtime.engines.session import CPU, EngineSettings, OrtSession
 from cembed.runtime.engines.tuned import Tuned
 from cembed.runtime.tuning import Trial, Way, best, mixture
 

@@ -253,6 +253,10 @@ class Quantisation:
         """Of the weights of a graph, which are named after the part of the model that it is of."""
         return {scheme for name, scheme in self.schemes.items() if name.startswith(f"{part_of(graph)}/")}
 
+    def by_row(self, graph: str) -> bool:
+        """Whether a graph has products by row."""
+        return self.rows and "int8" in self.schemes_of(graph)
+
 
 def part_of(graph: str) -> str:
     """`text` for `text_step` too: they have the same weights."""

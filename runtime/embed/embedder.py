@@ -46,8 +46,8 @@ from cembed.runtime.embed.positions import slot_positions
 from cembed.runtime.embed.state_files import StateSchema, open_state
 from cembed.runtime.engines import tuned
 from cembed.runtime.engines.memory import longest_row
-from cembed.runtime.engines.providers import CPU, open_sessions
-from cembed.runtime.engines.session import Array, EngineSettings, Session
+from cembed.runtime.engines.providers import open_sessions
+from cembed.runtime.engines.session import CPU, Array, EngineSettings, Session
 from cembed.runtime.errors import CembedError
 
 Decode = Literal["single-pass", "loop"]
@@ -121,9 +121,10 @@ class Embedder:
     ) -> Embedder:
         """Open a bundle.
 
-        `providers` are `onnxruntime-bf16` (attention in bfloat16), `tensorrt` (see `cembed build-engine`), `openvino`,
-        `openvino-bf16` and ONNX Runtime's execution providers, in order of preference, one for a single graph as
-        `vision=openvino`; None is what `cembed tune` chose for this bundle and machine, else ONNX Runtime on the CPU;
+        `providers` are `onnxruntime-bf16` (attention in bfloat16), `onnxruntime-exact` (int8 weights meet activations
+        of eight bits on x86 without VNNI, too), `tensorrt` (see `cembed build-engine`), `openvino`, `openvino-bf16` and
+        ONNX Runtime's execution providers, in order of preference, one for a single graph as `vision=openvino`; None is
+        what `cembed tune` chose for this bundle and machine, else ONNX Runtime on the CPU;
         `threads` is per operator, None for all cores or what was tuned; `prepack=False` leaves the weights
         memory-mapped, which opens at once and is a little slower per page, but twice as slow per step of the loop with
         int8 weights and fifteen times or more with int4; `prepack=None` maps those only that this costs little, for a

@@ -8,11 +8,9 @@ from dataclasses import replace
 
 from cembed.runtime.bundle.bundle import Bundle
 from cembed.runtime.engines.openvino import PRECISIONS, openvino_sessions
-from cembed.runtime.engines.operators import BF16, bf16_sessions
-from cembed.runtime.engines.session import EngineSettings, Session, check_providers, opened_while_hashed
+from cembed.runtime.engines.operators import BF16, EXACT, bf16_sessions, exact_sessions
+from cembed.runtime.engines.session import CPU, EngineSettings, Session, check_providers, opened_while_hashed
 from cembed.runtime.errors import CembedError
-
-CPU = EngineSettings().providers
 
 
 def open_sessions(bundle: Bundle, settings: EngineSettings) -> Callable[[str], Session]:
@@ -86,5 +84,6 @@ ENGINES: dict[str, Callable[[Bundle, EngineSettings], Callable[[str], Session]]]
     "tensorrt": tensorrt_sessions,
     **dict.fromkeys(PRECISIONS, openvino_sessions),
     BF16: bf16_sessions,
+    EXACT: exact_sessions,
 }
 """What opens the graphs of a bundle, by provider. Every other provider is one of ONNX Runtime's."""

@@ -88,6 +88,9 @@ class EngineSettings:
         return not found.schemes_of(graph).isdisjoint(slow)
 
 
+CPU = EngineSettings().providers
+
+
 class OrtSession:
     """Runs one graph with ONNX Runtime.
 

@@ -8,7 +8,8 @@
 namespace onnxruntime_abi {
 
 constexpr uint32_t VERSION = 17;  // the first with PARALLEL_FOR
-constexpr int FLOAT = 1, REQUIRED = 0, ARENA = 1, HOST = 0;
+constexpr int FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6;
+constexpr int REQUIRED = 0, OPTIONAL = 1, ARENA = 1, HOST = 0;
 
 enum Function {
     CREATE_STATUS = 0,

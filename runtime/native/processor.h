@@ -31,6 +31,8 @@ inline bool keeps(unsigned sets) {
 inline bool has_avx2_and_fma() { return keeps(0x06) && has(1, 0, ECX, {12}) && has(7, 0, EBX, {5}); }
 inline bool has_avx512_f_bw_vl() { return keeps(0xe6) && has(7, 0, EBX, {16, 30, 31}); }
 inline bool has_avx512_dq_vnni_vbmi() { return keeps(0xe6) && has(7, 0, EBX, {17}) && has(7, 0, ECX, {1, 11}); }
+inline bool has_avx512_vnni() { return keeps(0xe6) && has(7, 0, ECX, {11}); }
+inline bool has_avx_vnni() { return keeps(0x06) && has(7, 1, EAX, {4}); }
 inline bool has_avx512_bf16() { return keeps(0xe6) && has(7, 1, EAX, {5}); }
 
 }  // namespace processor

@@ -58,8 +58,9 @@ typedef struct cembed_index cembed_index;
 typedef struct cembed_options {
     uint32_t abi_version;      /* CEMBED_ABI_VERSION */
     int32_t threads;           /* of an operator; 0: one for each core */
-    const char *provider;      /* of ONNX Runtime, "onnxruntime-bf16" (attention in bfloat16), or "tensorrt", see
-                                  samples/cpp; null: CPUExecutionProvider */
+    const char *provider;      /* of ONNX Runtime, "onnxruntime-bf16" (attention in bfloat16), "onnxruntime-exact"
+                                  (int8 with eight bits on x86 without VNNI, too), or "tensorrt", see samples/cpp;
+                                  null: CPUExecutionProvider */
     const char *onnxruntime;   /* its library; 1.24 or later; null: $CEMBED_ONNXRUNTIME, then
                                   libonnxruntime.so.1 */
     int32_t max_visual_tokens; /* of a page; 0: the bundle's */

@@ -91,7 +91,7 @@ Engines engines_of(Bundle &bundle, const EngineSettings &settings) {
         auto verified = std::async(std::launch::async, [&bundle, &graph] { bundle.verify_weights(graph); });
         std::unique_ptr<Engine> engine;
         try {
-            engine = load_onnxruntime(path, settings);
+            engine = load_onnxruntime(path, settings_for(graph, settings, bundle.manifest));
         } catch (const Error &) {
             verified.get();  // what is wrong with the file says more
             throw;

@@ -55,8 +55,12 @@ SAME_PLACE(PARALLEL_FOR, KernelContext_ParallelFor);
 static_assert(offsetof(OrtCustomOp, GetInputMemoryType) == offsetof(onnxruntime_abi::Operator, input_memory) &&
               offsetof(OrtCustomOp, CreateKernelV2) == offsetof(onnxruntime_abi::Operator, create) &&
               offsetof(OrtCustomOp, KernelComputeV2) == offsetof(onnxruntime_abi::Operator, compute));
-static_assert(onnxruntime_abi::FLOAT == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && onnxruntime_abi::HOST == OrtMemTypeDefault &&
-              onnxruntime_abi::REQUIRED == INPUT_OUTPUT_REQUIRED && onnxruntime_abi::ARENA == OrtArenaAllocator);
+static_assert(onnxruntime_abi::FLOAT == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
+              onnxruntime_abi::UINT8 == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 &&
+              onnxruntime_abi::INT8 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 &&
+              onnxruntime_abi::INT32 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 && onnxruntime_abi::HOST == OrtMemTypeDefault &&
+              onnxruntime_abi::REQUIRED == INPUT_OUTPUT_REQUIRED && onnxruntime_abi::OPTIONAL == INPUT_OUTPUT_OPTIONAL &&
+              onnxruntime_abi::ARENA == OrtArenaAllocator);
 
 constexpr const char *VARIABLE = "CEMBED_ONNXRUNTIME";
 constexpr const char *CPU = "CPUExecutionProvider";
@@ -124,7 +128,8 @@ const Library &library_of(const std::string &given) {
     return found->second;
 }
 
-bool on_cpu(const EngineSettings &settings) { return settings.provider == CPU || settings.provider == ONNXRUNTIME_BF16; }
+bool is_own(const std::string &provider) { return provider == ONNXRUNTIME_BF16 || provider == ONNXRUNTIME_EXACT; }
+bool on_cpu(const EngineSettings &settings) { return settings.provider == CPU || is_own(settings.provider); }
 
 template <class T>
 using Owned = std::unique_ptr<T, void (*)(T *)>;
@@ -202,7 +207,7 @@ class OrtEngine : public Engine {
         check(api_.AddSessionConfigEntry(made, "session.disable_prepacking", mapped), "ONNX Runtime failed");
         if (on_cpu(settings))
             check(api_.DisableMemPattern(made), "ONNX Runtime failed");  // else each shape leaves a plan for ever
-        if (settings.provider == ONNXRUNTIME_BF16)
+        if (is_own(settings.provider))
             check(static_cast<OrtStatus *>(RegisterCustomOps(
                       made, reinterpret_cast<const onnxruntime_abi::Base *>(library_.base))),
                   "ONNX Runtime failed");
@@ -273,6 +278,13 @@ std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSe
     return std::make_unique<OrtEngine>(path, settings);
 }
 
+EngineSettings settings_for(const std::string &graph, const EngineSettings &settings, const Manifest &manifest) {
+    EngineSettings chosen = settings;
+    if (settings.provider == ONNXRUNTIME_EXACT && !(multiplies_bytes() && manifest.by_row.count(graph)))
+        chosen.provider = CPU;  // it may even be without the operators' domain, and then fails to load
+    return chosen;
+}
+
 void check_bfloat16(const Manifest &manifest) {
     const std::string name = ONNXRUNTIME_BF16;
     if (manifest.target != "onnxruntime" || manifest.opset < 24)
@@ -286,6 +298,10 @@ void check_bfloat16(const Manifest &manifest) {
 void check_provider(const EngineSettings &settings, const Manifest &manifest) {
     const Library &library = library_of(settings.library);
     if (settings.provider == ONNXRUNTIME_BF16) return check_bfloat16(manifest);
+    if (settings.provider == ONNXRUNTIME_EXACT) {
+        if (multiplies_bytes() || adds_bytes_exactly()) return;
+        throw Error(ENGINE, settings.provider + " has nothing for this processor");
+    }
     char **names = nullptr;
     int count = 0;
     library.check(library.api->GetAvailableProviders(&names, &count), "ONNX Runtime failed");

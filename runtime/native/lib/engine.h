@@ -48,6 +48,7 @@ using Engines = std::function<std::unique_ptr<Engine>(const std::string &graph)>
 
 constexpr const char *TENSORRT = "tensorrt";
 constexpr const char *ONNXRUNTIME_BF16 = "onnxruntime-bf16";  // on the CPU, with attention in bfloat16
+constexpr const char *ONNXRUNTIME_EXACT = "onnxruntime-exact";  // on the CPU, with sums of bytes that are exact everywhere
 
 struct Manifest;
 
@@ -60,6 +61,9 @@ struct EngineSettings {
 
 // Throws Error(ENGINE): no library, a provider that it does not have, a graph that it cannot load.
 std::unique_ptr<Engine> load_onnxruntime(const std::string &path, const EngineSettings &settings);
+
+// Those of one graph, which may have no use for what the provider adds.
+EngineSettings settings_for(const std::string &graph, const EngineSettings &settings, const Manifest &manifest);
 
 // Throws Error(ENGINE): no library, a provider that it does not have, or that cannot run this bundle here.
 void check_provider(const EngineSettings &settings, const Manifest &manifest);

@@ -112,6 +112,19 @@ EmbeddingTable read_table(const Json &value) {
     return {value.at("file"), value.at("dtype"), value.at("rows"), optional<std::string>(value, "scales")};
 }
 
+// Schemes go by part/weight; the part is the graph's name up to an underscore.
+std::set<std::string> read_by_row(const Json &value, const std::map<std::string, Graph> &graphs) {
+    std::set<std::string> found;
+    const auto quantisation = value.find("quantisation");
+    if (quantisation == value.end() || quantisation->is_null() || !quantisation->value("rows", false)) return found;
+    for (const auto &graph : graphs) {
+        const std::string part = graph.first.substr(0, graph.first.find('_')) + "/";
+        for (const auto &[weight, scheme] : quantisation->at("schemes").items())
+            if (scheme == "int8" && weight.compare(0, part.size(), part) == 0) found.insert(graph.first);
+    }
+    return found;
+}
+
 Manifest read_manifest(const Json &value) {
     Manifest m;
     m.backbone = value.at("backbone");
@@ -131,6 +144,7 @@ Manifest read_manifest(const Json &value) {
         m.graphs[name] = {graph.at("file"), graph.at("data"), read_tensors(graph.at("inputs")),
                           read_tensors(graph.at("outputs"))};
     }
+    m.by_row = read_by_row(value, m.graphs);
     m.token_embeddings = read_table(value.at("token_embeddings"));
     if (const auto table = value.find("slot_embeddings"); table != value.end() && !table->is_null())
         m.slot_embeddings = read_table(*table);

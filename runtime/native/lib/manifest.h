@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -78,6 +79,7 @@ struct Manifest {
     std::map<std::string, FileRecord> files;
     std::optional<std::string> upgraded_from;
     int64_t schema_version = 0;
+    std::set<std::string> by_row;  // the graphs whose int8 weights meet activations with a range for each row
 
     // Whether the vision graph takes a part of a page: it is told the places of patches, or each tile is alone.
     bool reads_parts() const;
