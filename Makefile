@@ -33,16 +33,19 @@ SANITIZERS := address,undefined thread
 NATIVE := $(wildcard runtime/native/*.cpp) tests/native/test_maxsim.cpp
 KERNEL_FLAGS := -std=c++17 -O1 -g -pthread -ffp-contract=off
 
-test-native: $(SANITIZERS:%=build/native/%) $(SANITIZERS:%=build/attention/%)
+test-native: $(SANITIZERS:%=build/native/%) $(SANITIZERS:%=build/attention/%) $(SANITIZERS:%=build/byte_product/%)
 	for program in $^; do $$program || exit 1; done
 
 build/native/%: $(NATIVE) $(wildcard runtime/native/*.h)
 	mkdir -p $(@D)
 	$(CXX) $(KERNEL_FLAGS) -fsanitize=$* -fno-sanitize-recover=all $(NATIVE) -o $@
 
-build/attention/%: runtime/native/attention.cpp runtime/native/attention.h tests/native/test_attention.cpp
-	mkdir -p $(@D)
-	$(CXX) $(KERNEL_FLAGS) -fsanitize=$* -fno-sanitize-recover=all $(filter %.cpp,$^) -o $@
+define OPERATOR
+build/$(1)/%: runtime/native/$(1).cpp runtime/native/$(1).h tests/native/test_$(1).cpp
+	mkdir -p $$(@D)
+	$$(CXX) $$(KERNEL_FLAGS) -fsanitize=$$* -fno-sanitize-recover=all $$(filter %.cpp,$$^) -o $$@
+endef
+$(foreach name,attention byte_product,$(eval $(call OPERATOR,$(name))))
 
 # libcembed with the same checks, and valgrind's: needs what tests/test_libcembed.py needs, and valgrind.
 LIBRARY := $(wildcard runtime/native/*.cpp runtime/native/lib/*.cpp runtime/native/lib/*.h runtime/native/include/*)

@@ -29,7 +29,7 @@ from released import GOLDEN, command
 from rich.console import Console
 from rich.table import Table
 
-from cembed.runtime.engines.operators import BF16, operators
+from cembed.runtime.engines.operators import BF16, EXACT, byte_products, operators
 from cembed.runtime.errors import CembedError
 
 VECTORS, TOKENS, LATENT = 16, 736, "<|vision_end|>"
@@ -231,13 +231,14 @@ class Transformers:
 
 
 def ours() -> dict[str, tuple[str, str]]:
-    """Our sides; those in bfloat16 without it where the processor does not multiply it."""
+    """Our sides: those in bfloat16 without it where there is none, exact sums where the processor has none."""
+    found, exact = OURS, {"ours int8, exact": ("int8", EXACT)} if byte_products() else {}
     try:
         operators()
     except CembedError as error:
         print(f"without {BF16}: {error}")
-        return {name.removesuffix(", bf16"): (bundle, CPU) for name, (bundle, _) in OURS.items()}
-    return OURS
+        found = {name.removesuffix(", bf16"): (bundle, CPU) for name, (bundle, _) in OURS.items()}
+    return found | exact
 
 
 def sides_of(root: Path, threads: int, names: Sequence[str] = BUNDLES) -> dict[str, dict[str, Any]]:

@@ -256,13 +256,13 @@ def test_a_processor_whose_sums_overflow_is_found_out() -> None:
 
 @pytest.mark.parametrize("scheme", ["int8", "w8a8", "sample"])
 def test_self_tests_hold_on_other_processors(quantised: dict[str, Path], scheme: str) -> None:
-    """The sample's vectors were made with VNNI's digits."""
+    """The sample's vectors were made with VNNI's digits. Another order of floats may turn a level here and there."""
     try:
-        embedder = Embedder.load(quantised.get(scheme, SAMPLE), providers=[EXACT])
+        embedder = Embedder.load(quantised.get(scheme, SAMPLE), providers=[EXACT], prepack=False)
     except CembedError as error:
         pytest.skip(str(error))
     worst, _ = self_test(embedder)
-    assert worst < 1e-5
+    assert worst < embedder.manifest.self_test.tolerance
 
 
 @pytest.mark.parametrize("own", [False, True])
