@@ -57,6 +57,14 @@ INLINE int32_t finished(const Product &product, int32_t sum, int64_t column) {
     return sum;
 }
 
+// Of one row and column over [first, last) of inner: where no vector fits.
+int32_t sum_of(const Product &product, int64_t row, int64_t column, int64_t first, int64_t last) {
+    const uint8_t *a = product.a + row * product.inner;
+    int32_t sum = 0;
+    for (int64_t i = first; i < last; ++i) sum += (a[i] - product.zero) * product.b[i * product.columns + column];
+    return sum;
+}
+
 // b of 32 columns and two rows, as four times eight pairs of 16 bits; `second` is null beyond the last row.
 struct Pairs {
     __m256i eight[4];
@@ -94,17 +102,6 @@ struct Sums {
     int32_t *out;  // of the first row; [R, product.columns]
 };
 
-// What is left of the columns, one by one.
-void sum_columns(const Product &product, const Sums &part, int64_t row, int64_t column) {
-    const uint8_t *a = product.a + row * product.inner;
-    for (; column < part.last_column; ++column) {
-        int32_t sum = 0;
-        for (int64_t i = 2 * part.pair; i < std::min(2 * part.last_pair, product.inner); ++i)
-            sum += (a[i] - product.zero) * product.b[i * product.columns + column];
-        part.out[row * product.columns + column] = sum;
-    }
-}
-
 // A group of pairs at a time over all columns.
 template <int R> void sum_rows(const Product &product, const Sums &part) {
     const int64_t whole = part.column + (part.last_column - part.column) / STEP * STEP;
@@ -131,7 +128,10 @@ template <int R> void sum_rows(const Product &product, const Sums &part) {
                 for (int c = 0; c < 4; ++c) store(out + r * product.columns + 8 * c, sums[r][c]);
         }
     }
-    for (int r = 0; r < R; ++r) sum_columns(product, part, r, whole);
+    const int64_t last = std::min(2 * part.last_pair, product.inner);
+    for (int r = 0; r < R; ++r)
+        for (int64_t column = whole; column < part.last_column; ++column)
+            part.out[r * product.columns + column] = sum_of(product, r, column, 2 * part.pair, last);
 }
 
 void sum_part(const Product &product, int64_t block, int32_t *scratch) {
@@ -241,17 +241,6 @@ void multiply_part(const Product &product, const Part &part, const uint32_t *wid
     }
 }
 
-// What is left of the columns, one by one.
-void multiply_columns(const Product &product, const Part &part, int64_t last) {
-    for (int64_t row = part.row; row < part.row + part.rows; ++row)
-        for (int64_t column = part.column + part.width; column < last; ++column) {
-            int32_t sum = 0;
-            for (int64_t i = 0; i < product.inner; ++i)
-                sum += (product.a[row * product.inner + i] - product.zero) * product.b[i * product.columns + column];
-            static_cast<int32_t *>(product.out)[row * product.columns + column] = finished(product, sum, column);
-        }
-}
-
 void multiply(const Product &product, int64_t block, const uint32_t *widened) {
     const int64_t across = parts(product.columns, BLOCK), pairs = product.pairs();
     Part part{};
@@ -266,7 +255,10 @@ void multiply(const Product &product, int64_t block, const uint32_t *widened) {
         part.last = part.pair + part.pairs == pairs;
         multiply_part(product, part, widened);
     }
-    multiply_columns(product, part, part.column + width);
+    for (int64_t row = part.row; row < part.row + part.rows; ++row)
+        for (int64_t column = part.column + part.width; column < part.column + width; ++column)
+            static_cast<int32_t *>(product.out)[row * product.columns + column] =
+                finished(product, sum_of(product, row, column, 0, product.inner), column);
 }
 
 // A tile of rows as its pairs [pairs, TILE_ROWS]; what lies beyond the last row is not read.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <initializer_list>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -175,10 +176,11 @@ struct ProductWork : byte_product::Product {
     void second(int64_t block) const { byte_product::second(*this, block, scratch); }
 };
 
-// What `Product` names; but for a and b it may be missing, the scales both at once.
-struct ProductInputs {
-    Input a, b, scale, scales, zero, other_zero, bias;
-};
+// Inputs of MatMulIntegerToFloat: A [..., I], B [I, O], A's scale, B's scales [O], zero points, of which B's are 0, and a
+// bias [O]. MatMulInteger has no scales and no bias; its inputs are those at PLACES.
+constexpr int TYPES[] = {UINT8, INT8, FLOAT, FLOAT, UINT8, INT8, FLOAT};
+constexpr size_t PLACES[] = {0, 1, 4, 5};
+using ProductInputs = Input[std::size(TYPES)];
 
 void *multiply(const Api &api, const void *context, const ProductInputs &given) {
     const auto &[a, b, scale, scales, zero, other_zero, bias] = given;
@@ -188,8 +190,8 @@ void *multiply(const Api &api, const void *context, const ProductInputs &given) 
         return invalid(api, "a product of bytes adds 1 to 65,536 of them");
     if ((zero.value && zero.count() != 1) || (scale.value && scale.count() != 1))
         return invalid(api, "a product of bytes has one zero point and one scale for all that is multiplied");
-    for (const Input &each : {scales, bias})
-        if (each.value && each.sizes != Sizes{b.sizes[1]})
+    for (const Input *each : {&scales, &bias})
+        if (each->value && (each->sizes.size() != 1 || each->sizes[0] != b.sizes[1]))
             return invalid(api, "a product of bytes has a scale, and may have a bias, for each column");
     const auto *zeros = other_zero.at<int8_t>();
     if (other_zero.value && std::any_of(zeros, zeros + other_zero.count(), [](int8_t each) { return each != 0; }))
@@ -220,33 +222,36 @@ void *create_plain(const Operator *, const Api *api, const void *, void **kernel
     return nullptr;
 }
 
-// A [..., I], B [I, O], and zero points, of which B's are 0.
 void *compute_integers(void *api, void *context) {
     const Api &known = *static_cast<const Api *>(api);
-    Input inputs[4];
-    if (void *status = read(known, context, inputs)) return status;
-    return multiply(known, context, {inputs[0], inputs[1], {}, {}, inputs[2], inputs[3], {}});
+    ProductInputs inputs;
+    for (size_t i = 0; i < std::size(PLACES); ++i)
+        if (void *status = read(known, context, i, inputs[PLACES[i]])) return status;
+    return multiply(known, context, inputs);
 }
 
-// A [..., I], B [I, O], A's scale, B's scales [O], zero points, of which B's are 0, and a bias [O].
 void *compute_floats(void *api, void *context) {
     const Api &known = *static_cast<const Api *>(api);
-    Input i[7];
-    if (void *status = read(known, context, i)) return status;
-    return multiply(known, context, {i[0], i[1], i[2], i[3], i[4], i[5], i[6]});
+    ProductInputs inputs;
+    if (void *status = read(known, context, inputs)) return status;
+    return multiply(known, context, inputs);
+}
+
+Operator product_of_bytes(Operator made, void *(*compute)(void *kernel, void *context)) {
+    made.create = create_plain;
+    made.compute = compute;
+    made.destroy = [](void *) {};
+    return made;
 }
 
 const Operator &matmul_integer() {
     static const Operator made = [] {
         Operator made = operator_of([](const Operator *) { return "MatMulInteger"; },
-                                    [](const Operator *) -> size_t { return 4; });
-        made.input_type = [](const Operator *, size_t i) { return i % 2 ? INT8 : UINT8; };
+                                    [](const Operator *) { return std::size(PLACES); });
+        made.input_type = [](const Operator *, size_t i) { return TYPES[PLACES[i]]; };
         made.output_type = [](const Operator *, size_t) { return INT32; };
         made.input_kind = [](const Operator *, size_t i) { return i < 2 ? REQUIRED : OPTIONAL; };
-        made.create = create_plain;
-        made.compute = compute_integers;
-        made.destroy = [](void *) {};
-        return made;
+        return product_of_bytes(made, compute_integers);
     }();
     return made;
 }
@@ -254,16 +259,10 @@ const Operator &matmul_integer() {
 const Operator &matmul_integer_to_float() {
     static const Operator made = [] {
         Operator made = operator_of([](const Operator *) { return "MatMulIntegerToFloat"; },
-                                    [](const Operator *) -> size_t { return 7; });
-        made.input_type = [](const Operator *, size_t i) {
-            constexpr int types[] = {UINT8, INT8, FLOAT, FLOAT, UINT8, INT8, FLOAT};
-            return types[i];
-        };
+                                    [](const Operator *) { return std::size(TYPES); });
+        made.input_type = [](const Operator *, size_t i) { return TYPES[i]; };
         made.input_kind = [](const Operator *, size_t i) { return i < 4 ? REQUIRED : OPTIONAL; };
-        made.create = create_plain;
-        made.compute = compute_floats;
-        made.destroy = [](void *) {};
-        return made;
+        return product_of_bytes(made, compute_floats);
     }();
     return made;
 }
